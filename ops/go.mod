@@ -1,0 +1,4 @@
+module dayfly.dev/ops
+
+go 1.26.0
+

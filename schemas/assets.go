@@ -1,0 +1,156 @@
+package schemas
+
+import (
+	"fmt"
+	"hash/fnv"
+	"time"
+)
+
+// Asset is one stream or bucket on the bus, as plain data; package bus makes it.
+type Asset struct {
+	Name     string   // of the stream, or of the bucket (whose stream is "KV_"+Name)
+	Bucket   bool     // a KV bucket: subjects "$KV.<Name>.>", one value per key
+	Subjects []string // of a stream
+	Queue    bool     // work queue: a message goes when it is acknowledged
+
+	// Latest keeps only the newest message of a subject.
+	Latest bool
+	// Hint marks what is re-driven from the records when lost. On a single server it is
+	// stored without waiting for the disk.
+	Hint bool
+	// DirectGet lets any replica answer reads, by subject. It is off where a read must see
+	// the newest write.
+	DirectGet bool
+	// TTL allows a time to live for a single message.
+	TTL bool
+	// KeepDeleted refuses the deletion of messages through the API.
+	KeepDeleted bool
+
+	MaxAge   time.Duration
+	MaxBytes int64
+}
+
+// Names of the buckets.
+const (
+	BucketTasks       = "tasks"       // <task>: Record
+	BucketWorkers     = "workers"     // <worker>: Beat
+	BucketDrains      = "drains"      // <worker>: Drain
+	BucketIdempotency = "idempotency" // hash of the key: IdempotencyEntry
+	BucketLeaders     = "leaders"     // <role>: Leadership
+)
+
+// Names of the streams.
+const (
+	StreamRequests = "REQUESTS"
+	StreamReports  = "REPORTS"
+	StreamLogs     = "LOGS"
+	streamWork     = "WORK_"
+)
+
+// WorkShards is how many streams the workers' queues are spread over. Each
+// acknowledgement on a work queue looks at all its consumers, so some hundred
+// workers go to a shard.
+const WorkShards = 4
+
+// WorkStream is the stream that holds the orders of worker w.
+func WorkStream(w WorkerID) string { return fmt.Sprintf("%s%d", streamWork, workShard(w)) }
+
+func workShard(w WorkerID) uint32 {
+	h := fnv.New32a()
+	h.Write([]byte(w))
+	return h.Sum32() % WorkShards
+}
+
+// WorkConsumer is the durable consumer through which worker w pulls its orders.
+func WorkConsumer(w WorkerID) string { return "agent-" + string(w) }
+
+// Subjects. A wildcard token is passed as "*".
+func RequestSubject(t TaskID) string { return "dayfly.requests." + string(t) }
+func OrderSubject(w WorkerID, t TaskID) string {
+	return fmt.Sprintf("dayfly.work.%d.%s.%s", workShard(w), w, t)
+}
+func ReportSubject(w WorkerID, t TaskID) string { return fmt.Sprintf("dayfly.reports.%s.%s", w, t) }
+func LogSubject(w WorkerID, t TaskID) string    { return fmt.Sprintf("dayfly.logs.%s.%s", w, t) }
+
+// PlacerWhySubject is the core request by which a gateway asks the leading placer
+// why a queued task waits: the body is the task's id, the answer a Why.
+const PlacerWhySubject = "dayfly.placer.why"
+
+// How long things are kept.
+const (
+	ReportAge      = 24 * time.Hour
+	IdempotencyAge = 24 * time.Hour
+)
+
+// Assets lists every stream and bucket. logAge is how long task logs are kept.
+func Assets(logAge time.Duration) []Asset {
+	assets := []Asset{
+		{Name: BucketTasks, Bucket: true, TTL: true, KeepDeleted: true},
+		{Name: BucketWorkers, Bucket: true, Hint: true, DirectGet: true},
+		{Name: BucketDrains, Bucket: true},
+		{Name: BucketIdempotency, Bucket: true, MaxAge: IdempotencyAge},
+		{Name: BucketLeaders, Bucket: true, Hint: true},
+		{Name: StreamRequests, Subjects: []string{"dayfly.requests.>"}, Hint: true, Latest: true, MaxAge: time.Minute},
+		{Name: StreamReports, Subjects: []string{"dayfly.reports.>"}, Hint: true, Latest: true, MaxAge: ReportAge},
+		{Name: StreamLogs, Subjects: []string{"dayfly.logs.>"}, Hint: true, MaxAge: logAge},
+	}
+	for i := range WorkShards {
+		assets = append(assets, Asset{
+			Name: fmt.Sprintf("%s%d", streamWork, i), Subjects: []string{fmt.Sprintf("dayfly.work.%d.>", i)},
+			Queue: true, Hint: true, Latest: true,
+		})
+	}
+	return assets
+}
+
+// AgentAPIPrefix is where an agent finds the JetStream API: it lives in an account
+// of its own, into which the narrow part that it may use is imported.
+const AgentAPIPrefix = "dayfly.api"
+
+// Service is a subject of the CORE account that agents may send requests to.
+type Service struct {
+	Subject  string // in CORE
+	As       string // in AGENTS, if another
+	Streamed bool   // more than one answer comes back
+}
+
+// AgentServices lists what the CORE account exports to the AGENTS account. A reply
+// subject escapes subject permissions, so agents live in an account without
+// JetStream and reach only these.
+func AgentServices() []Service {
+	var s []Service
+	for i := range WorkShards {
+		stream := fmt.Sprintf("%s%d", streamWork, i)
+		s = append(s,
+			Service{Subject: "$JS.API.CONSUMER.MSG.NEXT." + stream + ".*", As: AgentAPIPrefix + ".CONSUMER.MSG.NEXT." + stream + ".*", Streamed: true},
+			Service{Subject: "$JS.API.CONSUMER.INFO." + stream + ".*", As: AgentAPIPrefix + ".CONSUMER.INFO." + stream + ".*"},
+			Service{Subject: "$JS.ACK." + stream + ".>"},
+		)
+	}
+	return append(s,
+		Service{Subject: "$KV." + BucketWorkers + ".*"},
+		Service{Subject: "$JS.API.DIRECT.GET.KV_" + BucketWorkers + ".$KV." + BucketWorkers + ".*",
+			As: AgentAPIPrefix + ".DIRECT.GET.KV_" + BucketWorkers + ".$KV." + BucketWorkers + ".*"},
+		Service{Subject: "dayfly.reports.*.*"},
+		Service{Subject: "dayfly.logs.*.*"},
+	)
+}
+
+// AgentInbox is the prefix of the reply subjects of worker w.
+func AgentInbox(w WorkerID) string { return "_INBOX.agent-" + string(w) }
+
+// AgentPermissions are the subjects that the agent of worker w may publish to and
+// subscribe to, in its own account.
+func AgentPermissions(w WorkerID) (publish, subscribe []string) {
+	stream, durable := WorkStream(w), WorkConsumer(w)
+	publish = []string{
+		AgentAPIPrefix + ".CONSUMER.MSG.NEXT." + stream + "." + durable,
+		AgentAPIPrefix + ".CONSUMER.INFO." + stream + "." + durable,
+		"$JS.ACK." + stream + "." + durable + ".>",
+		"$KV." + BucketWorkers + "." + string(w),
+		AgentAPIPrefix + ".DIRECT.GET.KV_" + BucketWorkers + ".$KV." + BucketWorkers + "." + string(w),
+		"dayfly.reports." + string(w) + ".*",
+		"dayfly.logs." + string(w) + ".*",
+	}
+	return publish, []string{AgentInbox(w) + ".>"}
+}

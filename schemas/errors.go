@@ -1,0 +1,81 @@
+package schemas
+
+import (
+	"fmt"
+	"strings"
+)
+
+// Code is the stable, machine-readable name of an error of the API.
+type Code string
+
+// The codes of the API. They are never renamed or reused.
+const (
+	CodeInvalidJSON     Code = "invalid_json"       // 400: the body is not one JSON value in UTF-8
+	CodeDuplicateField  Code = "duplicate_field"    // 400
+	CodeTooLarge        Code = "too_large"          // 413: body above MaxBodyBytes
+	CodeContentType     Code = "content_type"       // 415: not application/json
+	CodeInvalidHeader   Code = "invalid_header"     // 400: a header such as Idempotency-Key
+	CodeInvalidQuery    Code = "invalid_query"      // 400: a query parameter
+	CodeUnknownField    Code = "unknown_field"      // 422
+	CodeInvalidType     Code = "invalid_type"       // 422: right field, wrong JSON type or form
+	CodeInvalidValue    Code = "invalid_value"      // 422: right type, value out of its range
+	CodeNotAvailable    Code = "not_available"      // 422: a known field whose feature is not there yet
+	CodeNotAllowed      Code = "not_allowed"        // 422: the operator's policy forbids it
+	CodeNoCapacity      Code = "no_capacity"        // 422: no worker could ever hold it
+	CodeKeyReused       Code = "idempotency_reused" // 422: same key, another body
+	CodeKeyExpired      Code = "idempotency_gone"   // 410: the key's task was never made, or is gone
+	CodeInProgress      Code = "in_progress"        // 409: the first request with this key still runs
+	CodeNotFound        Code = "not_found"          // 404
+	CodeMethod          Code = "method_not_allowed" // 405
+	CodeStateConflict   Code = "state_conflict"     // 409: the task's state forbids it
+	CodeTooLate         Code = "too_late"           // 409: less than two seconds of the task's time are left
+	CodeUnavailable     Code = "unavailable"        // 503: the bus is away; nothing was done
+	CodeUnknownOutcome  Code = "unknown_outcome"    // 503: it may have been done; ask again with the same Idempotency-Key
+	CodeTooManyRequests Code = "too_many"           // 429
+	CodeInternal        Code = "internal"           // 500
+)
+
+// FieldError is one thing wrong with one field of a request. Message never
+// repeats the value: it may be a secret.
+type FieldError struct {
+	Field   string `json:"field"`
+	Code    Code   `json:"code"`
+	Message string `json:"message"`
+}
+
+// Error is an error as the API answers it, an RFC 9457 problem. Services return
+// it where the client shall see the reason; any other error is a 500.
+type Error struct {
+	Status     int          `json:"status"`
+	Code       Code         `json:"code"`
+	Title      string       `json:"title,omitzero"`
+	Detail     string       `json:"detail,omitzero"`
+	Field      string       `json:"field,omitzero"`
+	Errors     []FieldError `json:"errors,omitzero"`
+	RequestID  string       `json:"request_id,omitzero"`
+	Task       TaskID       `json:"task,omitzero"`
+	State      State        `json:"state,omitzero"` // with state_conflict: the task's state
+	RetryAfter Duration     `json:"retry_after,omitzero"`
+}
+
+// Error implements error.
+func (e *Error) Error() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s", e.Code)
+	if e.Field != "" {
+		fmt.Fprintf(&b, " (%s)", e.Field)
+	}
+	if e.Detail != "" {
+		fmt.Fprintf(&b, ": %s", e.Detail)
+	}
+	return b.String()
+}
+
+// InvalidSpec wraps field errors into the one answer that carries them all.
+func InvalidSpec(errs []FieldError) *Error {
+	if len(errs) == 0 {
+		return nil
+	}
+	first := errs[0]
+	return &Error{Status: 422, Code: first.Code, Field: first.Field, Detail: first.Message, Errors: errs}
+}

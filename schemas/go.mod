@@ -1,0 +1,4 @@
+module dayfly.dev/schemas
+
+go 1.26.0
+
