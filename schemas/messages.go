@@ -1,0 +1,216 @@
+package schemas
+
+import (
+	"time"
+
+	"github.com/go-json-experiment/json/jsontext"
+)
+
+// Want is what an order asks of a worker.
+type Want string
+
+// The wishes. Each replaces the one before it.
+const (
+	WantRun   Want = "run"   // hold the attempt: start it, or keep it running
+	WantStop  Want = "stop"  // let no process of it be left, then report
+	WantClose Want = "close" // the report is settled: forget all but the attempt's number
+)
+
+// Order is what a worker shall make true for one task. It is cumulative: only the
+// newest counts, and a worker ignores one of an older revision.
+type Order struct {
+	Assignment
+	Revision   uint64   `json:"revision"` // of the record that it was made from
+	Want       Want     `json:"want"`
+	Restarts   int      `json:"restarts,omitzero"`
+	Extensions int      `json:"extensions,omitzero"`
+	TimeLeft   Duration `json:"time_left,omitzero"` // until the deadline; clocks of two machines are never compared
+	Grace      Duration `json:"grace,omitzero"`     // with stop
+	Spec       *Spec    `json:"spec,omitzero"`      // with run
+
+	Unknown jsontext.Value `json:",unknown"`
+}
+
+// NewOrder is the order that follows from a record: run it while a worker holds
+// it, stop it once a client canceled it or its time is over, close it when it is
+// final or has moved on. a says which attempt the order is for.
+func NewOrder(r Record, revision uint64, a Assignment, now time.Time) Order {
+	o := Order{Assignment: a, Revision: revision, Restarts: r.Restarts, Extensions: r.Extensions}
+	switch {
+	case a != r.Assignment() || !r.State.Held():
+		o.Want = WantClose
+	case r.Cancel != nil:
+		o.Want, o.Grace = WantStop, r.Cancel.Grace
+	case !r.ExpiresAt.IsZero() && !now.Before(r.ExpiresAt):
+		o.Want, o.Grace = WantStop, r.Spec.Timeouts.Stop
+	default:
+		o.Want, o.TimeLeft, o.Spec = WantRun, Duration(r.TimeLeft(now)), &r.Spec
+	}
+	return o
+}
+
+// Phase is how far an attempt has come, as its worker says it.
+type Phase string
+
+// The phases, in their order.
+const (
+	PhaseAccepted Phase = "accepted" // the worker has it: pulling, creating
+	PhaseRunning  Phase = "running"  // the process was started
+	PhaseEnded    Phase = "ended"    // no process is left, or ever will be
+)
+
+func (p Phase) rank() int {
+	switch p {
+	case PhaseAccepted:
+		return 1
+	case PhaseRunning:
+		return 2
+	case PhaseEnded:
+		return 3
+	}
+	return 0
+}
+
+// EndedBy says who ended an attempt.
+type EndedBy string
+
+// Who ended it.
+const (
+	EndedItself   EndedBy = "itself"    // the process ended, or the task's own fault kept it from starting
+	EndedStop     EndedBy = "stop"      // we stopped it because an order said so
+	EndedDeadline EndedBy = "deadline"  // its time was over
+	EndedPermit   EndedBy = "permit"    // it was killed because the worker's permit was over
+	EndedGaveBack EndedBy = "gave_back" // the worker could not run it; nothing was started
+	EndedLost     EndedBy = "lost"      // its container was killed or taken away by somebody else
+)
+
+// Report is what a worker says is true of one attempt. It is cumulative: the
+// newest says all, and it may come late, twice or out of order.
+type Report struct {
+	Assignment
+	Phase    Phase    `json:"phase"`
+	Restarts int      `json:"restarts,omitzero"`
+	Revision uint64   `json:"revision,omitzero"` // of the newest order handled
+	Applied  int      `json:"applied,omitzero"`  // extensions carried out
+	RanFor   Duration `json:"ran_for,omitzero"`  // since the process was started, at sending
+	Ran      bool     `json:"ran,omitzero"`      // the process was started at all
+	Progress string   `json:"progress,omitzero"` // with accepted
+	End      *End     `json:"end,omitzero"`      // with ended
+
+	Unknown jsontext.Value `json:",unknown"`
+}
+
+// End is how an attempt ended.
+type End struct {
+	By      EndedBy `json:"by"`
+	Reason  Reason  `json:"reason,omitzero"`
+	Message string  `json:"message,omitzero"`
+	Exit    *Exit   `json:"exit,omitzero"`
+	Usage   Usage   `json:"usage,omitzero"`
+	Stdout  string  `json:"stdout,omitzero"`
+	Stderr  string  `json:"stderr,omitzero"`
+	Logs    LogSum  `json:"logs,omitzero"`
+}
+
+// Beat is a worker's heartbeat, the value of its key in the bucket "workers".
+// Only the worker writes it, by compare-and-set; and the reaper, once, to say
+// that the worker is lost.
+type Beat struct {
+	Worker   WorkerID  `json:"worker"`
+	Epoch    Epoch     `json:"epoch"`
+	Instance string    `json:"instance"` // a random id of the agent's process
+	Sequence uint64    `json:"sequence"`
+	At       time.Time `json:"at"` // by the worker's clock: for people only
+	Version  string    `json:"version"`
+	Since    time.Time `json:"since"` // when the agent registered, by its clock
+	Host     Host      `json:"host"`
+
+	Running  int      `json:"running"`         // attempts with a container
+	Order    uint64   `json:"order,omitzero"`  // stream sequence of the newest order handled
+	Reported bool     `json:"reported"`        // everything that it holds of earlier times has been reported
+	Images   []string `json:"images,omitzero"` // ids of images it has
+	Load     Load     `json:"load,omitzero"`
+
+	// LostAt is the reaper's verdict. A worker that reads it on its own key ends all
+	// that it runs and registers anew.
+	LostAt time.Time `json:"lost_at,omitzero"`
+
+	Unknown jsontext.Value `json:",unknown"`
+}
+
+// Lost says whether the reaper has declared this registration lost.
+func (b *Beat) Lost() bool { return !b.LostAt.IsZero() }
+
+// Host is what a worker's machine offers to tasks.
+type Host struct {
+	OS      string            `json:"os"`
+	Arch    string            `json:"arch"` // as Go names it: amd64, arm64
+	CPUs    CPUs              `json:"cpus"`
+	Memory  Size              `json:"memory_bytes"`
+	Slots   int               `json:"slots"` // tasks at a time
+	GPUs    int               `json:"gpus,omitzero"`
+	Labels  map[string]string `json:"labels,omitzero"`
+	Kinds   []string          `json:"kinds,omitzero"`
+	Engine  string            `json:"engine,omitzero"`  // such as "docker 20.10.24"
+	Runtime string            `json:"runtime,omitzero"` // such as "runc 1.1.5"
+}
+
+// Load is what the machine is doing, for people and for placement.
+type Load struct {
+	CPU    float64 `json:"cpu,omitzero"` // 0 to 1, over the last beat
+	Memory Size    `json:"memory_bytes,omitzero"`
+}
+
+// Drain says that a worker takes nothing new.
+type Drain struct {
+	Since time.Time `json:"since"`
+	By    string    `json:"by"`
+}
+
+// IdempotencyEntry remembers which task a key made.
+type IdempotencyEntry struct {
+	Fingerprint string    `json:"fingerprint"` // of the request's body
+	Task        TaskID    `json:"task"`
+	At          time.Time `json:"at"`
+}
+
+// Leadership is the lease by which one replica of a service leads.
+type Leadership struct {
+	Holder string   `json:"holder"` // identity of the replica
+	Term   uint64   `json:"term"`   // grows with each new holder
+	Beat   uint64   `json:"beat"`   // grows with each renewal
+	Length Duration `json:"length"` // how long others wait after the last change that they saw
+}
+
+// Why says why a queued task waits.
+type Why struct {
+	Task     TaskID         `json:"task"`
+	Position int            `json:"position"` // 1 is next; 0 if it is not in the queue
+	Summary  string         `json:"summary"`  // one sentence for people
+	Workers  []WhyNotWorker `json:"workers,omitzero"`
+}
+
+// WhyNotWorker says which filter kept a task from a worker.
+type WhyNotWorker struct {
+	Worker WorkerID `json:"worker"`
+	Filter string   `json:"filter"`
+	Detail string   `json:"detail"`
+}
+
+// Stream is one of a task's two output streams.
+type Stream string
+
+// The streams.
+const (
+	Stdout Stream = "stdout"
+	Stderr Stream = "stderr"
+)
+
+// Headers of messages. A log chunk's body is the bytes themselves.
+const (
+	HeaderState   = "S"              // on a record: its state, so that views need not decode
+	HeaderAttempt = "Dayfly-Attempt" // on a log chunk
+	HeaderStream  = "Dayfly-Stream"  // on a log chunk: stdout or stderr
+	HeaderOffset  = "Dayfly-Offset"  // on a log chunk: of its first byte in its stream
+	HeaderTime    = "Dayfly-Time"    // on a log chunk: when it was read, RFC 3339, by the worker's clock
+)

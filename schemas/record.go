@@ -1,0 +1,239 @@
+package schemas
+
+import (
+	"slices"
+	"time"
+
+	"github.com/go-json-experiment/json/jsontext"
+)
+
+// State is where a task is in its life.
+type State string
+
+// The states. The last four are final.
+const (
+	Queued    State = "queued"
+	Assigned  State = "assigned"
+	Starting  State = "starting"
+	Running   State = "running"
+	Completed State = "completed"
+	Failed    State = "failed"
+	Canceled  State = "canceled"
+	Expired   State = "expired"
+)
+
+// States lists all states in the order of a task's life.
+func States() []State {
+	return []State{Queued, Assigned, Starting, Running, Completed, Failed, Canceled, Expired}
+}
+
+// Final says whether a task in this state can never change again.
+func (s State) Final() bool {
+	return s == Completed || s == Failed || s == Canceled || s == Expired
+}
+
+// Held says whether a worker holds the task.
+func (s State) Held() bool { return s == Assigned || s == Starting || s == Running }
+
+// Reason says, for machines, why a task is in its state.
+type Reason string
+
+// The reasons.
+const (
+	ReasonNone         Reason = ""
+	ReasonExit         Reason = "exit"           // ended with an exit code of its own
+	ReasonOOM          Reason = "oom"            // killed for want of memory
+	ReasonSignal       Reason = "signal"         // killed by a signal that was not ours
+	ReasonImage        Reason = "image"          // the image does not exist or may not be pulled
+	ReasonImagePull    Reason = "image_pull"     // the registry did not give the image
+	ReasonImageArch    Reason = "image_platform" // the image is for another kind of machine
+	ReasonPullTimeout  Reason = "pull_timeout"
+	ReasonNotFound     Reason = "command_not_found"      // exit code 127
+	ReasonNotExec      Reason = "command_not_executable" // exit code 126
+	ReasonStart        Reason = "start"                  // the container could not be made or started
+	ReasonStartTimeout Reason = "start_timeout"
+	ReasonQueueTimeout Reason = "queue_timeout"
+	ReasonCanceled     Reason = "canceled"
+	ReasonExpired      Reason = "expired"
+	ReasonWorkerLost   Reason = "worker_lost"
+	ReasonGaveBack     Reason = "gave_back" // the worker could not hold it
+	ReasonTooOften     Reason = "max_attempts"
+)
+
+// Record is the truth about one task: its spec and its status, the value of its
+// key in the bucket "tasks". It changes only through Next and compare-and-set.
+// Its fields are only ever added to; those this version does not know are kept.
+type Record struct {
+	Version int    `json:"v"`
+	ID      TaskID `json:"id"`
+	Spec    Spec   `json:"spec"`
+
+	State   State  `json:"state"`
+	Reason  Reason `json:"reason,omitzero"`
+	Message string `json:"message,omitzero"`
+
+	// The assignment of the current attempt, or of the last; worker and epoch are empty
+	// while the task is queued.
+	Attempt int      `json:"attempt,omitzero"`
+	Worker  WorkerID `json:"worker,omitzero"`
+	Epoch   Epoch    `json:"epoch,omitzero"`
+
+	Restarts int    `json:"restarts,omitzero"`
+	Progress string `json:"progress,omitzero"` // while starting: what the worker is doing
+
+	AcceptedAt time.Time `json:"accepted_at"`
+	QueuedAt   time.Time `json:"queued_at"` // the last time
+	AssignedAt time.Time `json:"assigned_at,omitzero"`
+	StartingAt time.Time `json:"starting_at,omitzero"`
+	RunningAt  time.Time `json:"running_at,omitzero"` // the first time, of any attempt
+	EndedAt    time.Time `json:"ended_at,omitzero"`
+	// ExpiresAt is set at the first "running" and moved only by extensions.
+	ExpiresAt time.Time `json:"expires_at,omitzero"`
+
+	TTL        Duration `json:"ttl"`                 // effective: the spec's, or a longer one asked for before it ran
+	MaxTTL     Duration `json:"max_ttl"`             // the operator's limit when it was accepted
+	Extensions int      `json:"extensions,omitzero"` // how often the deadline was moved
+	Applied    int      `json:"applied,omitzero"`    // how many of those the worker has carried out
+
+	Cancel       *CancelMark `json:"cancel,omitzero"`
+	WorkerLostAt time.Time   `json:"worker_lost_at,omitzero"` // on_lost wait: its worker is away
+
+	Tries     int       `json:"tries,omitzero"`      // attempts that reached "starting"; bounded by max_attempts
+	GiveBacks int       `json:"give_backs,omitzero"` // in a row
+	NotBefore time.Time `json:"not_before,omitzero"` // queued again: wait until then
+	Avoid     []Avoid   `json:"avoid,omitzero"`      // workers to skip for a while
+	Holders   []Holder  `json:"holders,omitzero"`    // who held which attempt: whose logs count
+
+	Exit   *Exit   `json:"exit,omitzero"`
+	Usage  *Usage  `json:"usage,omitzero"`
+	Stdout string  `json:"stdout,omitzero"` // the first MaxInlineOutput bytes
+	Stderr string  `json:"stderr,omitzero"`
+	Logs   *LogSum `json:"logs,omitzero"`
+
+	History []Change `json:"history"`
+	LastOps []string `json:"last_ops,omitzero"`
+
+	Unknown jsontext.Value `json:",unknown"`
+}
+
+// Bounds of what a record keeps.
+const (
+	RecordVersion   = 1
+	MaxHistory      = 32
+	MaxLastOps      = 8
+	MaxHolders      = 16
+	MaxInlineOutput = 16 << 10
+)
+
+// CancelMark is a client's wish to end the task.
+type CancelMark struct {
+	At    time.Time `json:"at"`
+	By    string    `json:"by"`
+	Grace Duration  `json:"grace"`
+}
+
+// Avoid names a worker that the placer skips until a time.
+type Avoid struct {
+	Worker WorkerID  `json:"worker"`
+	Until  time.Time `json:"until"`
+}
+
+// Holder is one attempt and who held it.
+type Holder struct {
+	Attempt int      `json:"attempt"`
+	Worker  WorkerID `json:"worker"`
+	Epoch   Epoch    `json:"epoch"`
+}
+
+// Change is one entry of a record's history.
+type Change struct {
+	At      time.Time `json:"at"`
+	State   State     `json:"state"`
+	Reason  Reason    `json:"reason,omitzero"`
+	By      string    `json:"by"`
+	Attempt int       `json:"attempt,omitzero"`
+	Worker  WorkerID  `json:"worker,omitzero"`
+	Note    string    `json:"note,omitzero"` // what changed besides the state
+}
+
+// Exit is how the main process ended.
+type Exit struct {
+	Code      int  `json:"code"`            // 128 + signal if a signal ended it
+	Signal    int  `json:"signal,omitzero"` // 0 if none did
+	OOMKilled bool `json:"oom_killed"`      // any process of the task was killed for want of memory
+	TimedOut  bool `json:"timed_out"`       // the deadline ended it
+}
+
+// Usage is what the attempt used.
+type Usage struct {
+	CPUMillis  int64 `json:"cpu_ms"`
+	WallMillis int64 `json:"wall_ms"`
+	MemoryPeak Size  `json:"memory_peak_bytes"`
+}
+
+// LogSum says how much was logged and whether all of it is kept.
+type LogSum struct {
+	StdoutBytes int64  `json:"stdout_bytes"` // kept
+	StderrBytes int64  `json:"stderr_bytes"` // kept
+	Truncated   bool   `json:"truncated"`
+	Why         string `json:"why,omitzero"` // "limit" or "worker_lost"
+	Dropped     int64  `json:"dropped_bytes,omitzero"`
+}
+
+// NewRecord is the record of a task that was just accepted. policy gives the
+// longest lifetime.
+func NewRecord(id TaskID, spec Spec, p Policy, m Meta) Record {
+	r := Record{
+		Version: RecordVersion, ID: id, Spec: spec, State: Queued,
+		AcceptedAt: m.At, QueuedAt: m.At, TTL: spec.TTL, MaxTTL: max(p.MaxTTL, spec.TTL),
+	}
+	r.note(m, "accepted")
+	return r
+}
+
+// Assignment is the current or last assignment.
+func (r *Record) Assignment() Assignment {
+	return Assignment{Task: r.ID, Attempt: r.Attempt, Worker: r.Worker, Epoch: r.Epoch}
+}
+
+// TimeLeft is what is left of the TTL at now: all of it before the task first ran.
+func (r *Record) TimeLeft(now time.Time) time.Duration {
+	if r.ExpiresAt.IsZero() {
+		return r.TTL.Std()
+	}
+	return max(0, r.ExpiresAt.Sub(now))
+}
+
+// Wrote says whether the record carries the write op: it settles writes whose
+// outcome is unknown.
+func (r *Record) Wrote(op string) bool { return op != "" && slices.Contains(r.LastOps, op) }
+
+// HeldBy says whether worker w held the attempt, so that its logs count.
+func (r *Record) HeldBy(w WorkerID, attempt int) bool {
+	return slices.ContainsFunc(r.Holders, func(h Holder) bool { return h.Worker == w && h.Attempt == attempt })
+}
+
+func (r *Record) note(m Meta, note string) {
+	r.History = append(r.History, Change{
+		At: m.At, State: r.State, Reason: r.Reason, By: m.By, Attempt: r.Attempt, Worker: r.Worker, Note: note,
+	})
+	if n := len(r.History); n > MaxHistory { // keep how it began and what came last
+		r.History = slices.Delete(r.History, 1, 1+n-MaxHistory)
+	}
+	if m.Op != "" {
+		r.LastOps = append(r.LastOps, m.Op)
+		if n := len(r.LastOps); n > MaxLastOps {
+			r.LastOps = slices.Delete(r.LastOps, 0, n-MaxLastOps)
+		}
+	}
+}
+
+// clone copies what Next may change in place, so that the caller's record stays
+// as it was.
+func (r Record) clone() Record {
+	r.History = slices.Clone(r.History)
+	r.LastOps = slices.Clone(r.LastOps)
+	r.Avoid = slices.Clone(r.Avoid)
+	r.Holders = slices.Clone(r.Holders)
+	return r
+}

@@ -1,0 +1,286 @@
+package schemas
+
+import (
+	"encoding/base64"
+	"fmt"
+	"math"
+	"path"
+	"slices"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/distribution/reference"
+)
+
+// Policy is what an operator lets tasks ask for.
+type Policy struct {
+	MaxTTL          Duration // longest lifetime, extensions included
+	AllowEntrypoint bool
+	AllowTmpfs      bool
+	AllowImageUser  bool // user: "image"
+}
+
+// DefaultPolicy is the policy of `dayfly up`.
+func DefaultPolicy() Policy {
+	return Policy{MaxTTL: Duration(24 * time.Hour), AllowEntrypoint: true, AllowTmpfs: true}
+}
+
+// Limits of a spec.
+const (
+	MaxArgs        = 1024
+	MaxArgBytes    = 128 << 10
+	MaxEnv         = 1000
+	MaxEnvBytes    = 128 << 10
+	MaxLabels      = 64
+	MaxFiles       = 256
+	MaxTmpfs       = 8
+	MaxPids        = 32768
+	MaxAttempts    = 100
+	MinMemory      = 6 << 20 // Docker takes no less
+	MaxRecordBytes = 64 << 10
+)
+
+type checker struct{ errs []FieldError }
+
+func (c *checker) add(field string, code Code, format string, args ...any) {
+	c.errs = append(c.errs, FieldError{Field: field, Code: code, Message: fmt.Sprintf(format, args...)})
+}
+
+func (c *checker) value(ok bool, field, format string, args ...any) {
+	if !ok {
+		c.add(field, CodeInvalidValue, format, args...)
+	}
+}
+
+// Validate checks a spec, defaults filled in, against the rules and the operator's policy.
+// It gives every fault, in the order of the fields, and repeats no value.
+func (s *Spec) Validate(p Policy) []FieldError {
+	c := &checker{}
+	s.checkImage(c)
+	checkArgs(c, "entrypoint", s.Entrypoint)
+	if s.Entrypoint != nil && !p.AllowEntrypoint {
+		c.add("entrypoint", CodeNotAllowed, "this site does not let tasks replace the image's entrypoint")
+	}
+	checkArgs(c, "command", s.Command)
+	s.checkEnv(c)
+	c.value(s.Workdir == "" || path.IsAbs(s.Workdir) && clean(s.Workdir), "workdir", "must be an absolute path")
+	s.checkUser(c, p)
+	c.value(!strings.Contains(s.Kind, "\x00"), "kind", "must not hold a NUL")
+	s.checkFiles(c)
+	s.checkResources(c)
+	s.checkTmpfs(c, p)
+	s.checkTimes(c, p)
+	c.value(s.Pull == PullMissing || s.Pull == PullAlways || s.Pull == PullNever, "pull", `must be "missing", "always" or "never"`)
+	c.value(s.MaxAttempts >= 1 && s.MaxAttempts <= MaxAttempts, "max_attempts", "must be 1 to %d", MaxAttempts)
+	c.value(s.OnLost == OnLostRequeue || s.OnLost == OnLostFail || s.OnLost == OnLostWait, "on_lost", `must be "requeue", "fail" or "wait"`)
+	c.value(s.Priority >= 1 && s.Priority <= 9, "priority", "must be 1 (low) to 9 (high)")
+	checkPairs(c, "constraints", s.Constraints)
+	checkPairs(c, "labels", s.Labels)
+	s.checkAvailable(c)
+	return c.errs
+}
+
+// checkAvailable names the fields whose features have not landed. A field leaves
+// this list in the change that brings its feature.
+func (s *Spec) checkAvailable(c *checker) {
+	no := func(given bool, field, instead string) {
+		if given {
+			c.add(field, CodeNotAvailable, "not available in this version yet; %s", instead)
+		}
+	}
+	no(s.Resources.GPUs != 0, "resources.gpus", "leave it out")
+	no(s.ReadOnly != nil && !*s.ReadOnly, "read_only", "leave it out and use tmpfs for places to write")
+	no(len(s.CapAdd) > 0, "cap_add", "leave it out")
+	no(s.Mounts != nil, "mounts", "use /task/input and /task/output")
+	no(len(s.Ports) > 0, "ports", "leave it out")
+	no(s.Network == NetworkEgress || s.Network == NetworkInternal, "network", `use "none"`)
+	c.value(slices.Contains([]Network{NetworkNone, NetworkEgress, NetworkInternal}, s.Network), "network", `must be "none"`)
+	no(s.Runtime != "", "runtime", "leave it out")
+	no(s.Restart != nil && s.Restart.Policy != "" && s.Restart.Policy != "never", "restart", `use policy "never"`)
+	no(s.Health != nil, "health", "leave it out")
+	no(s.Kind != "", "kind", "leave it out")
+	no(s.Callback != nil, "callback", "use ?wait=done")
+	for i, f := range s.Files {
+		no(f.Blob != "", fmt.Sprintf("files.%d.blob", i), "use content or base64")
+	}
+}
+
+func (s *Spec) checkImage(c *checker) {
+	if s.Image == "" {
+		c.add("image", CodeInvalidValue, "is needed, such as \"busybox\" or \"registry.lan/web:1\"")
+		return
+	}
+	_, err := reference.ParseNormalizedNamed(s.Image)
+	c.value(len(s.Image) <= 512 && err == nil, "image", "is not a valid image reference, such as \"busybox\" or \"registry.lan/web:1\"")
+}
+
+func checkArgs(c *checker, field string, args []string) {
+	total := 0
+	for i, a := range args {
+		total += len(a) + 1
+		c.value(!strings.Contains(a, "\x00"), fmt.Sprintf("%s.%d", field, i), "must not hold a NUL")
+	}
+	c.value(len(args) <= MaxArgs && total <= MaxArgBytes, field, "must be at most %d words and %d bytes", MaxArgs, MaxArgBytes)
+	if len(args) > 0 {
+		c.value(args[0] != "", field+".0", "must name a program")
+	}
+}
+
+func (s *Spec) checkEnv(c *checker) {
+	total := 0
+	for _, k := range sortedKeys(s.Env) {
+		v := s.Env[k]
+		total += len(k) + len(v) + 2
+		if !envName(k) {
+			c.add("env", CodeInvalidValue, "names must be letters, digits and _ and not begin with a digit")
+			break
+		}
+		if strings.ContainsAny(v, "\x00\n") {
+			c.add("env."+k, CodeInvalidValue, "must not hold a NUL or a newline; use files for longer texts")
+			break
+		}
+	}
+	c.value(len(s.Env) <= MaxEnv && total <= MaxEnvBytes, "env", "must be at most %d entries and %d bytes", MaxEnv, MaxEnvBytes)
+}
+
+func envName(s string) bool {
+	if len(s) == 0 || len(s) > 256 {
+		return false
+	}
+	for i, r := range s {
+		if r != '_' && (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (i == 0 || r < '0' || r > '9') {
+			return false
+		}
+	}
+	return true
+}
+
+func (s *Spec) checkUser(c *checker, p Policy) {
+	if s.User == "image" {
+		if !p.AllowImageUser {
+			c.add("user", CodeNotAllowed, "this site does not let tasks run as the image's own user")
+		}
+		return
+	}
+	uid, gid, ok := strings.Cut(s.User, ":")
+	c.value(ok && validID(uid) && validID(gid), "user", `must be "UID:GID" with numbers from 1 to 65533, or "image"`)
+}
+
+func validID(s string) bool {
+	n := 0
+	for _, r := range s {
+		if r < '0' || r > '9' || n > 65533 {
+			return false
+		}
+		n = n*10 + int(r-'0')
+	}
+	return len(s) > 0 && n >= 1 && n <= 65533
+}
+
+func (s *Spec) checkFiles(c *checker) {
+	c.value(len(s.Files) <= MaxFiles, "files", "must be at most %d", MaxFiles)
+	seen := map[string]bool{}
+	for i, f := range s.Files {
+		at := fmt.Sprintf("files.%d", i)
+		c.value(f.Path != "" && len(f.Path) <= 255 && !path.IsAbs(f.Path) && f.Path != "." && clean(f.Path) && !strings.HasPrefix(f.Path, "../") && f.Path != "..",
+			at+".path", "must be a plain relative path inside /task/input")
+		c.value(!seen[f.Path], at+".path", "stands there twice")
+		seen[f.Path] = true
+		given := 0
+		for _, v := range []string{f.Content, f.Base64, f.Blob} {
+			if v != "" {
+				given++
+			}
+		}
+		c.value(given <= 1, at, "give one of content, base64 and blob")
+		if _, err := f.Bytes(); err != nil {
+			c.add(at+".base64", CodeInvalidValue, "is not standard base64")
+		}
+	}
+	for i, f := range s.Files {
+		for dir := path.Dir(f.Path); dir != "." && dir != "/"; dir = path.Dir(dir) {
+			c.value(!seen[dir], fmt.Sprintf("files.%d.path", i), "lies below another file")
+		}
+	}
+}
+
+// Bytes is what the file holds, if it is not a blob.
+func (f File) Bytes() ([]byte, error) {
+	if f.Base64 != "" {
+		return base64.StdEncoding.DecodeString(f.Base64)
+	}
+	return []byte(f.Content), nil
+}
+
+// clean says whether p is in its shortest form and has no control characters.
+func clean(p string) bool {
+	return path.Clean(p) == p && len(p) <= 4096 && !strings.ContainsFunc(p, unicode.IsControl)
+}
+
+func (s *Spec) checkResources(c *checker) {
+	r := s.Resources
+	c.value(!math.IsNaN(float64(r.CPUs)) && r.CPUs >= 0.01 && r.CPUs <= 1024, "resources.cpus", "must be 0.01 to 1024")
+	c.value(r.Memory >= MinMemory && r.Memory <= 1<<46, "resources.memory", "must be at least %s", Size(MinMemory))
+	c.value(r.Pids >= 1 && r.Pids <= MaxPids, "resources.pids", "must be 1 to %d", MaxPids)
+	c.value(r.Disk >= 4<<10 && r.Disk <= 1<<46, "resources.disk", "must be at least 4KiB")
+	c.value(r.GPUs >= 0, "resources.gpus", "must not be negative")
+}
+
+func (s *Spec) checkTmpfs(c *checker, p Policy) {
+	if len(s.Tmpfs) > 0 && !p.AllowTmpfs {
+		c.add("tmpfs", CodeNotAllowed, "this site does not let tasks have places to write of their own")
+	}
+	c.value(len(s.Tmpfs) <= MaxTmpfs, "tmpfs", "must be at most %d", MaxTmpfs)
+	for _, k := range sortedKeys(s.Tmpfs) {
+		ok := path.IsAbs(k) && clean(k) && k != "/" && !strings.ContainsAny(k, ":,")
+		for _, taken := range []string{"/task", "/.dayfly", "/proc", "/sys", "/dev"} {
+			ok = ok && k != taken && !strings.HasPrefix(k, taken+"/")
+		}
+		if !ok {
+			c.add("tmpfs", CodeInvalidValue, "paths must be absolute and outside /task, /.dayfly, /proc, /sys and /dev")
+			break
+		}
+		c.value(s.Tmpfs[k] >= 4<<10, "tmpfs."+k, "must be at least 4KiB")
+	}
+}
+
+func (s *Spec) checkTimes(c *checker, p Policy) {
+	c.value(s.TTL.Std() >= time.Second, "ttl", `must be at least "1s"`)
+	c.value(s.TTL <= p.MaxTTL, "ttl", "must be at most %s here", p.MaxTTL)
+	for _, t := range []struct {
+		field string
+		value Duration
+		least time.Duration
+	}{
+		{"timeouts.queue", s.Timeouts.Queue, time.Second}, {"timeouts.pull", s.Timeouts.Pull, time.Second},
+		{"timeouts.start", s.Timeouts.Start, time.Second}, {"timeouts.stop", s.Timeouts.Stop, 0},
+	} {
+		c.value(t.value.Std() >= t.least && t.value.Std() <= 24*time.Hour, t.field, `must be %s to "24h"`, Duration(t.least))
+	}
+}
+
+func checkPairs(c *checker, field string, m map[string]string) {
+	c.value(len(m) <= MaxLabels, field, "must be at most %d", MaxLabels)
+	for k, v := range m {
+		if k == "" || len(k) > 63 || strings.ContainsFunc(k, func(r rune) bool {
+			return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("-_./", r))
+		}) {
+			c.add(field, CodeInvalidValue, "names must be 1 to 63 of letters, digits and -_./")
+			return
+		}
+		if len(v) > 256 || strings.ContainsFunc(v, unicode.IsControl) {
+			c.add(field+"."+k, CodeInvalidValue, "must be at most 256 bytes without control characters")
+			return
+		}
+	}
+}
+
+func sortedKeys[V any](m map[string]V) []string {
+	keys := make([]string, 0, len(m))
+	for k := range m {
+		keys = append(keys, k)
+	}
+	slices.Sort(keys)
+	return keys
+}
