@@ -220,6 +220,11 @@ func (r *Record) note(m Meta, note string) {
 	if n := len(r.History); n > MaxHistory { // keep how it began and what came last
 		r.History = slices.Delete(r.History, 1, 1+n-MaxHistory)
 	}
+	r.op(m)
+}
+
+// op remembers the write's id.
+func (r *Record) op(m Meta) {
 	if m.Op != "" {
 		r.LastOps = append(r.LastOps, m.Op)
 		if n := len(r.LastOps); n > MaxLastOps {

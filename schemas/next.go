@@ -1,0 +1,466 @@
+package schemas
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+)
+
+// Meta is what every event carries.
+type Meta struct {
+	At time.Time // by the clock of the service that writes
+	By string    // the actor: "gateway", "placer", "reaper", or a client's name
+	Op string    // random id of this write, kept in last_ops
+}
+
+// Event is something that may change a record. The kinds are below.
+type Event interface{ meta() Meta }
+
+func (m Meta) meta() Meta { return m }
+
+// Choose gives a queued task to a worker: the placer's event.
+type Choose struct {
+	Meta
+	Worker WorkerID
+	Epoch  Epoch
+}
+
+// AskCancel is a client's wish to end the task. A queued task ends at once, a held
+// one when no process of it is left.
+type AskCancel struct {
+	Meta
+	Grace Duration // between TERM and KILL
+}
+
+// AskExtend moves the deadline to TTL from now, never back and never beyond MaxTTL
+// after the start. Before the task has run it lengthens the TTL instead.
+type AskExtend struct {
+	Meta
+	TTL Duration
+}
+
+// Settle folds a worker's report into the record.
+type Settle struct {
+	Meta
+	Report Report
+}
+
+// Lose says that the registration (Worker, Epoch) is over and that its containers
+// must be dead by now, save those that need no permit: the reaper's event after
+// its verdict. Gone says that the worker came back and does not have the attempt,
+// so that even such a task is dead.
+type Lose struct {
+	Meta
+	Worker WorkerID
+	Epoch  Epoch
+	Gone   bool
+}
+
+// Sweep lets time do its work: queue timeout, TTL of a queued task, TTL of a task
+// whose worker is away for good.
+type Sweep struct{ Meta }
+
+// Sentinels of Next. All of them leave the record as it was.
+var (
+	ErrFinal     = errors.New("the task is final")
+	ErrStale     = errors.New("the event is about an attempt or phase that is no longer current")
+	ErrUnchanged = errors.New("the event changes nothing")
+	ErrTooLate   = errors.New("too little of the task's time is left")
+	ErrLimit     = errors.New("the longest lifetime is reached")
+	ErrState     = errors.New("the task's state does not allow it")
+)
+
+// TransitionError says which event was refused in which state. It wraps one of the
+// sentinels.
+type TransitionError struct {
+	Task  TaskID
+	From  State
+	Event string
+	Err   error
+}
+
+func (e *TransitionError) Error() string {
+	return fmt.Sprintf("task %s: %s while %s: %v", e.Task, e.Event, e.From, e.Err)
+}
+
+// Unwrap gives the sentinel.
+func (e *TransitionError) Unwrap() error { return e.Err }
+
+// Intervals that the rules need.
+const (
+	// ExtendLeast is how much of its time a task must have left to be extended: the
+	// new deadline must reach the worker before the old one ends the task.
+	ExtendLeast = 2 * time.Second
+	// AvoidFor is how long the placer skips a worker that gave the task back.
+	AvoidFor = 30 * time.Second
+	// LostSlack is what a worker that is away may take, beyond deadline and grace, to
+	// end a task by its init alone.
+	LostSlack = 10 * time.Second
+
+	backoffFirst = 200 * time.Millisecond
+	backoffMost  = 30 * time.Second
+)
+
+// Transition is one row of the table of a task's life.
+type Transition struct {
+	From State // "" before the task exists
+	To   State
+	Who  string
+	On   string
+}
+
+// Table is the life of a task. Next makes exactly these transitions; the diagram in
+// README.md is drawn from it.
+func Table() []Transition {
+	t := []Transition{
+		{"", Queued, "gateway", "accepted"},
+		{Queued, Assigned, "placer", "a worker chosen"},
+		{Queued, Canceled, "gateway", "cancel"},
+		{Queued, Expired, "reaper", "TTL over while queued again"},
+		{Queued, Failed, "reaper", "queue timeout"},
+		{Assigned, Starting, "reaper", "report: accepted"},
+		{Assigned, Running, "reaper", "report: process started"},
+		{Starting, Running, "reaper", "report: process started"},
+	}
+	for _, from := range []State{Assigned, Starting, Running} {
+		for _, to := range []State{Completed, Failed, Canceled, Expired, Queued} {
+			t = append(t, Transition{from, to, "reaper", "no process is left"})
+		}
+	}
+	return t
+}
+
+// Next gives the record that follows from r by the event. It is pure: it changes
+// neither argument, and services may call it again on a newer record after a lost
+// compare-and-set. An error is a *TransitionError; errors.Is tells which sentinel.
+func Next(r Record, event Event) (Record, error) {
+	m := event.meta()
+	n := r.clone()
+	err := ErrFinal
+	if !r.State.Final() {
+		switch e := event.(type) {
+		case Choose:
+			err = n.choose(e)
+		case AskCancel:
+			err = n.cancel(e)
+		case AskExtend:
+			err = n.extend(e)
+		case Settle:
+			err = n.settle(e)
+		case Lose:
+			err = n.lose(e)
+		case Sweep:
+			err = n.sweep(m)
+		default:
+			panic(fmt.Sprintf("schemas: unknown event %T", event))
+		}
+	}
+	if err != nil {
+		return r, &TransitionError{Task: r.ID, From: r.State, Event: fmt.Sprintf("%T", event)[len("schemas."):], Err: err}
+	}
+	return n, nil
+}
+
+func (r *Record) choose(e Choose) error {
+	if r.State != Queued {
+		return ErrState
+	}
+	r.Attempt++
+	r.Worker, r.Epoch = e.Worker, e.Epoch
+	r.Restarts, r.Applied, r.Progress = 0, r.Extensions, ""
+	r.AssignedAt, r.StartingAt = e.At, time.Time{}
+	r.Holders = append(r.Holders, Holder{Attempt: r.Attempt, Worker: e.Worker, Epoch: e.Epoch})
+	if n := len(r.Holders); n > MaxHolders {
+		r.Holders = slices.Delete(r.Holders, 0, n-MaxHolders)
+	}
+	r.enter(Assigned, ReasonNone, "", e.Meta)
+	return nil
+}
+
+func (r *Record) cancel(e AskCancel) error {
+	if r.State == Queued {
+		r.finish(Canceled, ReasonCanceled, "canceled while it waited for a worker", e.Meta)
+		return nil
+	}
+	if r.Cancel != nil {
+		return ErrUnchanged
+	}
+	r.Cancel = &CancelMark{At: e.At, By: e.By, Grace: e.Grace}
+	r.note(e.Meta, "cancel asked")
+	return nil
+}
+
+func (r *Record) extend(e AskExtend) error {
+	if r.Cancel != nil {
+		return ErrState
+	}
+	if r.ExpiresAt.IsZero() {
+		ttl := min(e.TTL, r.MaxTTL)
+		if ttl <= r.TTL {
+			return ErrUnchanged
+		}
+		r.TTL = ttl
+		r.Extensions++
+		r.note(e.Meta, "ttl lengthened to "+ttl.String())
+		return nil
+	}
+	if r.ExpiresAt.Sub(e.At) < ExtendLeast {
+		return ErrTooLate
+	}
+	last := r.RunningAt.Add(r.MaxTTL.Std())
+	to := e.At.Add(e.TTL.Std())
+	if to.After(last) {
+		to = last
+	}
+	if !to.After(r.ExpiresAt) {
+		if e.At.Add(e.TTL.Std()).After(r.ExpiresAt) {
+			return ErrLimit
+		}
+		return ErrUnchanged
+	}
+	r.ExpiresAt = to
+	r.Extensions++
+	r.note(e.Meta, "extended to "+to.Format(time.RFC3339))
+	return nil
+}
+
+// settle joins a report into the record by (attempt, restarts, phase): a phase never
+// goes back within one count of restarts.
+func (r *Record) settle(e Settle) error {
+	rep := e.Report
+	if !r.State.Held() || rep.Assignment != r.Assignment() {
+		return ErrStale
+	}
+	if rep.Phase.rank() == 0 || rep.Restarts < r.Restarts {
+		return ErrStale
+	}
+	changed := false
+	if rep.Ran && r.RunningAt.IsZero() {
+		r.RunningAt = e.At.Add(-rep.RanFor.Std())
+		r.ExpiresAt = r.RunningAt.Add(r.TTL.Std())
+	}
+	if !r.WorkerLostAt.IsZero() { // it came back, and brought its task
+		r.WorkerLostAt = time.Time{}
+		changed = true
+	}
+	if rep.Applied > r.Applied {
+		r.Applied = min(rep.Applied, r.Extensions)
+		changed = true
+	}
+	if rep.Restarts > r.Restarts {
+		r.Restarts = rep.Restarts
+		changed = true
+	}
+	if rep.Phase == PhaseEnded && rep.End != nil {
+		r.conclude(*rep.End, rep.Ran, e.Meta)
+		return nil
+	}
+	switch rank := rep.Phase.rank(); {
+	case rank == PhaseRunning.rank() && r.State != Running:
+		r.try()
+		r.Progress = ""
+		r.enter(Running, ReasonNone, "", e.Meta)
+	case rank == PhaseAccepted.rank() && r.State == Assigned:
+		r.try()
+		r.StartingAt, r.Progress = e.At, rep.Progress
+		r.enter(Starting, ReasonNone, "", e.Meta)
+	case rank == PhaseAccepted.rank() && r.State == Starting && r.Progress != rep.Progress:
+		r.Progress = rep.Progress
+		r.op(e.Meta)
+	case changed:
+		r.note(e.Meta, "worker reported")
+	case rank < phaseOf(r.State).rank():
+		return ErrStale
+	default:
+		return ErrUnchanged
+	}
+	return nil
+}
+
+func phaseOf(s State) Phase {
+	switch s {
+	case Starting:
+		return PhaseAccepted
+	case Running:
+		return PhaseRunning
+	}
+	return ""
+}
+
+// try counts the attempt against max_attempts, once: when it reaches "starting".
+func (r *Record) try() {
+	if r.State == Assigned {
+		r.Tries++
+		r.GiveBacks = 0
+	}
+}
+
+// conclude decides what becomes of the task now that no process of it is left, in
+// the order of the design: it ended by itself; a client canceled it; its time was
+// over; it was given back; it was lost.
+func (r *Record) conclude(end End, ran bool, m Meta) {
+	if end.By != EndedGaveBack || ran {
+		r.try()
+		r.Exit, r.Stdout, r.Stderr = end.Exit, end.Stdout, end.Stderr
+		usage, logs := end.Usage, end.Logs
+		r.Usage, r.Logs = &usage, &logs
+	}
+	timeOver := end.By == EndedDeadline || !r.ExpiresAt.IsZero() && !m.At.Before(r.ExpiresAt)
+	switch {
+	case end.By == EndedItself && end.Exit != nil && end.Exit.Code == 0 && end.Reason != ReasonOOM:
+		r.finish(Completed, ReasonExit, end.Message, m)
+	case end.By == EndedItself:
+		r.finish(Failed, end.Reason, end.Message, m)
+	case r.Cancel != nil:
+		r.finish(Canceled, ReasonCanceled, "canceled by "+r.Cancel.By, m)
+	case timeOver:
+		if r.Exit != nil {
+			exit := *r.Exit
+			exit.TimedOut = true
+			r.Exit = &exit
+		}
+		r.finish(Expired, ReasonExpired, "its time of "+r.TTL.String()+" was over", m)
+	case end.By == EndedGaveBack && !ran:
+		r.giveBack(end, m)
+	default:
+		r.lostAttempt(end, m)
+	}
+	r.fit()
+}
+
+// giveBack puts the task back in the queue at no cost, since nothing of it ran.
+func (r *Record) giveBack(end End, m Meta) {
+	if r.State == Starting { // it had been counted
+		r.Tries = max(0, r.Tries-1)
+	}
+	back := backoffFirst << min(r.GiveBacks, 10)
+	r.GiveBacks++
+	r.Avoid = slices.DeleteFunc(r.Avoid, func(a Avoid) bool { return a.Worker == r.Worker || !m.At.Before(a.Until) })
+	r.Avoid = append(r.Avoid, Avoid{Worker: r.Worker, Until: m.At.Add(AvoidFor)})
+	if n := len(r.Avoid); n > MaxHolders {
+		r.Avoid = slices.Delete(r.Avoid, 0, n-MaxHolders)
+	}
+	r.requeue(ReasonGaveBack, end.Message, min(back, backoffMost), m)
+}
+
+// lostAttempt ends an attempt that its worker lost: on_lost decides.
+func (r *Record) lostAttempt(end End, m Meta) {
+	message := end.Message
+	if message == "" {
+		message = fmt.Sprintf("worker %s was lost", r.Worker)
+	}
+	switch {
+	case r.Spec.OnLost != OnLostRequeue:
+		r.finish(Failed, ReasonWorkerLost, message, m)
+	case r.Tries >= r.Spec.MaxAttempts:
+		r.finish(Failed, ReasonWorkerLost, fmt.Sprintf("%s; all %d attempts are used", message, r.Spec.MaxAttempts), m)
+	default:
+		r.Exit, r.Stdout, r.Stderr, r.Usage, r.Logs = nil, "", "", nil, nil
+		r.requeue(ReasonWorkerLost, message, 0, m)
+	}
+}
+
+func (r *Record) requeue(reason Reason, message string, after time.Duration, m Meta) {
+	r.enter(Queued, reason, message, m) // the history still names the worker
+	r.Worker, r.Epoch, r.Restarts, r.Progress = "", "", 0, ""
+	r.WorkerLostAt = time.Time{}
+	r.QueuedAt, r.NotBefore = m.At, time.Time{}
+	if after > 0 {
+		r.NotBefore = m.At.Add(after)
+	}
+}
+
+func (r *Record) lose(e Lose) error {
+	if !r.State.Held() || r.Worker != e.Worker || r.Epoch != e.Epoch {
+		return ErrStale
+	}
+	if r.Spec.OnLost == OnLostWait && !e.Gone {
+		if !r.WorkerLostAt.IsZero() {
+			return ErrUnchanged
+		}
+		r.WorkerLostAt = e.At
+		r.note(e.Meta, "worker lost; the task waits for it")
+		return nil
+	}
+	r.conclude(r.lostEnd(fmt.Sprintf("worker %s was lost", r.Worker)), false, e.Meta)
+	return nil
+}
+
+// lostEnd is the end of an attempt of which nothing more will be heard.
+func (r *Record) lostEnd(message string) End {
+	return End{By: EndedLost, Reason: ReasonWorkerLost, Message: message, Logs: LogSum{Truncated: true, Why: "worker_lost"}}
+}
+
+func (r *Record) sweep(m Meta) error {
+	switch {
+	case r.State == Queued && !r.ExpiresAt.IsZero() && !m.At.Before(r.ExpiresAt):
+		r.finish(Expired, ReasonExpired, "its time of "+r.TTL.String()+" was over before another worker was found", m)
+	case r.State == Queued && !m.At.Before(r.QueuedAt.Add(r.Spec.Timeouts.Queue.Std())):
+		r.finish(Failed, ReasonQueueTimeout, "no worker had room for it within "+r.Spec.Timeouts.Queue.String(), m)
+	case !r.WorkerLostAt.IsZero() && !m.At.Before(r.surelyDead()):
+		if r.ExpiresAt.IsZero() {
+			r.ExpiresAt = m.At
+		}
+		r.conclude(r.lostEnd(fmt.Sprintf("worker %s did not come back", r.Worker)), false, m)
+	default:
+		return ErrUnchanged
+	}
+	return nil
+}
+
+// surelyDead is when a task that needs no permit has been ended by its own init,
+// whose worker is away: at the latest it was started just before the verdict.
+func (r *Record) surelyDead() time.Time {
+	last := r.ExpiresAt
+	if last.IsZero() {
+		last = r.WorkerLostAt.Add(r.TTL.Std())
+	}
+	return last.Add(r.Spec.Timeouts.Stop.Std() + LostSlack)
+}
+
+// SweepAt is when Sweep has something to do for the record, the zero time if never
+// in its present state.
+func (r *Record) SweepAt() time.Time {
+	switch {
+	case r.State == Queued:
+		at := r.QueuedAt.Add(r.Spec.Timeouts.Queue.Std())
+		if !r.ExpiresAt.IsZero() && r.ExpiresAt.Before(at) {
+			at = r.ExpiresAt
+		}
+		return at
+	case r.State.Held() && !r.WorkerLostAt.IsZero():
+		return r.surelyDead()
+	}
+	return time.Time{}
+}
+
+func (r *Record) enter(s State, reason Reason, message string, m Meta) {
+	r.State, r.Reason, r.Message = s, reason, message
+	r.note(m, "")
+}
+
+func (r *Record) finish(s State, reason Reason, message string, m Meta) {
+	r.EndedAt, r.Progress, r.WorkerLostAt, r.NotBefore, r.Avoid = m.At, "", time.Time{}, time.Time{}, nil
+	r.enter(s, reason, message, m)
+}
+
+// fit keeps the record within MaxRecordBytes: the inline outputs give way first.
+func (r *Record) fit() {
+	for limit := MaxInlineOutput; limit >= 1<<10; limit /= 2 {
+		r.Stdout, r.Stderr = cut(r.Stdout, limit), cut(r.Stderr, limit)
+		if b, err := Encode(r); err != nil || len(b) <= MaxRecordBytes {
+			return
+		}
+	}
+}
+
+func cut(s string, n int) string {
+	if len(s) <= n {
+		return s
+	}
+	for n > 0 && s[n]&0xC0 == 0x80 { // not inside a character
+		n--
+	}
+	return s[:n]
+}
