@@ -308,7 +308,7 @@ func (r *Record) conclude(end End, ran bool, m Meta) {
 	}
 	timeOver := end.By == EndedDeadline || !r.ExpiresAt.IsZero() && !m.At.Before(r.ExpiresAt)
 	switch {
-	case end.By == EndedItself && end.Exit != nil && end.Exit.Code == 0 && end.Reason != ReasonOOM:
+	case end.By == EndedItself && end.Exit != nil && end.Exit.Code == 0:
 		r.finish(Completed, ReasonExit, end.Message, m)
 	case end.By == EndedItself:
 		r.finish(Failed, end.Reason, end.Message, m)

@@ -1,0 +1,107 @@
+package schemas
+
+import "time"
+
+// Task is a task as the API shows it.
+type Task struct {
+	ID       TaskID `json:"id"`
+	State    State  `json:"state"`
+	Reason   Reason `json:"reason,omitzero"`
+	Message  string `json:"message,omitzero"`
+	Why      *Why   `json:"why,omitzero"` // while queued, of a single task
+	Progress string `json:"progress,omitzero"`
+
+	Attempt  int      `json:"attempt"`
+	Restarts int      `json:"restarts"`
+	Worker   WorkerID `json:"worker,omitzero"`
+
+	Spec    Spec     `json:"spec"`
+	Timings Timings  `json:"timings"`
+	History []Change `json:"history,omitzero"` // not in lists
+
+	ExpiresAt    time.Time   `json:"expires_at,omitzero"`
+	SecondsLeft  int64       `json:"seconds_left,omitzero"`
+	Cancel       *CancelMark `json:"cancel,omitzero"`
+	WorkerLostAt time.Time   `json:"worker_lost_at,omitzero"`
+
+	Exit   *Exit   `json:"exit,omitzero"`
+	Usage  *Usage  `json:"usage,omitzero"`
+	Stdout string  `json:"stdout,omitzero"` // the first MaxInlineOutput bytes; not in lists
+	Stderr string  `json:"stderr,omitzero"`
+	Logs   *LogSum `json:"logs,omitzero"`
+
+	Revision uint64 `json:"revision"`
+}
+
+// Timings are the moments of a task's life that have come.
+type Timings struct {
+	Accepted time.Time `json:"accepted_at"`
+	Assigned time.Time `json:"assigned_at,omitzero"`
+	Starting time.Time `json:"starting_at,omitzero"`
+	Running  time.Time `json:"running_at,omitzero"`
+	Ended    time.Time `json:"ended_at,omitzero"`
+}
+
+// View is the task as the API shows it at now.
+func (r *Record) View(revision uint64, now time.Time) Task {
+	t := Task{
+		ID: r.ID, State: r.State, Reason: r.Reason, Message: r.Message, Progress: r.Progress,
+		Attempt: r.Attempt, Restarts: r.Restarts, Worker: r.Worker, Spec: r.Spec,
+		Timings: Timings{Accepted: r.AcceptedAt, Assigned: r.AssignedAt, Starting: r.StartingAt, Running: r.RunningAt, Ended: r.EndedAt},
+		History: r.History, ExpiresAt: r.ExpiresAt, Cancel: r.Cancel, WorkerLostAt: r.WorkerLostAt,
+		Exit: r.Exit, Usage: r.Usage, Stdout: r.Stdout, Stderr: r.Stderr, Logs: r.Logs, Revision: revision,
+	}
+	if !r.ExpiresAt.IsZero() && !r.State.Final() {
+		t.SecondsLeft = int64(r.TimeLeft(now).Round(time.Second).Seconds())
+	}
+	return t
+}
+
+// TaskList is a page of tasks, newest first.
+type TaskList struct {
+	Items      []Task `json:"items"`
+	NextCursor string `json:"next_cursor,omitzero"`
+}
+
+// ExtendRequest is the body of POST /v1/tasks/{id}/extend.
+type ExtendRequest struct {
+	TTL Duration `json:"ttl"`
+}
+
+// Worker is a worker as the API shows it.
+type Worker struct {
+	ID           WorkerID   `json:"id"`
+	State        string     `json:"state"` // ready, draining, silent (no beat for a lease), lost
+	Epoch        Epoch      `json:"epoch"`
+	Version      string     `json:"version"`
+	Host         Host       `json:"host"`
+	Assigned     Allocation `json:"assigned"` // what its tasks were promised
+	Running      int        `json:"running"`
+	Load         Load       `json:"load"`
+	BeatAgo      Duration   `json:"beat_ago"` // by the gateway's clock since it saw the last beat
+	RegisteredAt time.Time  `json:"registered_at,omitzero"`
+}
+
+// Allocation sums what is assigned to a worker.
+type Allocation struct {
+	Tasks  int  `json:"tasks"`
+	CPUs   CPUs `json:"cpus"`
+	Memory Size `json:"memory_bytes"`
+}
+
+// WorkerList is the answer of GET /v1/workers, by name.
+type WorkerList struct {
+	Items []Worker `json:"items"`
+}
+
+// LogLine is one piece of a task's log as NDJSON and SSE carry it: a run of bytes
+// of one stream, not split at lines. Data is text where the bytes are UTF-8, else
+// Base64 holds them.
+type LogLine struct {
+	Attempt int       `json:"attempt"`
+	Stream  Stream    `json:"stream"`
+	Offset  int64     `json:"offset"`
+	At      time.Time `json:"at"`
+	Data    string    `json:"data,omitzero"`
+	Base64  string    `json:"base64,omitzero"`
+}
