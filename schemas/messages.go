@@ -25,6 +25,7 @@ type Order struct {
 	Restarts   int      `json:"restarts,omitzero"`
 	Extensions int      `json:"extensions,omitzero"`
 	TimeLeft   Duration `json:"time_left,omitzero"` // until the deadline; clocks of two machines are never compared
+	Counting   bool     `json:"counting,omitzero"`  // the deadline stands: TimeLeft counts from now, not from the start of the process
 	Grace      Duration `json:"grace,omitzero"`     // with stop
 	Spec       *Spec    `json:"spec,omitzero"`      // with run
 
@@ -44,7 +45,8 @@ func NewOrder(r Record, revision uint64, a Assignment, now time.Time) Order {
 	case !r.ExpiresAt.IsZero() && !now.Before(r.ExpiresAt):
 		o.Want, o.Grace = WantStop, r.Spec.Timeouts.Stop
 	default:
-		o.Want, o.TimeLeft, o.Spec = WantRun, Duration(r.TimeLeft(now)), &r.Spec
+		o.Want, o.Spec = WantRun, &r.Spec
+		o.TimeLeft, o.Counting = Duration(r.TimeLeft(now)), !r.ExpiresAt.IsZero()
 	}
 	return o
 }
@@ -209,6 +211,7 @@ const (
 // Headers of messages. A log chunk's body is the bytes themselves.
 const (
 	HeaderState   = "S"              // on a record: its state, so that views need not decode
+	HeaderHolder  = "H"              // on a record that a worker holds: "<worker> <epoch>"
 	HeaderAttempt = "Dayfly-Attempt" // on a log chunk
 	HeaderStream  = "Dayfly-Stream"  // on a log chunk: stdout or stderr
 	HeaderOffset  = "Dayfly-Offset"  // on a log chunk: of its first byte in its stream
