@@ -127,11 +127,16 @@ type Beat struct {
 	Since    time.Time `json:"since"` // when the agent registered, by its clock
 	Host     Host      `json:"host"`
 
-	Running  int      `json:"running"`         // attempts with a container
-	Order    uint64   `json:"order,omitzero"`  // stream sequence of the newest order handled
-	Reported bool     `json:"reported"`        // everything that it holds of earlier times has been reported
-	Images   []string `json:"images,omitzero"` // ids of images it has
-	Load     Load     `json:"load,omitzero"`
+	Running int    `json:"running"`        // attempts with a container
+	Order   uint64 `json:"order,omitzero"` // stream sequence of the newest order handled
+	// Reported says that everything it took back from an earlier agent has been reported.
+	// Kept names the tasks of earlier epochs that are still with it; once Reported is
+	// true, a task of an earlier epoch that is not among them is gone.
+	Reported bool     `json:"reported"`
+	Kept     []TaskID `json:"kept,omitzero"`
+
+	Images []string `json:"images,omitzero"` // ids of images it has
+	Load   Load     `json:"load,omitzero"`
 
 	// LostAt is the reaper's verdict. A worker that reads it on its own key ends all
 	// that it runs and registers anew.

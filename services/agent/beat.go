@@ -68,7 +68,7 @@ func (a *Agent) tryRegister(ctx context.Context, instance string) error {
 				return err
 			}
 		}
-		if epoch, err = a.renew(ctx); err != nil {
+		if epoch, err = a.renew(ctx, max(epoch, now.Value.Epoch)); err != nil {
 			return err
 		}
 	}
@@ -124,7 +124,7 @@ func (a *Agent) observe(ctx context.Context, e bus.Entry[schemas.Beat]) (bus.Ent
 
 // renew begins a new epoch: what ran under the old one ends first, save what needs
 // no permit, and is forgotten.
-func (a *Agent) renew(ctx context.Context) (schemas.Epoch, error) {
+func (a *Agent) renew(ctx context.Context, former schemas.Epoch) (schemas.Epoch, error) {
 	a.mu.Lock()
 	var old []*attempt
 	for id, t := range a.live {
@@ -144,7 +144,7 @@ func (a *Agent) renew(ctx context.Context) (schemas.Epoch, error) {
 			return "", ctx.Err()
 		}
 	}
-	epoch := schemas.Epoch(randomID())
+	epoch := schemas.NewEpoch(former, time.Now(), rand.Text())
 	keep := map[schemas.Assignment]bool{}
 	a.mu.Lock()
 	for _, t := range a.live {
