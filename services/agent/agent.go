@@ -186,8 +186,7 @@ func (a *Agent) recover(ctx context.Context) error {
 	for _, att := range found {
 		e, known := a.journal.get(att.Assignment().Task)
 		if !sameBoot || !known || e.Closed || e.Assignment != att.Assignment() {
-			a.log.Info().Str("task", string(att.Assignment().Task)).Int("attempt", att.Assignment().Attempt).Msg("remove what is left of a closed attempt")
-			a.attempts.Go(func() { a.remove(att) })
+			a.attempts.Go(func() { a.clear(att, e, sameBoot && known && e.Assignment == att.Assignment()) })
 			continue
 		}
 		a.adopt(e, att)
@@ -203,6 +202,18 @@ func (a *Agent) recover(ctx context.Context) error {
 	a.epoch = head.Epoch
 	a.unsaid = len(a.live)
 	return nil
+}
+
+// clear removes what is left of an attempt that no record waits for. If it was closed
+// a moment before the agent ended, the last of its log may have been lost with a
+// server that ended too: that is sent again first.
+func (a *Agent) clear(found Attempt, e entry, closed bool) {
+	if closed {
+		t := &attempt{agent: a, Assignment: e.Assignment, log: a.log}
+		safe := offsets{e.Stdout, e.Stderr}
+		_ = (&shipper{t: t, out: found.Output(), sent: safe, safe: safe}).ship(a.ctx)
+	}
+	a.remove(found)
 }
 
 // adopt goes on with an attempt of an earlier agent; found is nil if nothing of it
@@ -222,7 +233,7 @@ func (a *Agent) track(e entry) *attempt {
 	t := &attempt{
 		agent: a, Assignment: e.Assignment, noPermit: e.NoPermit, needs: e.Needs, ctx: ctx, cancel: cancel,
 		revision: e.Revision, applied: e.Applied, closed: make(chan struct{}), dead: make(chan struct{}),
-		sent: map[schemas.Stream]int64{schemas.Stdout: e.Stdout, schemas.Stderr: e.Stderr},
+		safe: offsets{e.Stdout, e.Stderr},
 		log:  a.log.With().Str("task", string(e.Task)).Int("attempt", e.Attempt).Logger(),
 	}
 	a.live[e.Task] = t

@@ -4,13 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
 
-	"github.com/nats-io/nats.go"
 	"github.com/rs/zerolog"
 
 	"dayfly.dev/schemas"
@@ -37,7 +34,8 @@ type attempt struct {
 	closed chan struct{} // closed by close
 	dead   chan struct{} // closed once no process of it is left, or ever will be
 
-	sent map[schemas.Stream]int64 // of the attempt's goroutine: log bytes surely stored
+	logs *shipper // of the attempt's goroutine; nil before the process was started
+	safe offsets  // of the journal: log bytes that an earlier agent has surely stored
 
 	mu       sync.Mutex
 	found    Attempt                 // under mu: once started
@@ -212,6 +210,8 @@ func (t *attempt) watch(found Attempt, startTook time.Duration) {
 	t.say(schemas.Report{Phase: schemas.PhaseRunning, Ran: true}, hold)
 
 	out := found.Output()
+	t.logs = &shipper{t: t, out: out, sent: t.safe, safe: t.safe}
+	reconnected := t.agent.conn.Reconnected()
 	for ended := false; ; {
 		changed := out.Changed()
 		select {
@@ -219,16 +219,19 @@ func (t *attempt) watch(found Attempt, startTook time.Duration) {
 			ended = true
 		default:
 		}
-		if err := t.ship(out); err != nil {
+		if t.logs.ship(t.ctx) != nil {
 			break // the agent ends, or a later attempt has taken over
 		}
 		if ended {
 			t.finish(t.outcome(found, out), true)
-			break
+			return
 		}
 		select {
 		case <-changed:
 			t.gather(found)
+		case <-reconnected:
+			reconnected = t.agent.conn.Reconnected()
+			t.logs.rewind()
 		case <-found.Done():
 		case <-t.ctx.Done():
 		}
@@ -246,71 +249,6 @@ func (t *attempt) gather(found Attempt) {
 	case <-timer.C:
 	case <-found.Done():
 	case <-t.ctx.Done():
-	}
-}
-
-var streams = []schemas.Stream{schemas.Stdout, schemas.Stderr}
-
-// logChunk is the largest piece of a log in one message.
-const logChunk = 64 << 10
-
-var chunks = sync.Pool{New: func() any { return new([logChunk]byte) }}
-
-// ship sends what is new in the log and returns when all of it is stored. Chunks of
-// an attempt go one after the other, so that a reader finds them in order; one
-// that was stored twice is told by its offset.
-func (t *attempt) ship(out Output) error {
-	buf := chunks.Get().(*[logChunk]byte)
-	defer chunks.Put(buf)
-	for progress := true; progress; {
-		progress = false
-		for _, stream := range streams {
-			n, err := out.ReadAt(stream, buf[:], t.sent[stream])
-			if n == 0 {
-				if err != nil && !errors.Is(err, io.EOF) {
-					t.log.Error().Err(err).Str("stream", string(stream)).Msg("read log")
-				}
-				continue
-			}
-			if err := t.publishChunk(stream, t.sent[stream], buf[:n]); err != nil {
-				return err
-			}
-			t.sent[stream] += int64(n)
-			progress = true
-		}
-		if progress {
-			if err := t.agent.journal.change(t.Assignment, func(e *entry) {
-				e.Stdout, e.Stderr = t.sent[schemas.Stdout], t.sent[schemas.Stderr]
-			}); err != nil {
-				t.log.Warn().Err(err).Msg("journal")
-			}
-		}
-	}
-	return t.ctx.Err()
-}
-
-func (t *attempt) publishChunk(stream schemas.Stream, offset int64, data []byte) error {
-	header := nats.Header{
-		schemas.HeaderAttempt: {strconv.Itoa(t.Attempt)},
-		schemas.HeaderStream:  {string(stream)},
-		schemas.HeaderOffset:  {strconv.FormatInt(offset, 10)},
-		schemas.HeaderTime:    {time.Now().UTC().Format(time.RFC3339Nano)},
-	}
-	for wait := 50 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
-		_, err := t.agent.conn.Publish(t.ctx, schemas.LogSubject(t.Worker, t.Task), header, data)
-		if err == nil {
-			t.agent.metrics.logBytes.Add(float64(len(data)))
-			return nil
-		}
-		if t.ctx.Err() != nil {
-			return context.Cause(t.ctx)
-		}
-		t.log.Debug().Err(err).Msg("send log")
-		select {
-		case <-time.After(wait):
-		case <-t.ctx.Done():
-			return context.Cause(t.ctx)
-		}
 	}
 }
 
@@ -365,20 +303,46 @@ func (t *attempt) finish(end schemas.End, ran bool) {
 	t.say(schemas.Report{Phase: schemas.PhaseEnded, Ran: ran, End: &end}, 0)
 }
 
-// await waits until the ended attempt is closed and removes its container.
+// await waits until the ended attempt is closed and its log surely stored, and
+// removes its container.
 func (t *attempt) await() {
-	select {
-	case <-t.closed:
-	case <-t.ctx.Done():
-		if context.Cause(t.ctx) != errSuperseded {
-			return
+	defer func() {
+		t.mu.Lock()
+		found := t.found
+		t.mu.Unlock()
+		if found != nil && t.agent.ctx.Err() == nil {
+			t.agent.remove(found)
 		}
-	}
-	t.mu.Lock()
-	found := t.found
-	t.mu.Unlock()
-	if found != nil {
-		t.agent.remove(found)
+	}()
+	closed := t.closed
+	var settled <-chan time.Time
+	for {
+		reconnected := t.agent.conn.Reconnected()
+		select {
+		case <-t.ctx.Done():
+			return
+		case <-closed:
+			if t.logs == nil || t.logs.settled() == 0 {
+				return
+			}
+			closed, settled = nil, time.After(t.logs.settled())
+		case <-settled:
+			return
+		case <-reconnected:
+			if t.logs != nil {
+				t.logs.rewind()
+				if t.logs.ship(t.ctx) != nil {
+					return
+				}
+			}
+			if closed == nil {
+				settled = time.After(logSafe)
+				continue
+			}
+			t.mu.Lock()
+			t.send()
+			t.mu.Unlock()
+		}
 	}
 }
 
