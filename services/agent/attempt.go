@@ -32,6 +32,7 @@ type attempt struct {
 	ctx    context.Context // ends with the agent, or with cause errSuperseded
 	cancel context.CancelCauseFunc
 	closed chan struct{} // closed by close
+	said   sync.Once     // of a recovered attempt: that it was reported
 	dead   chan struct{} // closed once no process of it is left, or ever will be
 
 	logs *shipper // of the attempt's goroutine; nil before the process was started
@@ -47,7 +48,8 @@ type attempt struct {
 	reserved bool                    // under mu: it holds room on the host
 	report   schemas.Report          // under mu: what is true, as last said or about to be
 	timer    *time.Timer             // under mu: says it later, or again
-	repeats  int                     // under mu
+	sends    int                     // under mu: reports sent
+	repeats  int                     // under mu: of the present one
 	gone     bool                    // under mu: closed or superseded: nothing more is said
 }
 
@@ -396,6 +398,8 @@ func (t *attempt) later(after time.Duration) {
 const (
 	repeatFirst = 2 * time.Second
 	repeatMost  = 30 * time.Second
+	// repeatFailed is the pause after a report that the bus did not take.
+	repeatFailed = 300 * time.Millisecond
 )
 
 // send publishes the report as it is now. It runs under t.mu, so reports leave in
@@ -420,25 +424,31 @@ func (t *attempt) send() {
 		return
 	}
 	last := r.Phase == schemas.PhaseEnded
-	first := t.repeats == 0
+	t.sends++
+	this := t.sends
+	again := min(repeatFirst<<min(t.repeats, 8), repeatMost)
 	t.repeats++
-	again := min(repeatFirst<<min(t.repeats-1, 8), repeatMost)
+	// The answer may come before PublishAsync returns, and so while t.mu is held.
 	t.agent.conn.PublishAsync(schemas.ReportSubject(t.Worker, t.Task), nil, body, func(err error) {
-		if err == nil && first && t.recovered {
-			t.agent.reported()
+		switch {
+		case err != nil:
+			time.AfterFunc(repeatFailed, func() { t.repeat(this) })
+		case last:
+			time.AfterFunc(again, func() { t.repeat(this) })
 		}
-		if err == nil && !last {
-			return
-		}
-		if err != nil {
-			again = 500 * time.Millisecond
-		}
-		t.mu.Lock()
-		defer t.mu.Unlock()
-		if t.timer == nil && !t.gone && t.ctx.Err() == nil {
-			t.later(again)
+		if err == nil && t.recovered {
+			t.said.Do(t.agent.reported)
 		}
 	})
+}
+
+// repeat sends the report again, unless it was sent since.
+func (t *attempt) repeat(sends int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.sends == sends && t.timer == nil {
+		t.send()
+	}
 }
 
 // extend applies a run order to an attempt that is live.
