@@ -31,10 +31,12 @@ type Order struct {
 // it, stop it once a client canceled it or its time is over, close it when it is
 // final or has moved on. a says which attempt the order is for.
 func NewOrder(r Record, revision uint64, a Assignment, now time.Time) Order {
-	o := Order{Assignment: a, Revision: revision, Restarts: r.Restarts, Extensions: r.Extensions}
+	o := Order{Assignment: a, Revision: revision, Want: WantClose}
+	if a != r.Assignment() || !r.State.Held() {
+		return o
+	}
+	o.Restarts, o.Extensions = r.Restarts, r.Extensions
 	switch {
-	case a != r.Assignment() || !r.State.Held():
-		o.Want = WantClose
 	case r.Cancel != nil:
 		o.Want, o.Grace = WantStop, r.Cancel.Grace
 	case !r.ExpiresAt.IsZero() && !now.Before(r.ExpiresAt):

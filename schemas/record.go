@@ -195,6 +195,7 @@ type LogSum struct {
 // NewRecord is the record of a task that was just accepted. policy gives the
 // longest lifetime.
 func NewRecord(id TaskID, spec Spec, p Policy, m Meta) Record {
+	m = m.tidy()
 	r := Record{
 		Version: RecordVersion, ID: id, Spec: spec, State: Queued,
 		AcceptedAt: m.At, QueuedAt: m.At, TTL: spec.TTL, MaxTTL: max(p.MaxTTL, spec.TTL),
