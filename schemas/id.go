@@ -67,7 +67,7 @@ const ulidAlphabet = "0123456789abcdefghjkmnpqrstvwxyz" // Crockford's base 32
 // ParseTaskID checks s, which comes from outside. The error never repeats s.
 func ParseTaskID(s string) (TaskID, error) {
 	rest, ok := strings.CutPrefix(s, "t-")
-	if !ok || len(rest) != ulid.EncodedSize || strings.Trim(rest, ulidAlphabet) != "" {
+	if !ok || len(rest) != ulid.EncodedSize || rest[0] > '7' || strings.Trim(rest, ulidAlphabet) != "" {
 		return "", fmt.Errorf("task id: %w", ErrBadID)
 	}
 	return TaskID(s), nil

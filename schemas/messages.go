@@ -1,10 +1,6 @@
 package schemas
 
-import (
-	"time"
-
-	"github.com/go-json-experiment/json/jsontext"
-)
+import "time"
 
 // Want is what an order asks of a worker.
 type Want string
@@ -29,17 +25,19 @@ type Order struct {
 	Grace      Duration `json:"grace,omitzero"`     // with stop
 	Spec       *Spec    `json:"spec,omitzero"`      // with run
 
-	Unknown jsontext.Value `json:",unknown"`
+	Unknown Unknown `json:",embed"`
 }
 
 // NewOrder is the order that follows from a record: run it while a worker holds
 // it, stop it once a client canceled it or its time is over, close it when it is
 // final or has moved on. a says which attempt the order is for.
 func NewOrder(r Record, revision uint64, a Assignment, now time.Time) Order {
-	o := Order{Assignment: a, Revision: revision, Restarts: r.Restarts, Extensions: r.Extensions}
+	o := Order{Assignment: a, Revision: revision, Want: WantClose}
+	if a != r.Assignment() || !r.State.Held() {
+		return o
+	}
+	o.Restarts, o.Extensions = r.Restarts, r.Extensions
 	switch {
-	case a != r.Assignment() || !r.State.Held():
-		o.Want = WantClose
 	case r.Cancel != nil:
 		o.Want, o.Grace = WantStop, r.Cancel.Grace
 	case !r.ExpiresAt.IsZero() && !now.Before(r.ExpiresAt):
@@ -99,7 +97,7 @@ type Report struct {
 	Progress string   `json:"progress,omitzero"` // with accepted
 	End      *End     `json:"end,omitzero"`      // with ended
 
-	Unknown jsontext.Value `json:",unknown"`
+	Unknown Unknown `json:",embed"`
 }
 
 // End is how an attempt ended.
@@ -112,6 +110,8 @@ type End struct {
 	Stdout  string  `json:"stdout,omitzero"`
 	Stderr  string  `json:"stderr,omitzero"`
 	Logs    LogSum  `json:"logs,omitzero"`
+
+	Unknown Unknown `json:",embed"`
 }
 
 // Beat is a worker's heartbeat, the value of its key in the bucket "workers".
@@ -142,7 +142,7 @@ type Beat struct {
 	// that it runs and registers anew.
 	LostAt time.Time `json:"lost_at,omitzero"`
 
-	Unknown jsontext.Value `json:",unknown"`
+	Unknown Unknown `json:",embed"`
 }
 
 // Lost says whether the reaper has declared this registration lost.
@@ -160,12 +160,16 @@ type Host struct {
 	Kinds   []string          `json:"kinds,omitzero"`
 	Engine  string            `json:"engine,omitzero"`  // such as "docker 20.10.24"
 	Runtime string            `json:"runtime,omitzero"` // such as "runc 1.1.5"
+
+	Unknown Unknown `json:",embed"`
 }
 
 // Load is what the machine is doing, for people and for placement.
 type Load struct {
 	CPU    float64 `json:"cpu,omitzero"` // 0 to 1, over the last beat
 	Memory Size    `json:"memory_bytes,omitzero"`
+
+	Unknown Unknown `json:",embed"`
 }
 
 // Drain says that a worker takes nothing new.
