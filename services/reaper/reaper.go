@@ -1,6 +1,7 @@
 package reaper
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"fmt"
@@ -121,7 +122,7 @@ func (r *Reaper) checkViews(context.Context) error {
 func decodeTask(_ string, h nats.Header, data []byte) (task, error) {
 	t := task{state: schemas.State(h.Get(schemas.HeaderState)), holder: h.Get(schemas.HeaderHolder)}
 	if !t.state.Final() {
-		t.raw = data
+		t.raw = bytes.Clone(data)
 	}
 	return t, nil
 }
