@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"reflect"
 	"strings"
 	"unicode/utf8"
 
@@ -26,83 +27,74 @@ const (
 	MaxBodyDepth = 32
 )
 
-// DecodeStrict reads what a client sent: one JSON value in UTF-8, no unknown and
+// Unknown holds the fields of an object that this version does not know, as they
+// came. Every part of a record has a place for them, because services of several
+// versions rewrite the same record.
+type Unknown map[string]jsontext.Value
+
+// refuseUnknown makes an error of the first field that would go into an Unknown.
+var refuseUnknown = json.WithUnmarshalers(json.UnmarshalFromFunc(
+	func(*jsontext.Decoder, *jsontext.Value) error { return json.ErrUnknownName }))
+
+// DecodeStrict reads what a client sent: one JSON object in UTF-8, no unknown and
 // no duplicate field, nothing after it, nested no deeper than MaxBodyDepth. What
-// is wrong comes back as an *Error of status 400 or 422 that names the field and
-// never repeats a value.
+// is wrong comes back as an *Error of status 400, 413 or 422 that names the field
+// and never repeats a value. Names, also those of map entries, are not values.
 func DecodeStrict(b []byte, v any) error {
-	if len(bytes.TrimSpace(b)) == 0 {
+	switch body := bytes.TrimSpace(b); {
+	case len(b) > MaxBodyBytes:
+		return &Error{Status: 413, Code: CodeTooLarge, Detail: fmt.Sprintf("the body must be at most %s", Size(MaxBodyBytes))}
+	case len(body) == 0:
 		return &Error{Status: 400, Code: CodeInvalidJSON, Detail: "the body is empty; send a JSON object"}
-	}
-	if !utf8.Valid(b) {
+	case !utf8.Valid(b):
 		return &Error{Status: 400, Code: CodeInvalidJSON, Detail: "the body is not valid UTF-8"}
+	case string(body) == "null": // which would be the zero value of anything
+		return &Error{Status: 422, Code: CodeInvalidType, Detail: "must be an object"}
 	}
 	if err := checkDepth(b); err != nil {
 		return err
 	}
-	err := json.Unmarshal(b, v, json.RejectUnknownMembers(true))
-	if err == nil {
+	err := json.Unmarshal(b, v, json.RejectUnknownMembers(true), refuseUnknown)
+	var syntax *jsontext.SyntacticError
+	var semantic *json.SemanticError
+	switch {
+	case err == nil:
 		return nil
-	}
-	var syn *jsontext.SyntacticError
-	if errors.As(err, &syn) {
-		if errors.Is(err, jsontext.ErrDuplicateName) {
-			return &Error{Status: 400, Code: CodeDuplicateField, Field: field(syn.JSONPointer), Detail: "the field stands there twice"}
-		}
-		return &Error{Status: 400, Code: CodeInvalidJSON, Detail: fmt.Sprintf("not valid JSON near byte %d", syn.ByteOffset)}
-	}
-	var sem *json.SemanticError
-	if errors.As(err, &sem) {
-		f := field(sem.JSONPointer)
-		if errors.Is(err, json.ErrUnknownName) {
-			return &Error{Status: 422, Code: CodeUnknownField, Field: f, Detail: "no such field; see /openapi.json for those there are"}
-		}
-		detail := "has the wrong type"
-		if sem.GoType != nil {
-			detail = "must be " + typeWord(sem.GoType.String())
-		}
-		// Our own text types say best what they want, and promise not to repeat the input.
-		if inner := sem.Err; inner == errDuration || inner == errSize || errors.Is(inner, errDuration) || errors.Is(inner, errSize) {
-			detail = unwrapQuantity(inner).Error()
-		}
-		return &Error{Status: 422, Code: CodeInvalidType, Field: f, Detail: detail}
+	case errors.As(err, &syntax) && errors.Is(err, jsontext.ErrDuplicateName):
+		return &Error{Status: 400, Code: CodeDuplicateField, Field: field(syntax.JSONPointer), Detail: "the field stands there twice"}
+	case errors.As(err, &syntax):
+		return &Error{Status: 400, Code: CodeInvalidJSON, Detail: fmt.Sprintf("not valid JSON near byte %d", syntax.ByteOffset)}
+	case errors.As(err, &semantic) && errors.Is(err, json.ErrUnknownName):
+		return &Error{Status: 422, Code: CodeUnknownField, Field: field(semantic.JSONPointer), Detail: "no such field; see /openapi.json for those there are"}
+	case errors.As(err, &semantic):
+		return &Error{Status: 422, Code: CodeInvalidType, Field: field(semantic.JSONPointer), Detail: mustBe(semantic.GoType)}
 	}
 	return &Error{Status: 400, Code: CodeInvalidJSON, Detail: "not valid JSON"}
 }
 
-func unwrapQuantity(err error) error {
-	if errors.Is(err, errDuration) {
-		return errDuration
+// mustBe says which JSON a value of Go type t is written as.
+func mustBe(t reflect.Type) string {
+	switch t {
+	case nil:
+		return "has the wrong type"
+	case reflect.TypeFor[Duration]():
+		return errDuration.Error()
+	case reflect.TypeFor[Size]():
+		return errSize.Error()
 	}
-	return errSize
-}
-
-func typeWord(goType string) string {
-	switch {
-	case strings.HasPrefix(goType, "[]"):
-		return "a list"
-	case strings.HasPrefix(goType, "map["), strings.HasPrefix(goType, "schemas."), strings.HasPrefix(goType, "*schemas."):
-		switch strings.TrimPrefix(goType, "*") {
-		case "schemas.CPUs":
-			return "a number"
-		case "schemas.Duration":
-			return strings.TrimPrefix(errDuration.Error(), "must be ")
-		case "schemas.Size":
-			return strings.TrimPrefix(errSize.Error(), "must be ")
-		case "schemas.OnLost", "schemas.Network", "schemas.ImagePolicy":
-			return "a string"
-		}
-		return "an object"
-	case strings.Contains(goType, "string"):
-		return "a string"
-	case strings.Contains(goType, "bool"):
-		return "true or false"
-	case strings.Contains(goType, "int"):
-		return "a whole number"
-	case strings.Contains(goType, "float"):
-		return "a number"
+	switch t.Kind() {
+	case reflect.String:
+		return "must be a string"
+	case reflect.Slice:
+		return "must be a list"
+	case reflect.Bool:
+		return "must be true or false"
+	case reflect.Float64:
+		return "must be a number"
+	case reflect.Int, reflect.Int64, reflect.Uint64:
+		return "must be a whole number"
 	}
-	return "of another type"
+	return "must be an object"
 }
 
 // field turns a JSON pointer into the dotted form that our errors use. Names of

@@ -12,7 +12,7 @@ type Code string
 const (
 	CodeInvalidJSON     Code = "invalid_json"       // 400: the body is not one JSON value in UTF-8
 	CodeDuplicateField  Code = "duplicate_field"    // 400
-	CodeTooLarge        Code = "too_large"          // 413: body above MaxBodyBytes
+	CodeTooLarge        Code = "too_large"          // 413: body above MaxBodyBytes, or spec above MaxSpecBytes
 	CodeContentType     Code = "content_type"       // 415: not application/json
 	CodeInvalidHeader   Code = "invalid_header"     // 400: a header such as Idempotency-Key
 	CodeInvalidQuery    Code = "invalid_query"      // 400: a query parameter
@@ -76,6 +76,9 @@ func InvalidSpec(errs []FieldError) *Error {
 	if len(errs) == 0 {
 		return nil
 	}
-	first := errs[0]
-	return &Error{Status: 422, Code: first.Code, Field: first.Field, Detail: first.Message, Errors: errs}
+	first, status := errs[0], 422
+	if first.Code == CodeTooLarge {
+		status = 413
+	}
+	return &Error{Status: status, Code: first.Code, Field: first.Field, Detail: first.Message, Errors: errs}
 }

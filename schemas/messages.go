@@ -1,10 +1,6 @@
 package schemas
 
-import (
-	"time"
-
-	"github.com/go-json-experiment/json/jsontext"
-)
+import "time"
 
 // Want is what an order asks of a worker.
 type Want string
@@ -25,26 +21,30 @@ type Order struct {
 	Restarts   int      `json:"restarts,omitzero"`
 	Extensions int      `json:"extensions,omitzero"`
 	TimeLeft   Duration `json:"time_left,omitzero"` // until the deadline; clocks of two machines are never compared
+	Counting   bool     `json:"counting,omitzero"`  // the deadline stands: TimeLeft counts from now, not from the start of the process
 	Grace      Duration `json:"grace,omitzero"`     // with stop
 	Spec       *Spec    `json:"spec,omitzero"`      // with run
 
-	Unknown jsontext.Value `json:",unknown"`
+	Unknown Unknown `json:",embed"`
 }
 
 // NewOrder is the order that follows from a record: run it while a worker holds
 // it, stop it once a client canceled it or its time is over, close it when it is
 // final or has moved on. a says which attempt the order is for.
 func NewOrder(r Record, revision uint64, a Assignment, now time.Time) Order {
-	o := Order{Assignment: a, Revision: revision, Restarts: r.Restarts, Extensions: r.Extensions}
+	o := Order{Assignment: a, Revision: revision, Want: WantClose}
+	if a != r.Assignment() || !r.State.Held() {
+		return o
+	}
+	o.Restarts, o.Extensions = r.Restarts, r.Extensions
 	switch {
-	case a != r.Assignment() || !r.State.Held():
-		o.Want = WantClose
 	case r.Cancel != nil:
 		o.Want, o.Grace = WantStop, r.Cancel.Grace
 	case !r.ExpiresAt.IsZero() && !now.Before(r.ExpiresAt):
 		o.Want, o.Grace = WantStop, r.Spec.Timeouts.Stop
 	default:
-		o.Want, o.TimeLeft, o.Spec = WantRun, Duration(r.TimeLeft(now)), &r.Spec
+		o.Want, o.Spec = WantRun, &r.Spec
+		o.TimeLeft, o.Counting = Duration(r.TimeLeft(now)), !r.ExpiresAt.IsZero()
 	}
 	return o
 }
@@ -97,7 +97,7 @@ type Report struct {
 	Progress string   `json:"progress,omitzero"` // with accepted
 	End      *End     `json:"end,omitzero"`      // with ended
 
-	Unknown jsontext.Value `json:",unknown"`
+	Unknown Unknown `json:",embed"`
 }
 
 // End is how an attempt ended.
@@ -110,6 +110,8 @@ type End struct {
 	Stdout  string  `json:"stdout,omitzero"`
 	Stderr  string  `json:"stderr,omitzero"`
 	Logs    LogSum  `json:"logs,omitzero"`
+
+	Unknown Unknown `json:",embed"`
 }
 
 // Beat is a worker's heartbeat, the value of its key in the bucket "workers".
@@ -125,17 +127,22 @@ type Beat struct {
 	Since    time.Time `json:"since"` // when the agent registered, by its clock
 	Host     Host      `json:"host"`
 
-	Running  int      `json:"running"`         // attempts with a container
-	Order    uint64   `json:"order,omitzero"`  // stream sequence of the newest order handled
-	Reported bool     `json:"reported"`        // everything that it holds of earlier times has been reported
-	Images   []string `json:"images,omitzero"` // ids of images it has
-	Load     Load     `json:"load,omitzero"`
+	Running int    `json:"running"`        // attempts with a container
+	Order   uint64 `json:"order,omitzero"` // stream sequence of the newest order handled
+	// Reported says that everything it took back from an earlier agent has been reported.
+	// Kept names the tasks of earlier epochs that are still with it; once Reported is
+	// true, a task of an earlier epoch that is not among them is gone.
+	Reported bool     `json:"reported"`
+	Kept     []TaskID `json:"kept,omitzero"`
+
+	Images []string `json:"images,omitzero"` // ids of images it has
+	Load   Load     `json:"load,omitzero"`
 
 	// LostAt is the reaper's verdict. A worker that reads it on its own key ends all
 	// that it runs and registers anew.
 	LostAt time.Time `json:"lost_at,omitzero"`
 
-	Unknown jsontext.Value `json:",unknown"`
+	Unknown Unknown `json:",embed"`
 }
 
 // Lost says whether the reaper has declared this registration lost.
@@ -153,12 +160,16 @@ type Host struct {
 	Kinds   []string          `json:"kinds,omitzero"`
 	Engine  string            `json:"engine,omitzero"`  // such as "docker 20.10.24"
 	Runtime string            `json:"runtime,omitzero"` // such as "runc 1.1.5"
+
+	Unknown Unknown `json:",embed"`
 }
 
 // Load is what the machine is doing, for people and for placement.
 type Load struct {
 	CPU    float64 `json:"cpu,omitzero"` // 0 to 1, over the last beat
 	Memory Size    `json:"memory_bytes,omitzero"`
+
+	Unknown Unknown `json:",embed"`
 }
 
 // Drain says that a worker takes nothing new.
@@ -209,6 +220,7 @@ const (
 // Headers of messages. A log chunk's body is the bytes themselves.
 const (
 	HeaderState   = "S"              // on a record: its state, so that views need not decode
+	HeaderHolder  = "H"              // on a record that a worker holds: "<worker> <epoch>"
 	HeaderAttempt = "Dayfly-Attempt" // on a log chunk
 	HeaderStream  = "Dayfly-Stream"  // on a log chunk: stdout or stderr
 	HeaderOffset  = "Dayfly-Offset"  // on a log chunk: of its first byte in its stream

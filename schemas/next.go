@@ -1,10 +1,14 @@
 package schemas
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 )
 
 // Meta is what every event carries.
@@ -18,6 +22,11 @@ type Meta struct {
 type Event interface{ meta() Meta }
 
 func (m Meta) meta() Meta { return m }
+
+// tidy gives m as a record keeps it: the time as JSON gives it back, the words short.
+func (m Meta) tidy() Meta {
+	return Meta{At: m.At.UTC().Round(0), By: line(m.By, maxWordBytes), Op: line(m.Op, maxWordBytes)}
+}
 
 // Choose gives a queued task to a worker: the placer's event.
 type Choose struct {
@@ -135,20 +144,25 @@ func Table() []Transition {
 // neither argument, and services may call it again on a newer record after a lost
 // compare-and-set. An error is a *TransitionError; errors.Is tells which sentinel.
 func Next(r Record, event Event) (Record, error) {
-	m := event.meta()
+	m := event.meta().tidy()
 	n := r.clone()
 	err := ErrFinal
 	if !r.State.Final() {
 		switch e := event.(type) {
 		case Choose:
+			e.Meta = m
 			err = n.choose(e)
 		case AskCancel:
+			e.Meta = m
 			err = n.cancel(e)
 		case AskExtend:
+			e.Meta = m
 			err = n.extend(e)
 		case Settle:
+			e.Meta = m
 			err = n.settle(e)
 		case Lose:
+			e.Meta = m
 			err = n.lose(e)
 		case Sweep:
 			err = n.sweep(m)
@@ -164,6 +178,10 @@ func Next(r Record, event Event) (Record, error) {
 
 func (r *Record) choose(e Choose) error {
 	if r.State != Queued {
+		return ErrState
+	}
+	// The epoch comes from a beat: no worker shall make a record too large to write.
+	if _, err := ParseWorkerID(string(e.Worker)); err != nil || len(e.Epoch) > maxWordBytes {
 		return ErrState
 	}
 	r.Attempt++
@@ -197,8 +215,11 @@ func (r *Record) extend(e AskExtend) error {
 	}
 	if r.ExpiresAt.IsZero() {
 		ttl := min(e.TTL, r.MaxTTL)
-		if ttl <= r.TTL {
+		switch {
+		case e.TTL <= r.TTL:
 			return ErrUnchanged
+		case ttl <= r.TTL:
+			return ErrLimit
 		}
 		r.TTL = ttl
 		r.Extensions++
@@ -236,37 +257,44 @@ func (r *Record) settle(e Settle) error {
 		return ErrStale
 	}
 	changed := false
-	if rep.Ran && r.RunningAt.IsZero() {
-		r.RunningAt = e.At.Add(-rep.RanFor.Std())
+	ended := rep.Phase == PhaseEnded
+	ran := r.State == Running || rep.Phase == PhaseRunning || ended && rep.Ran
+	if ran && r.RunningAt.IsZero() {
+		r.RunningAt = r.startedAt(rep.RanFor.Std(), e.At)
 		r.ExpiresAt = r.RunningAt.Add(r.TTL.Std())
 	}
 	if !r.WorkerLostAt.IsZero() { // it came back, and brought its task
 		r.WorkerLostAt = time.Time{}
 		changed = true
 	}
-	if rep.Applied > r.Applied {
-		r.Applied = min(rep.Applied, r.Extensions)
+	if applied := min(rep.Applied, r.Extensions); applied > r.Applied {
+		r.Applied = applied
 		changed = true
 	}
 	if rep.Restarts > r.Restarts {
 		r.Restarts = rep.Restarts
 		changed = true
 	}
-	if rep.Phase == PhaseEnded && rep.End != nil {
-		r.conclude(*rep.End, rep.Ran, e.Meta)
+	if ended {
+		end := End{By: EndedLost, Message: "the worker did not say how it ended"}
+		if rep.End != nil {
+			end = *rep.End
+		}
+		r.conclude(end, ran, e.Meta)
 		return nil
 	}
+	progress := line(rep.Progress, maxProgressBytes)
 	switch rank := rep.Phase.rank(); {
 	case rank == PhaseRunning.rank() && r.State != Running:
 		r.try()
-		r.Progress = ""
+		r.Progress, r.GiveBacks = "", 0
 		r.enter(Running, ReasonNone, "", e.Meta)
 	case rank == PhaseAccepted.rank() && r.State == Assigned:
 		r.try()
-		r.StartingAt, r.Progress = e.At, rep.Progress
+		r.StartingAt, r.Progress = e.At, progress
 		r.enter(Starting, ReasonNone, "", e.Meta)
-	case rank == PhaseAccepted.rank() && r.State == Starting && r.Progress != rep.Progress:
-		r.Progress = rep.Progress
+	case rank == PhaseAccepted.rank() && r.State == Starting && r.Progress != progress:
+		r.Progress = progress
 		r.op(e.Meta)
 	case changed:
 		r.note(e.Meta, "worker reported")
@@ -288,11 +316,23 @@ func phaseOf(s State) Phase {
 	return ""
 }
 
+// startedAt is when the process was started, by our clock: the worker says how long
+// ago, and is believed as far as that is after it was given the attempt.
+func (r *Record) startedAt(ago time.Duration, now time.Time) time.Time {
+	at := now.Add(-min(max(ago, 0), r.MaxTTL.Std()))
+	if at.Before(r.AssignedAt) {
+		at = r.AssignedAt
+	}
+	if at.After(now) {
+		at = now
+	}
+	return at
+}
+
 // try counts the attempt against max_attempts, once: when it reaches "starting".
 func (r *Record) try() {
 	if r.State == Assigned {
 		r.Tries++
-		r.GiveBacks = 0
 	}
 }
 
@@ -300,10 +340,12 @@ func (r *Record) try() {
 // the order of the design: it ended by itself; a client canceled it; its time was
 // over; it was given back; it was lost.
 func (r *Record) conclude(end End, ran bool, m Meta) {
+	end.Reason, end.Message = Reason(line(string(end.Reason), maxWordBytes)), line(end.Message, maxMessageBytes)
 	if end.By != EndedGaveBack || ran {
 		r.try()
 		r.Exit, r.Stdout, r.Stderr = end.Exit, end.Stdout, end.Stderr
 		usage, logs := end.Usage, end.Logs
+		logs.Why = line(logs.Why, maxWordBytes)
 		r.Usage, r.Logs = &usage, &logs
 	}
 	timeOver := end.By == EndedDeadline || !r.ExpiresAt.IsZero() && !m.At.Before(r.ExpiresAt)
@@ -311,7 +353,7 @@ func (r *Record) conclude(end End, ran bool, m Meta) {
 	case end.By == EndedItself && end.Exit != nil && end.Exit.Code == 0:
 		r.finish(Completed, ReasonExit, end.Message, m)
 	case end.By == EndedItself:
-		r.finish(Failed, end.Reason, end.Message, m)
+		r.finish(Failed, cmp.Or(end.Reason, ReasonExit), end.Message, m)
 	case r.Cancel != nil:
 		r.finish(Canceled, ReasonCanceled, "canceled by "+r.Cancel.By, m)
 	case timeOver:
@@ -383,13 +425,13 @@ func (r *Record) lose(e Lose) error {
 		r.note(e.Meta, "worker lost; the task waits for it")
 		return nil
 	}
-	r.conclude(r.lostEnd(fmt.Sprintf("worker %s was lost", r.Worker)), false, e.Meta)
+	r.conclude(unseenEnd(EndedLost), false, e.Meta)
 	return nil
 }
 
-// lostEnd is the end of an attempt of which nothing more will be heard.
-func (r *Record) lostEnd(message string) End {
-	return End{By: EndedLost, Reason: ReasonWorkerLost, Message: message, Logs: LogSum{Truncated: true, Why: "worker_lost"}}
+// unseenEnd is the end of an attempt of which nothing more will be heard.
+func unseenEnd(by EndedBy) End {
+	return End{By: by, Logs: LogSum{Truncated: true, Why: "worker_lost"}}
 }
 
 func (r *Record) sweep(m Meta) error {
@@ -399,10 +441,7 @@ func (r *Record) sweep(m Meta) error {
 	case r.State == Queued && !m.At.Before(r.QueuedAt.Add(r.Spec.Timeouts.Queue.Std())):
 		r.finish(Failed, ReasonQueueTimeout, "no worker had room for it within "+r.Spec.Timeouts.Queue.String(), m)
 	case !r.WorkerLostAt.IsZero() && !m.At.Before(r.surelyDead()):
-		if r.ExpiresAt.IsZero() {
-			r.ExpiresAt = m.At
-		}
-		r.conclude(r.lostEnd(fmt.Sprintf("worker %s did not come back", r.Worker)), false, m)
+		r.conclude(unseenEnd(EndedDeadline), false, m)
 	default:
 		return ErrUnchanged
 	}
@@ -445,22 +484,46 @@ func (r *Record) finish(s State, reason Reason, message string, m Meta) {
 	r.enter(s, reason, message, m)
 }
 
-// fit keeps the record within MaxRecordBytes: the inline outputs give way first.
+// How long the words are that a record takes from elsewhere.
+const (
+	maxWordBytes     = 64 // an actor, an op, a reason, an epoch
+	maxProgressBytes = 256
+	maxMessageBytes  = 512
+)
+
+// fit keeps the record within MaxRecordBytes: the inline outputs give way. The spec
+// is bounded when it is accepted, and the rest by its counts and by line.
 func (r *Record) fit() {
-	for limit := MaxInlineOutput; limit >= 1<<10; limit /= 2 {
+	for limit := MaxInlineOutput; ; limit /= 2 {
 		r.Stdout, r.Stderr = cut(r.Stdout, limit), cut(r.Stderr, limit)
-		if b, err := Encode(r); err != nil || len(b) <= MaxRecordBytes {
+		b, err := Encode(r)
+		if err != nil || len(b) <= MaxRecordBytes || limit == 0 {
 			return
 		}
 	}
 }
 
+// cut gives at most the first n bytes of s, whole characters, and what is no UTF-8
+// as U+FFFD: JSON refuses anything else.
 func cut(s string, n int) string {
-	if len(s) <= n {
-		return s
+	if len(s) > n {
+		for n > 0 && !utf8.RuneStart(s[n]) {
+			n--
+		}
+		s = s[:n]
 	}
-	for n > 0 && s[n]&0xC0 == 0x80 { // not inside a character
-		n--
+	if !utf8.ValidString(s) {
+		return cut(strings.ToValidUTF8(s, "\uFFFD"), n)
 	}
-	return s[:n]
+	return s
+}
+
+// line is cut for a line of text: control characters become spaces.
+func line(s string, n int) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return ' '
+		}
+		return r
+	}, cut(s, n))
 }

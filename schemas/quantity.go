@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/docker/go-units"
+	"github.com/go-json-experiment/json/jsontext"
 )
 
 // Duration is a length of time that reads and writes as a Go duration string,
@@ -61,13 +62,9 @@ var errSize = errors.New(`must be a size such as "64MiB" or "1GiB", or a whole n
 
 // UnmarshalJSON reads either form. Its error never repeats the input.
 func (s *Size) UnmarshalJSON(b []byte) error {
-	if len(b) >= 2 && b[0] == '"' {
-		v, err := ParseSize(string(b[1 : len(b)-1]))
-		if err != nil {
-			return err
-		}
-		*s = v
-		return nil
+	if text, err := jsontext.AppendUnquote(nil, b); err == nil {
+		*s, err = ParseSize(string(text))
+		return err
 	}
 	v, err := strconv.ParseInt(string(b), 10, 64)
 	if err != nil {

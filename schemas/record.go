@@ -3,8 +3,6 @@ package schemas
 import (
 	"slices"
 	"time"
-
-	"github.com/go-json-experiment/json/jsontext"
 )
 
 // State is where a task is in its life.
@@ -113,7 +111,7 @@ type Record struct {
 	History []Change `json:"history"`
 	LastOps []string `json:"last_ops,omitzero"`
 
-	Unknown jsontext.Value `json:",unknown"`
+	Unknown Unknown `json:",embed"`
 }
 
 // Bounds of what a record keeps.
@@ -130,12 +128,16 @@ type CancelMark struct {
 	At    time.Time `json:"at"`
 	By    string    `json:"by"`
 	Grace Duration  `json:"grace"`
+
+	Unknown Unknown `json:",embed"`
 }
 
 // Avoid names a worker that the placer skips until a time.
 type Avoid struct {
 	Worker WorkerID  `json:"worker"`
 	Until  time.Time `json:"until"`
+
+	Unknown Unknown `json:",embed"`
 }
 
 // Holder is one attempt and who held it.
@@ -143,6 +145,8 @@ type Holder struct {
 	Attempt int      `json:"attempt"`
 	Worker  WorkerID `json:"worker"`
 	Epoch   Epoch    `json:"epoch"`
+
+	Unknown Unknown `json:",embed"`
 }
 
 // Change is one entry of a record's history.
@@ -154,6 +158,8 @@ type Change struct {
 	Attempt int       `json:"attempt,omitzero"`
 	Worker  WorkerID  `json:"worker,omitzero"`
 	Note    string    `json:"note,omitzero"` // what changed besides the state
+
+	Unknown Unknown `json:",embed"`
 }
 
 // Exit is how the main process ended.
@@ -162,6 +168,8 @@ type Exit struct {
 	Signal    int  `json:"signal,omitzero"` // 0 if none did
 	OOMKilled bool `json:"oom_killed"`      // any process of the task was killed for want of memory
 	TimedOut  bool `json:"timed_out"`       // the deadline ended it
+
+	Unknown Unknown `json:",embed"`
 }
 
 // Usage is what the attempt used.
@@ -169,6 +177,8 @@ type Usage struct {
 	CPUMillis  int64 `json:"cpu_ms"`
 	WallMillis int64 `json:"wall_ms"`
 	MemoryPeak Size  `json:"memory_peak_bytes"`
+
+	Unknown Unknown `json:",embed"`
 }
 
 // LogSum says how much was logged and whether all of it is kept.
@@ -178,11 +188,14 @@ type LogSum struct {
 	Truncated   bool   `json:"truncated"`
 	Why         string `json:"why,omitzero"` // "limit" or "worker_lost"
 	Dropped     int64  `json:"dropped_bytes,omitzero"`
+
+	Unknown Unknown `json:",embed"`
 }
 
 // NewRecord is the record of a task that was just accepted. policy gives the
 // longest lifetime.
 func NewRecord(id TaskID, spec Spec, p Policy, m Meta) Record {
+	m = m.tidy()
 	r := Record{
 		Version: RecordVersion, ID: id, Spec: spec, State: Queued,
 		AcceptedAt: m.At, QueuedAt: m.At, TTL: spec.TTL, MaxTTL: max(p.MaxTTL, spec.TTL),
@@ -196,6 +209,15 @@ func (r *Record) Assignment() Assignment {
 	return Assignment{Task: r.ID, Attempt: r.Attempt, Worker: r.Worker, Epoch: r.Epoch}
 }
 
+// Headers go with the record on the bus, so that views need not decode it.
+func (r Record) Headers() map[string][]string {
+	h := map[string][]string{HeaderState: {string(r.State)}}
+	if r.State.Held() {
+		h[HeaderHolder] = []string{string(r.Worker) + " " + string(r.Epoch)}
+	}
+	return h
+}
+
 // TimeLeft is what is left of the TTL at now: all of it before the task first ran.
 func (r *Record) TimeLeft(now time.Time) time.Duration {
 	if r.ExpiresAt.IsZero() {
@@ -206,7 +228,7 @@ func (r *Record) TimeLeft(now time.Time) time.Duration {
 
 // Wrote says whether the record carries the write op: it settles writes whose
 // outcome is unknown.
-func (r *Record) Wrote(op string) bool { return op != "" && slices.Contains(r.LastOps, op) }
+func (r Record) Wrote(op string) bool { return op != "" && slices.Contains(r.LastOps, op) }
 
 // HeldBy says whether worker w held the attempt, so that its logs count.
 func (r *Record) HeldBy(w WorkerID, attempt int) bool {

@@ -1,10 +1,6 @@
 package schemas
 
-import (
-	"time"
-
-	"github.com/go-json-experiment/json/jsontext"
-)
+import "time"
 
 // Spec is what a client asks for. It never changes once the task is accepted.
 // ParseSpec reads one over the defaults; Validate says what is wrong with it.
@@ -38,7 +34,7 @@ type Spec struct {
 	Callback    *Callback         `json:"callback,omitzero"`
 	Labels      map[string]string `json:"labels,omitzero"`
 
-	Unknown jsontext.Value `json:",unknown"` // fields of a newer version, kept
+	Unknown Unknown `json:",embed"`
 }
 
 // Resources bound what a task may use. They are also what placement counts.
@@ -48,6 +44,8 @@ type Resources struct {
 	Pids   int  `json:"pids,omitzero"`
 	Disk   Size `json:"disk,omitzero"` // of /task/output, in memory
 	GPUs   int  `json:"gpus,omitzero"`
+
+	Unknown Unknown `json:",embed"`
 }
 
 // File is placed in /task/input before the process starts.
@@ -56,12 +54,16 @@ type File struct {
 	Content string `json:"content,omitzero"`
 	Base64  string `json:"base64,omitzero"`
 	Blob    string `json:"blob,omitzero"`
+
+	Unknown Unknown `json:",embed"`
 }
 
 // Mounts are other places for the input and output folders.
 type Mounts struct {
 	Input  string `json:"input,omitzero"`
 	Output string `json:"output,omitzero"`
+
+	Unknown Unknown `json:",embed"`
 }
 
 // Port is a port that the task listens on.
@@ -69,6 +71,8 @@ type Port struct {
 	Name     string `json:"name,omitzero"`
 	Port     int    `json:"port"`
 	Protocol string `json:"protocol,omitzero"`
+
+	Unknown Unknown `json:",embed"`
 }
 
 // Timeouts bound the phases before and after running; the TTL bounds running.
@@ -76,7 +80,9 @@ type Timeouts struct {
 	Queue Duration `json:"queue,omitzero"` // waiting for a worker
 	Pull  Duration `json:"pull,omitzero"`  // pulling the image
 	Start Duration `json:"start,omitzero"` // from image present to process started
-	Stop  Duration `json:"stop,omitzero"`  // grace between TERM and KILL
+	Stop  Duration `json:"stop"`           // grace between TERM and KILL; 0 is a choice
+
+	Unknown Unknown `json:",embed"`
 }
 
 // Restart says when the command runs again in the same container.
@@ -84,27 +90,43 @@ type Restart struct {
 	Policy  string   `json:"policy,omitzero"`
 	Max     int      `json:"max,omitzero"`
 	Backoff Duration `json:"backoff,omitzero"`
+
+	Unknown Unknown `json:",embed"`
 }
 
 // Health is a check that makes a running task ready, or unhealthy.
 type Health struct {
-	HTTP *struct {
-		Port int    `json:"port"`
-		Path string `json:"path,omitzero"`
-	} `json:"http,omitzero"`
-	TCP *struct {
-		Port int `json:"port"`
-	} `json:"tcp,omitzero"`
-	Exec     []string `json:"exec,omitzero"`
-	Interval Duration `json:"interval,omitzero"`
-	Timeout  Duration `json:"timeout,omitzero"`
-	Retries  int      `json:"retries,omitzero"`
+	HTTP     *HTTPCheck `json:"http,omitzero"`
+	TCP      *TCPCheck  `json:"tcp,omitzero"`
+	Exec     []string   `json:"exec,omitzero"`
+	Interval Duration   `json:"interval,omitzero"`
+	Timeout  Duration   `json:"timeout,omitzero"`
+	Retries  int        `json:"retries,omitzero"`
+
+	Unknown Unknown `json:",embed"`
+}
+
+// HTTPCheck passes when a GET of the path is answered with 200 to 399.
+type HTTPCheck struct {
+	Port int    `json:"port"`
+	Path string `json:"path,omitzero"`
+
+	Unknown Unknown `json:",embed"`
+}
+
+// TCPCheck passes when the port takes a connection.
+type TCPCheck struct {
+	Port int `json:"port"`
+
+	Unknown Unknown `json:",embed"`
 }
 
 // Callback is where the end of the task is announced.
 type Callback struct {
 	URL    string `json:"url"`
 	Secret string `json:"secret,omitzero"`
+
+	Unknown Unknown `json:",embed"`
 }
 
 // Network is what a task may reach.

@@ -3,9 +3,11 @@ package schemas
 import (
 	"encoding/base64"
 	"fmt"
+	"maps"
 	"math"
 	"path"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 	"unicode"
@@ -37,13 +39,21 @@ const (
 	MaxTmpfs       = 8
 	MaxPids        = 32768
 	MaxAttempts    = 100
-	MinMemory      = 6 << 20 // Docker takes no less
+	MinMemory      = 6 << 20  // Docker takes no less
+	MaxFaults      = 64       // that one answer names
+	MaxSpecBytes   = 40 << 10 // as JSON, so that the status has room in the record
 	MaxRecordBytes = 64 << 10
 )
+
+// maxBytes bounds every size; no machine has as much.
+const maxBytes = 1 << 46
 
 type checker struct{ errs []FieldError }
 
 func (c *checker) add(field string, code Code, format string, args ...any) {
+	if len(c.errs) == MaxFaults {
+		return
+	}
 	c.errs = append(c.errs, FieldError{Field: field, Code: code, Message: fmt.Sprintf(format, args...)})
 }
 
@@ -54,7 +64,7 @@ func (c *checker) value(ok bool, field, format string, args ...any) {
 }
 
 // Validate checks a spec, defaults filled in, against the rules and the operator's policy.
-// It gives every fault, in the order of the fields, and repeats no value.
+// It gives every fault up to MaxFaults, in the order of the fields, and repeats no value.
 func (s *Spec) Validate(p Policy) []FieldError {
 	c := &checker{}
 	s.checkImage(c)
@@ -66,7 +76,6 @@ func (s *Spec) Validate(p Policy) []FieldError {
 	s.checkEnv(c)
 	c.value(s.Workdir == "" || path.IsAbs(s.Workdir) && clean(s.Workdir), "workdir", "must be an absolute path")
 	s.checkUser(c, p)
-	c.value(!strings.Contains(s.Kind, "\x00"), "kind", "must not hold a NUL")
 	s.checkFiles(c)
 	s.checkResources(c)
 	s.checkTmpfs(c, p)
@@ -78,6 +87,9 @@ func (s *Spec) Validate(p Policy) []FieldError {
 	checkPairs(c, "constraints", s.Constraints)
 	checkPairs(c, "labels", s.Labels)
 	s.checkAvailable(c)
+	if len(c.errs) == 0 {
+		s.checkSize(c)
+	}
 	return c.errs
 }
 
@@ -97,7 +109,7 @@ func (s *Spec) checkAvailable(c *checker) {
 	no(s.Network == NetworkEgress || s.Network == NetworkInternal, "network", `use "none"`)
 	c.value(slices.Contains([]Network{NetworkNone, NetworkEgress, NetworkInternal}, s.Network), "network", `must be "none"`)
 	no(s.Runtime != "", "runtime", "leave it out")
-	no(s.Restart != nil && s.Restart.Policy != "" && s.Restart.Policy != "never", "restart", `use policy "never"`)
+	no(s.Restart != nil && (s.Restart.Policy != "" && s.Restart.Policy != "never" || s.Restart.Max != 0 || s.Restart.Backoff != 0), "restart", `use policy "never"`)
 	no(s.Health != nil, "health", "leave it out")
 	no(s.Kind != "", "kind", "leave it out")
 	no(s.Callback != nil, "callback", "use ?wait=done")
@@ -106,20 +118,49 @@ func (s *Spec) checkAvailable(c *checker) {
 	}
 }
 
+// checkSize keeps room in the record for the status. It names the field that takes
+// the most, since that one has to shrink.
+func (s *Spec) checkSize(c *checker) {
+	b, err := Encode(s)
+	if err != nil {
+		c.add("", CodeInvalidValue, "must be text in UTF-8")
+		return
+	}
+	if len(b) <= MaxSpecBytes {
+		return
+	}
+	biggest, most := "", 0
+	for _, part := range []struct {
+		field string
+		value any
+	}{{"entrypoint", s.Entrypoint}, {"command", s.Command}, {"env", s.Env}, {"stdin", s.Stdin}, {"files", s.Files}} {
+		if b, _ := Encode(part.value); len(b) > most {
+			biggest, most = part.field, len(b)
+		}
+	}
+	c.add(biggest, CodeTooLarge, "the spec takes %s as JSON and may take %s; this field is the largest", Size(len(b)), Size(MaxSpecBytes))
+}
+
 func (s *Spec) checkImage(c *checker) {
 	if s.Image == "" {
 		c.add("image", CodeInvalidValue, "is needed, such as \"busybox\" or \"registry.lan/web:1\"")
 		return
 	}
-	_, err := reference.ParseNormalizedNamed(s.Image)
-	c.value(len(s.Image) <= 512 && err == nil, "image", "is not a valid image reference, such as \"busybox\" or \"registry.lan/web:1\"")
+	ok := len(s.Image) <= 512
+	if ok {
+		_, err := reference.ParseNormalizedNamed(s.Image)
+		ok = err == nil
+	}
+	c.value(ok, "image", "is not a valid image reference, such as \"busybox\" or \"registry.lan/web:1\"")
 }
 
 func checkArgs(c *checker, field string, args []string) {
 	total := 0
 	for i, a := range args {
 		total += len(a) + 1
-		c.value(!strings.Contains(a, "\x00"), fmt.Sprintf("%s.%d", field, i), "must not hold a NUL")
+		if strings.Contains(a, "\x00") {
+			c.add(fmt.Sprintf("%s.%d", field, i), CodeInvalidValue, "must not hold a NUL")
+		}
 	}
 	c.value(len(args) <= MaxArgs && total <= MaxArgBytes, field, "must be at most %d words and %d bytes", MaxArgs, MaxArgBytes)
 	if len(args) > 0 {
@@ -129,7 +170,7 @@ func checkArgs(c *checker, field string, args []string) {
 
 func (s *Spec) checkEnv(c *checker) {
 	total := 0
-	for _, k := range sortedKeys(s.Env) {
+	for _, k := range slices.Sorted(maps.Keys(s.Env)) {
 		v := s.Env[k]
 		total += len(k) + len(v) + 2
 		if !envName(k) {
@@ -168,18 +209,15 @@ func (s *Spec) checkUser(c *checker, p Policy) {
 }
 
 func validID(s string) bool {
-	n := 0
-	for _, r := range s {
-		if r < '0' || r > '9' || n > 65533 {
-			return false
-		}
-		n = n*10 + int(r-'0')
-	}
-	return len(s) > 0 && n >= 1 && n <= 65533
+	n, err := strconv.ParseUint(s, 10, 16)
+	return err == nil && len(s) <= 5 && n >= 1 && n <= 65533
 }
 
 func (s *Spec) checkFiles(c *checker) {
-	c.value(len(s.Files) <= MaxFiles, "files", "must be at most %d", MaxFiles)
+	if len(s.Files) > MaxFiles {
+		c.add("files", CodeInvalidValue, "must be at most %d", MaxFiles)
+		return
+	}
 	seen := map[string]bool{}
 	for i, f := range s.Files {
 		at := fmt.Sprintf("files.%d", i)
@@ -221,9 +259,9 @@ func clean(p string) bool {
 func (s *Spec) checkResources(c *checker) {
 	r := s.Resources
 	c.value(!math.IsNaN(float64(r.CPUs)) && r.CPUs >= 0.01 && r.CPUs <= 1024, "resources.cpus", "must be 0.01 to 1024")
-	c.value(r.Memory >= MinMemory && r.Memory <= 1<<46, "resources.memory", "must be at least %s", Size(MinMemory))
+	c.value(r.Memory >= MinMemory && r.Memory <= maxBytes, "resources.memory", "must be %s to %s", Size(MinMemory), Size(maxBytes))
 	c.value(r.Pids >= 1 && r.Pids <= MaxPids, "resources.pids", "must be 1 to %d", MaxPids)
-	c.value(r.Disk >= 4<<10 && r.Disk <= 1<<46, "resources.disk", "must be at least 4KiB")
+	c.value(r.Disk >= 4<<10 && r.Disk <= maxBytes, "resources.disk", "must be 4KiB to %s", Size(maxBytes))
 	c.value(r.GPUs >= 0, "resources.gpus", "must not be negative")
 }
 
@@ -232,7 +270,7 @@ func (s *Spec) checkTmpfs(c *checker, p Policy) {
 		c.add("tmpfs", CodeNotAllowed, "this site does not let tasks have places to write of their own")
 	}
 	c.value(len(s.Tmpfs) <= MaxTmpfs, "tmpfs", "must be at most %d", MaxTmpfs)
-	for _, k := range sortedKeys(s.Tmpfs) {
+	for _, k := range slices.Sorted(maps.Keys(s.Tmpfs)) {
 		ok := path.IsAbs(k) && clean(k) && k != "/" && !strings.ContainsAny(k, ":,")
 		for _, taken := range []string{"/task", "/.dayfly", "/proc", "/sys", "/dev"} {
 			ok = ok && k != taken && !strings.HasPrefix(k, taken+"/")
@@ -241,7 +279,7 @@ func (s *Spec) checkTmpfs(c *checker, p Policy) {
 			c.add("tmpfs", CodeInvalidValue, "paths must be absolute and outside /task, /.dayfly, /proc, /sys and /dev")
 			break
 		}
-		c.value(s.Tmpfs[k] >= 4<<10, "tmpfs."+k, "must be at least 4KiB")
+		c.value(s.Tmpfs[k] >= 4<<10 && s.Tmpfs[k] <= maxBytes, "tmpfs."+k, "must be 4KiB to %s", Size(maxBytes))
 	}
 }
 
@@ -262,7 +300,8 @@ func (s *Spec) checkTimes(c *checker, p Policy) {
 
 func checkPairs(c *checker, field string, m map[string]string) {
 	c.value(len(m) <= MaxLabels, field, "must be at most %d", MaxLabels)
-	for k, v := range m {
+	for _, k := range slices.Sorted(maps.Keys(m)) {
+		v := m[k]
 		if k == "" || len(k) > 63 || strings.ContainsFunc(k, func(r rune) bool {
 			return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("-_./", r))
 		}) {
@@ -274,13 +313,4 @@ func checkPairs(c *checker, field string, m map[string]string) {
 			return
 		}
 	}
-}
-
-func sortedKeys[V any](m map[string]V) []string {
-	keys := make([]string, 0, len(m))
-	for k := range m {
-		keys = append(keys, k)
-	}
-	slices.Sort(keys)
-	return keys
 }

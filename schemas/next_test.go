@@ -1,0 +1,530 @@
+package schemas_test
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"dayfly.dev/schemas"
+)
+
+// verdict is the decision order of the design, written a second time and in its
+// words, without a look at Next.
+func verdict(by schemas.EndedBy, exit *schemas.Exit, ran, canceled, timeOver, left bool, lost schemas.OnLost) (schemas.State, schemas.Reason) {
+	if by == schemas.EndedItself { // (1)
+		if exit != nil && exit.Code == 0 {
+			return schemas.Completed, schemas.ReasonExit
+		}
+		return schemas.Failed, schemas.ReasonOOM // what the worker said
+	}
+	if canceled { // (2)
+		return schemas.Canceled, schemas.ReasonCanceled
+	}
+	if timeOver || by == schemas.EndedDeadline { // (3)
+		return schemas.Expired, schemas.ReasonExpired
+	}
+	if by == schemas.EndedGaveBack && !ran { // (4)
+		return schemas.Queued, schemas.ReasonGaveBack
+	}
+	if lost == schemas.OnLostRequeue && left { // (5)
+		return schemas.Queued, schemas.ReasonWorkerLost
+	}
+	return schemas.Failed, schemas.ReasonWorkerLost
+}
+
+func TestDecisionOrder(t *testing.T) {
+	at := t0.Add(time.Minute)
+	exits := map[string]*schemas.Exit{"none": nil, "0": {Code: 0}, "7": {Code: 7}, "137": {Code: 137, Signal: 9, OOMKilled: true}}
+	reached := map[[2]schemas.State]bool{}
+	count := 0
+	for _, state := range []schemas.State{schemas.Assigned, schemas.Starting, schemas.Running} {
+		for _, by := range []schemas.EndedBy{
+			schemas.EndedItself, schemas.EndedStop, schemas.EndedDeadline, schemas.EndedPermit, schemas.EndedGaveBack, schemas.EndedLost,
+			"a word of a newer agent", "verdict", "verdict, and came back without it",
+		} {
+			for exitName, exit := range exits {
+				for _, lost := range []schemas.OnLost{schemas.OnLostRequeue, schemas.OnLostFail, schemas.OnLostWait} {
+					for bits := range 16 {
+						canceled, timeOver, left, ran := bits&1 != 0, bits&2 != 0, bits&4 != 0, bits&8 != 0
+						verdictEvent := strings.HasPrefix(string(by), "verdict")
+						if verdictEvent && (exit != nil || ran) || by == "verdict" && lost == schemas.OnLostWait {
+							continue // a verdict knows neither; and on_lost wait waits, see TestWaitingForAWorker
+						}
+						name := fmt.Sprintf("%s, by %s, exit %s, on_lost %s, canceled %v, time over %v, tries left %v, ran %v",
+							state, by, exitName, lost, canceled, timeOver, left, ran)
+						count++
+						r := heldRecord(state, lost, left)
+						if canceled {
+							r.Cancel = &schemas.CancelMark{At: t0, By: "client"}
+						}
+						if timeOver {
+							r.ExpiresAt = at
+						}
+						var event schemas.Event = ended(r, at, ran, schemas.End{By: by, Reason: schemas.ReasonOOM, Message: "m", Exit: exit, Stdout: "out"})
+						if verdictEvent {
+							event = schemas.Lose{Meta: meta(at), Worker: r.Worker, Epoch: r.Epoch, Gone: by != "verdict"}
+							by := schemas.EndedLost
+							checkVerdict(t, name, r, event, by, exit, false, canceled, timeOver, left, lost, reached)
+							continue
+						}
+						checkVerdict(t, name, r, event, by, exit, ran || state == schemas.Running, canceled, timeOver, left, lost, reached)
+					}
+				}
+			}
+		}
+	}
+	if count < 3*7*4*3*16 {
+		t.Errorf("only %d combinations", count)
+	}
+	for _, row := range schemas.Table() {
+		if row.On == "no process is left" && !reached[[2]schemas.State{row.From, row.To}] {
+			t.Errorf("%s to %s is in the table and never happens", row.From, row.To)
+		}
+	}
+}
+
+// heldRecord is a task in its second attempt, whose first was lost while it ran.
+func heldRecord(state schemas.State, lost schemas.OnLost, triesLeft bool) schemas.Record {
+	r := newRecord(lost)
+	r.Attempt, r.Worker, r.Epoch, r.State = 2, "w1", "e1", state
+	r.RunningAt, r.ExpiresAt = t0, t0.Add(time.Hour)
+	r.Tries = 1 // before this attempt
+	if !triesLeft {
+		r.Tries = 2
+	}
+	if state != schemas.Assigned {
+		r.Tries++
+	}
+	return r
+}
+
+func checkVerdict(t *testing.T, name string, r schemas.Record, event schemas.Event, by schemas.EndedBy, exit *schemas.Exit,
+	ran, canceled, timeOver, left bool, lost schemas.OnLost, reached map[[2]schemas.State]bool) {
+	t.Helper()
+	state, reason := verdict(by, exit, ran, canceled, timeOver, left, lost)
+	n, err := schemas.Next(r, event)
+	if err != nil {
+		t.Errorf("%s: %v", name, err)
+		return
+	}
+	if n.State != state || n.Reason != reason {
+		t.Errorf("%s: %s (%s), want %s (%s)", name, n.State, n.Reason, state, reason)
+		return
+	}
+	reached[[2]schemas.State{r.State, n.State}] = true
+	if state == schemas.Queued {
+		if n.Worker != "" || n.Epoch != "" || n.Exit != nil || n.Stdout != "" || n.Attempt != 2 || n.ExpiresAt != r.ExpiresAt {
+			t.Errorf("%s: queued again with rests: %+v", name, n)
+		}
+		return
+	}
+	if n.EndedAt.IsZero() || n.Message == "" {
+		t.Errorf("%s: ended without time or message", name)
+	}
+	if exit != nil && (ran || by != schemas.EndedGaveBack) {
+		if n.Exit == nil || n.Exit.Code != exit.Code || n.Exit.TimedOut != (state == schemas.Expired) || exit.TimedOut {
+			t.Errorf("%s: exit %+v", name, n.Exit)
+		}
+	}
+}
+
+func TestWaitingForAWorker(t *testing.T) {
+	lose := schemas.Lose{Meta: meta(t0.Add(time.Minute)), Worker: "w1", Epoch: "e1"}
+	for name, c := range map[string]struct {
+		start func(*testing.T) schemas.Record
+		event schemas.Event
+		state schemas.State
+	}{
+		"its worker comes back with it": {
+			start: func(t *testing.T) schemas.Record { return waiting(t, lose) },
+			event: nil, state: schemas.Running,
+		},
+		"its worker comes back without it": {
+			start: func(t *testing.T) schemas.Record { return waiting(t, lose) },
+			event: schemas.Lose{Meta: meta(t0.Add(2 * time.Minute)), Worker: "w1", Epoch: "e1", Gone: true}, state: schemas.Failed,
+		},
+		"its worker never comes back": {
+			start: func(t *testing.T) schemas.Record { return waiting(t, lose) },
+			event: schemas.Sweep{Meta: meta(t0.Add(time.Hour + 10*time.Second + schemas.LostSlack))}, state: schemas.Expired,
+		},
+		"it was canceled and its worker never comes back": {
+			start: func(t *testing.T) schemas.Record {
+				return must(t, waiting(t, lose), schemas.AskCancel{Meta: meta(t0.Add(2 * time.Minute))})
+			},
+			event: schemas.Sweep{Meta: meta(t0.Add(time.Hour + 10*time.Second + schemas.LostSlack))}, state: schemas.Canceled,
+		},
+		"it had not reported to be running": {
+			start: func(t *testing.T) schemas.Record {
+				return must(t, newRecord(schemas.OnLostWait), choose(t0), lose)
+			},
+			event: schemas.Sweep{Meta: meta(t0.Add(time.Minute + time.Hour + 10*time.Second + schemas.LostSlack))}, state: schemas.Expired,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := c.start(t)
+			if r.WorkerLostAt != lose.At || !r.State.Held() {
+				t.Fatalf("does not wait: %+v", r)
+			}
+			if _, err := schemas.Next(r, lose); !errors.Is(err, schemas.ErrUnchanged) {
+				t.Errorf("a second verdict: %v", err)
+			}
+			if c.event == nil {
+				c.event = running(r, t0.Add(2*time.Minute))
+			}
+			if e, ok := c.event.(schemas.Sweep); ok {
+				if at := r.SweepAt(); !at.Equal(e.At) {
+					t.Errorf("sweep at %v, want %v", at, e.At)
+				}
+				e.At = e.At.Add(-1)
+				if _, err := schemas.Next(r, e); !errors.Is(err, schemas.ErrUnchanged) {
+					t.Errorf("swept too early: %v", err)
+				}
+			}
+			n := must(t, r, c.event)
+			if n.State != c.state || !n.WorkerLostAt.IsZero() {
+				t.Errorf("%s, lost at %v", n.State, n.WorkerLostAt)
+			}
+			if n.ExpiresAt.IsZero() != n.RunningAt.IsZero() {
+				t.Errorf("runs since %v, expires at %v", n.RunningAt, n.ExpiresAt)
+			}
+		})
+	}
+}
+
+func waiting(t *testing.T, lose schemas.Lose) schemas.Record {
+	t.Helper()
+	r := must(t, newRecord(schemas.OnLostWait), choose(t0))
+	return must(t, r, running(r, t0), lose)
+}
+
+func TestExtend(t *testing.T) {
+	hours := func(n int) schemas.Duration { return schemas.Duration(time.Duration(n) * time.Hour) }
+	for name, c := range map[string]struct {
+		queued bool
+		after  time.Duration
+		ttl    schemas.Duration
+		want   time.Duration // of the deadline after t0; of the TTL while queued
+		err    error
+	}{
+		"while it waits":                   {queued: true, ttl: hours(2), want: 2 * time.Hour},
+		"while it waits, beyond the limit": {queued: true, ttl: hours(100), want: 24 * time.Hour},
+		"while it waits, to less":          {queued: true, ttl: hours(1), err: schemas.ErrUnchanged},
+		"from now":                         {after: 30 * time.Minute, ttl: hours(1), want: 90 * time.Minute},
+		"never back":                       {after: 30 * time.Minute, ttl: schemas.Duration(time.Minute), err: schemas.ErrUnchanged},
+		"by less than nothing":             {after: 30 * time.Minute, ttl: -5, err: schemas.ErrUnchanged},
+		"up to the limit":                  {after: 30 * time.Minute, ttl: hours(100), want: 24 * time.Hour},
+		"by an age":                        {after: 30 * time.Minute, ttl: math.MaxInt64, want: 24 * time.Hour},
+		"with two seconds left":            {after: time.Hour - 2*time.Second, ttl: hours(1), want: 2*time.Hour - 2*time.Second},
+		"with less left":                   {after: time.Hour - 1999*time.Millisecond, ttl: hours(1), err: schemas.ErrTooLate},
+		"after its end":                    {after: 2 * time.Hour, ttl: hours(5), err: schemas.ErrTooLate},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRecord(schemas.OnLostRequeue)
+			if !c.queued {
+				r = must(t, r, choose(t0))
+				r = must(t, r, running(r, t0))
+			}
+			n, err := schemas.Next(r, schemas.AskExtend{Meta: meta(t0.Add(c.after)), TTL: c.ttl})
+			if !errors.Is(err, c.err) {
+				t.Fatal(err)
+			}
+			if err != nil {
+				return
+			}
+			got := n.TTL.Std()
+			if !c.queued {
+				got = n.ExpiresAt.Sub(t0)
+			}
+			if got != c.want || n.Extensions != 1 {
+				t.Errorf("%v, want %v; %d extensions", got, c.want, n.Extensions)
+			}
+		})
+	}
+	for name, r := range map[string]schemas.Record{
+		"while it waits": must(t, newRecord(schemas.OnLostFail), schemas.AskExtend{Meta: meta(t0), TTL: hours(100)}),
+		"while it runs": func() schemas.Record {
+			r := must(t, newRecord(schemas.OnLostFail), choose(t0))
+			return must(t, r, running(r, t0), schemas.AskExtend{Meta: meta(t0), TTL: hours(100)})
+		}(),
+	} {
+		if _, err := schemas.Next(r, schemas.AskExtend{Meta: meta(t0.Add(time.Minute)), TTL: hours(100)}); !errors.Is(err, schemas.ErrLimit) {
+			t.Errorf("at the limit %s: %v", name, err)
+		}
+	}
+	r := must(t, newRecord(schemas.OnLostFail), choose(t0), schemas.AskCancel{Meta: meta(t0)})
+	if _, err := schemas.Next(r, schemas.AskExtend{Meta: meta(t0), TTL: hours(9)}); !errors.Is(err, schemas.ErrState) {
+		t.Errorf("of a canceled one: %v", err)
+	}
+}
+
+// A worker is not trusted: what it says about time, counts and words stays in bounds.
+func TestUntrustedReports(t *testing.T) {
+	held := must(t, newRecord(schemas.OnLostRequeue), choose(t0))
+	at := t0.Add(time.Minute)
+	for name, c := range map[string]struct {
+		report  schemas.Report
+		expires time.Time
+	}{
+		"ran for less than nothing": {schemas.Report{Phase: schemas.PhaseRunning, Ran: true, RanFor: -1 << 62}, at.Add(time.Hour)},
+		"ran before it was given":   {schemas.Report{Phase: schemas.PhaseRunning, Ran: true, RanFor: 1 << 62}, t0.Add(time.Hour)},
+		"runs, but never started":   {schemas.Report{Phase: schemas.PhaseRunning}, at.Add(time.Hour)},
+		"ran while it is created":   {schemas.Report{Phase: schemas.PhaseAccepted, Ran: true}, time.Time{}},
+	} {
+		if n := must(t, held, report(held, at, c.report)); !n.ExpiresAt.Equal(c.expires) {
+			t.Errorf("%s: expires at %v, want %v", name, n.ExpiresAt, c.expires)
+		}
+	}
+
+	rep := report(held, at, schemas.Report{Phase: schemas.PhaseAccepted, Applied: 5})
+	if _, err := schemas.Next(must(t, held, rep), rep); !errors.Is(err, schemas.ErrUnchanged) {
+		t.Errorf("extensions that nobody asked for: %v", err)
+	}
+	if _, err := schemas.Next(held, report(held, at, schemas.Report{Phase: "dancing"})); !errors.Is(err, schemas.ErrStale) {
+		t.Errorf("an unknown phase: %v", err)
+	}
+	if n := must(t, held, report(held, at, schemas.Report{Phase: schemas.PhaseEnded})); n.State != schemas.Queued || n.Reason != schemas.ReasonWorkerLost {
+		t.Errorf("an end that says nothing: %s (%s)", n.State, n.Reason)
+	}
+	if n := must(t, held, ended(held, at, true, schemas.End{By: schemas.EndedItself})); n.State != schemas.Failed || n.Reason == "" {
+		t.Errorf("a fault without a reason: %s (%s)", n.State, n.Reason)
+	}
+	long := strings.Repeat("\"\x00\xff", 50_000)
+	n := must(t, held, ended(held, at, true, schemas.End{
+		By: schemas.EndedItself, Reason: schemas.Reason(long), Message: long, Stdout: long, Stderr: long, Logs: schemas.LogSum{Why: long},
+	}))
+	if b := encode(t, n); len(b) > schemas.MaxRecordBytes {
+		t.Errorf("the record takes %d bytes", len(b))
+	}
+	if n := must(t, held, report(held, at, schemas.Report{Phase: schemas.PhaseAccepted, Progress: long})); len(encode(t, n)) > 4096 {
+		t.Errorf("progress takes %d bytes", len(n.Progress))
+	}
+	for name, e := range map[string]schemas.Choose{
+		"a worker that is no name": {Meta: meta(t0), Worker: "a.b", Epoch: "e"},
+		"an endless epoch":         {Meta: meta(t0), Worker: "a", Epoch: schemas.Epoch(long)},
+	} {
+		if _, err := schemas.Next(newRecord(schemas.OnLostFail), e); !errors.Is(err, schemas.ErrState) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// A worker that gives back again and again is asked less and less often, also when it
+// had accepted each time.
+func TestGivingBackBacksOff(t *testing.T) {
+	for _, accept := range []bool{false, true} {
+		r, last := newRecord(schemas.OnLostRequeue), time.Duration(0)
+		for i := range 10 {
+			r = must(t, r, choose(t0))
+			if accept {
+				r = must(t, r, report(r, t0, schemas.Report{Phase: schemas.PhaseAccepted}))
+			}
+			r = must(t, r, ended(r, t0, false, schemas.End{By: schemas.EndedGaveBack, Message: "full"}))
+			wait := r.NotBefore.Sub(t0)
+			if r.Tries != 0 || wait < last || i > 0 && i < 7 && wait != 2*last || wait > 30*time.Second {
+				t.Fatalf("accepted %v: time %d: %d tries, waits %v after %v", accept, i, r.Tries, wait, last)
+			}
+			last = wait
+		}
+	}
+}
+
+// An attempt that ran is no gift: the worker cannot give it back without cost.
+func TestGivingBackWhatRan(t *testing.T) {
+	r := must(t, newRecord(schemas.OnLostRequeue), choose(t0))
+	r = must(t, r, running(r, t0))
+	n := must(t, r, ended(r, t0, false, schemas.End{By: schemas.EndedGaveBack}))
+	if n.State != schemas.Queued || n.Reason != schemas.ReasonWorkerLost || n.Tries != 1 {
+		t.Errorf("%s (%s), %d tries", n.State, n.Reason, n.Tries)
+	}
+}
+
+func TestSweepOfQueuedTasks(t *testing.T) {
+	r := newRecord(schemas.OnLostRequeue)
+	if at := r.SweepAt(); at != t0.Add(10*time.Minute) {
+		t.Error(at)
+	}
+	if _, err := schemas.Next(r, schemas.Sweep{Meta: meta(t0.Add(10*time.Minute - 1))}); !errors.Is(err, schemas.ErrUnchanged) {
+		t.Error(err)
+	}
+	if n := must(t, r, schemas.Sweep{Meta: meta(t0.Add(10 * time.Minute))}); n.State != schemas.Failed || n.Reason != schemas.ReasonQueueTimeout {
+		t.Errorf("%s (%s)", n.State, n.Reason)
+	}
+	r = must(t, r, choose(t0))
+	r = must(t, r, running(r, t0), schemas.Lose{Meta: meta(t0.Add(59 * time.Minute)), Worker: "w1", Epoch: "e1"})
+	if at := r.SweepAt(); at != t0.Add(time.Hour) {
+		t.Error(at)
+	}
+	if n := must(t, r, schemas.Sweep{Meta: meta(t0.Add(time.Hour))}); n.State != schemas.Expired {
+		t.Errorf("%s (%s)", n.State, n.Reason)
+	}
+	held := must(t, r, choose(t0))
+	if at := held.SweepAt(); !at.IsZero() {
+		t.Error(at)
+	}
+}
+
+// Records hold times as JSON gives them back: UTC, without the monotonic clock.
+func TestTimesAreUTC(t *testing.T) {
+	now := time.Now().In(time.FixedZone("far", 3*3600))
+	m := schemas.Meta{At: now, By: "x", Op: "1"}
+	s := schemas.DefaultSpec()
+	s.Image, s.OnLost = "a", schemas.OnLostWait
+	r := schemas.NewRecord(taskID, s, schemas.DefaultPolicy(), m)
+	roundTrip(t, r)
+	for _, e := range []schemas.Event{
+		schemas.Choose{Meta: m, Worker: "w1", Epoch: "e1"},
+		schemas.Settle{Meta: m, Report: schemas.Report{Phase: schemas.PhaseAccepted, Assignment: schemas.Assignment{Task: taskID, Attempt: 1, Worker: "w1", Epoch: "e1"}}},
+		schemas.Settle{Meta: m, Report: schemas.Report{Phase: schemas.PhaseRunning, Assignment: schemas.Assignment{Task: taskID, Attempt: 1, Worker: "w1", Epoch: "e1"}, RanFor: 5}},
+		schemas.AskExtend{Meta: m, TTL: schemas.Duration(2 * time.Hour)},
+		schemas.Lose{Meta: m, Worker: "w1", Epoch: "e1"},
+		schemas.AskCancel{Meta: m},
+		schemas.Lose{Meta: m, Worker: "w1", Epoch: "e1", Gone: true},
+	} {
+		r = must(t, r, e)
+		roundTrip(t, r)
+	}
+	if r.State != schemas.Canceled || r.AcceptedAt.Location() != time.UTC || !r.AcceptedAt.Equal(now) {
+		t.Errorf("%s, accepted at %v", r.State, r.AcceptedAt)
+	}
+}
+
+// The largest spec that is taken leaves room for the largest status.
+func TestRecordsFit(t *testing.T) {
+	s := schemas.DefaultSpec()
+	s.Image, s.OnLost, s.MaxAttempts = "a", schemas.OnLostRequeue, 100
+	s.Stdin = strings.Repeat("x", schemas.MaxSpecBytes-len(encode(t, s))-len(`"stdin":"",`))
+	if n := len(encode(t, s)); n != schemas.MaxSpecBytes {
+		t.Fatalf("%d bytes", n)
+	}
+	if errs := s.Validate(schemas.DefaultPolicy()); len(errs) > 0 {
+		t.Fatal(errs)
+	}
+	at := t0.Add(123456789)
+	long := strings.Repeat("\"\x01\u00e9", 100_000)
+	m := schemas.Meta{At: at, By: long, Op: long}
+	r := schemas.NewRecord(taskID, s, schemas.DefaultPolicy(), m)
+	check := func() {
+		t.Helper()
+		if n := len(encode(t, r)); n > schemas.MaxRecordBytes {
+			t.Fatalf("%s after %d changes: %d bytes", r.State, len(r.History), n)
+		}
+	}
+	for i := range 40 {
+		name := schemas.WorkerID(fmt.Sprintf("%063d", i))
+		r = must(t, r, schemas.Choose{Meta: m, Worker: name, Epoch: schemas.Epoch(strings.Repeat("e", 64))})
+		check()
+		if i < 20 {
+			r = must(t, r, ended(r, at, false, schemas.End{By: schemas.EndedGaveBack, Message: long}))
+		} else {
+			rep := report(r, at, schemas.Report{Phase: schemas.PhaseAccepted, Progress: long})
+			rep.Meta = m
+			r = must(t, r, rep, schemas.Lose{Meta: m, Worker: name, Epoch: r.Epoch})
+		}
+		check()
+	}
+	r = must(t, r, schemas.Choose{Meta: m, Worker: schemas.WorkerID(strings.Repeat("w", 63)), Epoch: schemas.Epoch(strings.Repeat("e", 64))},
+		schemas.AskExtend{Meta: m, TTL: schemas.Duration(20 * time.Hour)}, schemas.AskCancel{Meta: m})
+	check()
+	settle := ended(r, at, true, schemas.End{
+		By: schemas.EndedItself, Reason: schemas.Reason(long), Message: long, Exit: &schemas.Exit{Code: 137, Signal: 9, OOMKilled: true},
+		Usage: schemas.Usage{CPUMillis: math.MaxInt64, WallMillis: math.MaxInt64, MemoryPeak: math.MaxInt64},
+		Logs:  schemas.LogSum{StdoutBytes: math.MaxInt64, StderrBytes: math.MaxInt64, Dropped: math.MaxInt64, Why: long}, Stdout: long, Stderr: long,
+	})
+	settle.Meta = m
+	r = must(t, r, settle)
+	check()
+	t.Logf("%d bytes, of which output %d", len(encode(t, r)), len(r.Stdout)+len(r.Stderr))
+
+	// With an ordinary spec an ordinary output is kept whole, at a character's end.
+	r = must(t, newRecord(schemas.OnLostFail), choose(t0))
+	r = must(t, r, ended(r, t0, true, schemas.End{By: schemas.EndedItself, Stdout: "x" + strings.Repeat("é", 10_000)}))
+	if len(r.Stdout) != schemas.MaxInlineOutput-1 {
+		t.Errorf("%d bytes of output", len(r.Stdout))
+	}
+}
+
+func TestHistoryKeepsItsBeginning(t *testing.T) {
+	r := newRecord(schemas.OnLostRequeue)
+	for i := range 100 {
+		r = must(t, r, schemas.Choose{Meta: schemas.Meta{At: t0, By: "p", Op: fmt.Sprint(i)}, Worker: "w1", Epoch: "e1"})
+		r = must(t, r, ended(r, t0, false, schemas.End{By: schemas.EndedGaveBack}))
+	}
+	if len(r.History) != schemas.MaxHistory || r.History[0].Note != "accepted" || r.History[schemas.MaxHistory-1].Attempt != 100 {
+		t.Errorf("%d entries: %+v", len(r.History), r.History)
+	}
+	if len(r.Holders) != schemas.MaxHolders || !r.HeldBy("w1", 100) || r.HeldBy("w2", 100) || r.HeldBy("w1", 1) {
+		t.Errorf("%+v", r.Holders)
+	}
+	if len(r.LastOps) != schemas.MaxLastOps || !r.Wrote("99") || r.Wrote("0") || r.Wrote("") {
+		t.Errorf("%v", r.LastOps)
+	}
+}
+
+func TestTransitionError(t *testing.T) {
+	r := must(t, newRecord(schemas.OnLostFail), schemas.AskCancel{Meta: meta(t0)})
+	_, err := schemas.Next(r, choose(t0))
+	var te *schemas.TransitionError
+	if !errors.As(err, &te) || te.Event != "Choose" || te.From != schemas.Canceled || te.Task != taskID || !errors.Is(err, schemas.ErrFinal) {
+		t.Errorf("%v", err)
+	}
+	if want := "task " + string(taskID) + ": Choose while canceled: the task is final"; err.Error() != want {
+		t.Errorf("%q", err)
+	}
+}
+
+func TestNewOrder(t *testing.T) {
+	queued := newRecord(schemas.OnLostRequeue)
+	queued.Extensions = 2
+	assigned := must(t, queued, choose(t0))
+	accepted := must(t, assigned, report(assigned, t0, schemas.Report{Phase: schemas.PhaseAccepted}))
+	run := must(t, assigned, report(assigned, t0, schemas.Report{Phase: schemas.PhaseRunning, Ran: true, Restarts: 3}))
+	canceled := must(t, run, schemas.AskCancel{Meta: meta(t0), Grace: schemas.Duration(3 * time.Second)})
+	over := must(t, run, schemas.Lose{Meta: meta(t0), Worker: "w1", Epoch: "e1"})
+	again := must(t, over, schemas.Choose{Meta: meta(t0), Worker: "w2", Epoch: "e2"})
+	final := must(t, run, report(run, t0, schemas.Report{
+		Phase: schemas.PhaseEnded, Ran: true, Restarts: 3, End: &schemas.End{By: schemas.EndedItself, Exit: &schemas.Exit{}},
+	}))
+	me := assigned.Assignment()
+	other := func(change func(*schemas.Assignment)) schemas.Assignment { a := me; change(&a); return a }
+	half, late := t0.Add(30*time.Minute), t0.Add(time.Hour)
+
+	for name, c := range map[string]struct {
+		r     schemas.Record
+		about schemas.Assignment
+		now   time.Time
+		want  schemas.Order
+	}{
+		"assigned":                 {assigned, me, half, schemas.Order{Want: "run", TimeLeft: schemas.Duration(time.Hour), Extensions: 2}},
+		"starting":                 {accepted, me, half, schemas.Order{Want: "run", TimeLeft: schemas.Duration(time.Hour), Extensions: 2}},
+		"running":                  {run, me, half, schemas.Order{Want: "run", TimeLeft: schemas.Duration(30 * time.Minute), Extensions: 2, Restarts: 3}},
+		"running, its last moment": {run, me, late.Add(-1), schemas.Order{Want: "run", TimeLeft: 1, Extensions: 2, Restarts: 3}},
+		"its time is over":         {run, me, late, schemas.Order{Want: "stop", Grace: schemas.Duration(10 * time.Second), Extensions: 2, Restarts: 3}},
+		"assigned after its time":  {again, again.Assignment(), late, schemas.Order{Want: "stop", Grace: schemas.Duration(10 * time.Second), Extensions: 2}},
+		"canceled":                 {canceled, me, half, schemas.Order{Want: "stop", Grace: schemas.Duration(3 * time.Second), Extensions: 2, Restarts: 3}},
+		"canceled and over":        {canceled, me, late, schemas.Order{Want: "stop", Grace: schemas.Duration(3 * time.Second), Extensions: 2, Restarts: 3}},
+		"final":                    {final, me, half, schemas.Order{Want: "close"}},
+		"queued again":             {over, me, half, schemas.Order{Want: "close"}},
+		"on another worker":        {again, me, half, schemas.Order{Want: "close"}},
+		"the new one":              {again, again.Assignment(), half, schemas.Order{Want: "run", TimeLeft: schemas.Duration(30 * time.Minute), Extensions: 2}},
+		"of an attempt to come":    {run, other(func(a *schemas.Assignment) { a.Attempt++ }), half, schemas.Order{Want: "close"}},
+		"of another registration":  {run, other(func(a *schemas.Assignment) { a.Epoch = "e0" }), half, schemas.Order{Want: "close"}},
+		"of another worker":        {run, other(func(a *schemas.Assignment) { a.Worker = "w0" }), half, schemas.Order{Want: "close"}},
+		"of another task":          {run, other(func(a *schemas.Assignment) { a.Task = "t-x" }), half, schemas.Order{Want: "close"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got := schemas.NewOrder(c.r, 42, c.about, c.now)
+			want := c.want
+			want.Assignment, want.Revision = c.about, 42
+			if want.Want == schemas.WantRun {
+				want.Spec = &c.r.Spec
+			}
+			if !reflect.DeepEqual(got, want) {
+				t.Errorf("got  %s\nwant %s", encode(t, got), encode(t, want))
+			}
+		})
+	}
+}
