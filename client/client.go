@@ -17,6 +17,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -36,6 +37,7 @@ type Client struct {
 	userAgent string
 
 	retryFor     time.Duration // how long a call is repeated; 0: never
+	connectFor   time.Duration // the same for calls that never got there, if shorter
 	backoffFirst time.Duration
 	backoffMost  time.Duration
 	patience     time.Duration // how long an answer may take, beyond what the call asks the server to wait
@@ -54,6 +56,11 @@ func WithUserAgent(name string) Option { return func(c *Client) { c.userAgent = 
 // WithRetryFor says how long a call is repeated while the server is away; 0 means
 // that it is tried once. The default is 15 s. The context bounds it too.
 func WithRetryFor(d time.Duration) Option { return func(c *Client) { c.retryFor = d } }
+
+// WithConnectFor says how long a call is repeated while nothing listens at the
+// server's address, if that is shorter: a person at a terminal rather hears soon that
+// the address is wrong.
+func WithConnectFor(d time.Duration) Option { return func(c *Client) { c.connectFor = d } }
 
 // WithBackoff sets the first and the longest pause between two tries.
 func WithBackoff(first, most time.Duration) Option {
@@ -75,7 +82,7 @@ func New(baseURL string, opts ...Option) (*Client, error) {
 	t.MaxIdleConnsPerHost = 64
 	c := &Client{
 		base: strings.TrimRight(u.String(), "/"), http: &http.Client{Transport: t}, userAgent: "dayfly-client",
-		retryFor: 15 * time.Second, backoffFirst: 100 * time.Millisecond, backoffMost: 3 * time.Second,
+		retryFor: 15 * time.Second, connectFor: math.MaxInt64, backoffFirst: 100 * time.Millisecond, backoffMost: 3 * time.Second,
 		patience: 20 * time.Second,
 	}
 	return c.With(opts...), nil
@@ -228,25 +235,41 @@ func problem(resp *http.Response) *schemas.Error {
 // retry calls try until it succeeds, fails for good, or retryFor is over.
 func (c *Client) retry(ctx context.Context, repeatable bool, try func(context.Context) error) error {
 	b := backoff{first: c.backoffFirst, most: c.backoffMost}
-	stop := time.Now().Add(c.retryFor)
+	began := time.Now()
 	for {
 		err := try(ctx)
 		if err == nil || !transient(err, repeatable) {
 			return err
 		}
 		pause := b.next(err)
-		if time.Now().Add(pause).After(stop) || sleep(ctx, pause) != nil {
+		if time.Since(began)+pause > c.limit(err) {
+			return err
+		}
+		if err := sleep(ctx, pause); err != nil {
 			return err
 		}
 	}
+}
+
+// limit is how long a call that ends with err is repeated.
+func (c *Client) limit(err error) time.Duration {
+	if neverSent(err) {
+		return min(c.connectFor, c.retryFor)
+	}
+	return c.retryFor
+}
+
+// neverSent says whether no connection was made at all.
+func neverSent(err error) bool {
+	var op *net.OpError
+	return errors.As(err, &op) && op.Op == "dial"
 }
 
 // transient says whether trying again may help and cannot do the same thing twice.
 func transient(err error, repeatable bool) bool {
 	var u *UnreachableError
 	if errors.As(err, &u) {
-		var op *net.OpError
-		return repeatable || errors.As(err, &op) && op.Op == "dial" // it never got there
+		return repeatable || neverSent(err)
 	}
 	var e *schemas.Error
 	if !errors.As(err, &e) {

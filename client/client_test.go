@@ -55,7 +55,7 @@ func TestCreateLeavesDefaultsToTheServer(t *testing.T) {
 	if task.State != schemas.Completed || task.Stdout != "hi\n" {
 		t.Errorf("got %s with output %q", task.State, task.Stdout)
 	}
-	if want := schemas.DefaultSpec(); task.Spec.TTL != want.TTL || task.Spec.Resources != want.Resources || task.Spec.Priority != want.Priority {
+	if want := schemas.DefaultSpec(); task.Spec.TTL != want.TTL || task.Spec.Resources.Memory != want.Resources.Memory || task.Spec.Priority != want.Priority {
 		t.Errorf("defaults did not hold: %+v", task.Spec)
 	}
 }

@@ -93,7 +93,7 @@ type logReader struct {
 
 func (r *logReader) read(ctx context.Context, yield func(schemas.LogLine, error) bool) error {
 	b := backoff{first: r.client.backoffFirst, most: r.client.backoffMost}
-	stop := time.Now().Add(r.client.retryFor)
+	began := time.Now()
 	for resumed := false; ; resumed = true {
 		some, err := r.connection(ctx, resumed, yield)
 		if err == nil {
@@ -114,10 +114,10 @@ func (r *logReader) read(ctx context.Context, yield func(schemas.LogLine, error)
 		}
 		if some {
 			b.n = 0
-			stop = time.Now().Add(r.client.retryFor)
+			began = time.Now()
 		}
 		pause := b.next(err)
-		if time.Now().Add(pause).After(stop) {
+		if time.Since(began)+pause > r.client.limit(err) {
 			return err
 		}
 		if serr := sleep(ctx, pause); serr != nil {

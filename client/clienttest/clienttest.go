@@ -102,12 +102,23 @@ func (s *Server) Log(id schemas.TaskID, stream schemas.Stream, b []byte) {
 func (s *Server) Tasks() []schemas.Task {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return s.newestFirst()
+}
+
+// newestFirst is Tasks with mu held.
+func (s *Server) newestFirst() []schemas.Task {
 	var l []schemas.Task
 	for _, t := range s.tasks {
 		l = append(l, t.view())
 	}
 	slices.SortFunc(l, func(a, b schemas.Task) int { return strings.Compare(string(b.ID), string(a.ID)) })
 	return l
+}
+
+// Await waits until f likes the tasks, newest first; it says whether that came
+// before stop.
+func (s *Server) Await(stop <-chan struct{}, f func([]schemas.Task) bool) bool {
+	return s.await(stop, func() bool { return f(s.newestFirst()) })
 }
 
 // Seed puts a task there as it is, under an id of the test's choice.
