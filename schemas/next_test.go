@@ -132,6 +132,46 @@ func checkVerdict(t *testing.T, name string, r schemas.Record, event schemas.Eve
 	}
 }
 
+// TestTableRows reaches the rows that TestDecisionOrder does not.
+func TestTableRows(t *testing.T) {
+	at := t0.Add(2 * time.Hour)
+	queued := newRecord(schemas.OnLostRequeue)
+	assigned := must(t, queued, choose(t0))
+	starting := must(t, assigned, report(assigned, t0, schemas.Report{Phase: schemas.PhaseAccepted}))
+	run := must(t, assigned, running(assigned, t0))
+	again := must(t, run, schemas.Lose{Meta: meta(t0), Worker: "w1", Epoch: "e1"})
+	events := map[[2]schemas.State]func() schemas.Record{
+		{"", schemas.Queued}:                 func() schemas.Record { return queued },
+		{schemas.Queued, schemas.Assigned}:   func() schemas.Record { return must(t, queued, choose(t0)) },
+		{schemas.Queued, schemas.Canceled}:   func() schemas.Record { return must(t, queued, schemas.AskCancel{Meta: meta(t0)}) },
+		{schemas.Queued, schemas.Expired}:    func() schemas.Record { return must(t, again, schemas.Sweep{Meta: meta(at)}) },
+		{schemas.Queued, schemas.Failed}:     func() schemas.Record { return must(t, queued, schemas.Sweep{Meta: meta(at)}) },
+		{schemas.Assigned, schemas.Starting}: func() schemas.Record { return starting },
+		{schemas.Assigned, schemas.Running}:  func() schemas.Record { return run },
+		{schemas.Starting, schemas.Running}:  func() schemas.Record { return must(t, starting, running(starting, t0)) },
+	}
+	seen := map[[2]schemas.State]bool{}
+	for _, row := range schemas.Table() {
+		key := [2]schemas.State{row.From, row.To}
+		if seen[key] {
+			t.Errorf("%v stands there twice", key)
+		}
+		seen[key] = true
+		if row.On == "no process is left" {
+			continue
+		}
+		if get, ok := events[key]; !ok {
+			t.Errorf("%q to %q: no test reaches it", row.From, row.To)
+		} else if n := get(); n.State != row.To {
+			t.Errorf("%q to %q: %s", row.From, row.To, n.State)
+		}
+		delete(events, key)
+	}
+	for key := range events {
+		t.Errorf("%v happens and is not in the table", key)
+	}
+}
+
 func TestWaitingForAWorker(t *testing.T) {
 	lose := schemas.Lose{Meta: meta(t0.Add(time.Minute)), Worker: "w1", Epoch: "e1"}
 	for name, c := range map[string]struct {
