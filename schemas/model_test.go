@@ -157,7 +157,7 @@ func (w *world) work(t *rapid.T) {
 	case h.phase == schemas.PhaseRunning && step < 4:
 		rep.Applied = w.r.Extensions
 	case h.phase != "" && step > 3 || h.phase == "":
-		by := []schemas.EndedBy{schemas.EndedItself, schemas.EndedStop, schemas.EndedDeadline, schemas.EndedPermit, schemas.EndedLost, schemas.EndedGaveBack}
+		by := []schemas.EndedBy{schemas.EndedItself, schemas.EndedStop, schemas.EndedDeadline, schemas.EndedPermit, schemas.EndedLost, schemas.EndedGaveBack, schemas.EndedGaveBack, schemas.EndedGaveBack}
 		if rep.Ran {
 			by = by[:5]
 		}
@@ -280,6 +280,14 @@ func invariants(t *rapid.T, r, n schemas.Record, e schemas.Event) {
 			t.Fatalf("%T: "+what+"\nbefore %+v\nafter  %+v", append(append([]any{e}, args...), r, n)...)
 		}
 	}
+	if settle, ok := e.(schemas.Settle); ok {
+		rep := settle.Report
+		must(r.State.Held() && rep.Assignment == r.Assignment() && rep.Restarts >= r.Restarts, "a stale report was taken")
+		must(slices.Contains([]schemas.Phase{"accepted", "running", "ended"}, rep.Phase), "an unknown phase was taken")
+	}
+	if lose, ok := e.(schemas.Lose); ok {
+		must(r.State.Held() && r.Worker == lose.Worker && r.Epoch == lose.Epoch, "a task of another registration was lost")
+	}
 	_, chosen := e.(schemas.Choose)
 	must(!r.State.Final(), "a final record changed")
 	must(n.Attempt == r.Attempt || chosen && n.Attempt == r.Attempt+1, "attempt")
@@ -308,6 +316,7 @@ func invariants(t *rapid.T, r, n schemas.Record, e schemas.Event) {
 	must(n.TTL >= r.TTL && n.TTL <= n.MaxTTL, "ttl")
 	must(r.Cancel == nil || reflect.DeepEqual(r.Cancel, n.Cancel), "the cancel mark changed")
 	must(r.Cancel == nil || n.State != schemas.Queued, "a canceled task was queued again")
+	must(n.State != schemas.Queued || n.Restarts == 0 && n.Progress == "" && n.WorkerLostAt.IsZero() && n.Exit == nil, "queued with rests")
 	must(n.State.Held() == (n.Worker != "" && n.Epoch != "") || n.State.Final(), "holder")
 	must(!n.State.Held() || n.HeldBy(n.Worker, n.Attempt), "holders")
 	must(n.State.Final() == !n.EndedAt.IsZero(), "ended_at")

@@ -186,7 +186,7 @@ func (r *Record) choose(e Choose) error {
 	}
 	r.Attempt++
 	r.Worker, r.Epoch = e.Worker, e.Epoch
-	r.Restarts, r.Applied, r.Progress = 0, r.Extensions, ""
+	r.Applied = r.Extensions // its order carries the time left
 	r.AssignedAt, r.StartingAt = e.At, time.Time{}
 	r.Holders = append(r.Holders, Holder{Attempt: r.Attempt, Worker: e.Worker, Epoch: e.Epoch})
 	if n := len(r.Holders); n > MaxHolders {
@@ -407,7 +407,6 @@ func (r *Record) lostAttempt(end End, m Meta) {
 func (r *Record) requeue(reason Reason, message string, after time.Duration, m Meta) {
 	r.enter(Queued, reason, message, m) // the history still names the worker
 	r.Worker, r.Epoch, r.Restarts, r.Progress = "", "", 0, ""
-	r.WorkerLostAt = time.Time{}
 	r.QueuedAt, r.NotBefore = m.At, time.Time{}
 	if after > 0 {
 		r.NotBefore = m.At.Add(after)

@@ -487,6 +487,39 @@ func TestRecordsFit(t *testing.T) {
 	}
 }
 
+func TestStaleEvents(t *testing.T) {
+	r := must(t, newRecord(schemas.OnLostRequeue), choose(t0))
+	r = must(t, r, report(r, t0, schemas.Report{Phase: schemas.PhaseRunning, Restarts: 2}))
+	of := func(change func(*schemas.Assignment)) schemas.Event {
+		a := r.Assignment()
+		change(&a)
+		return schemas.Settle{Meta: meta(t0), Report: schemas.Report{Assignment: a, Phase: schemas.PhaseEnded, Restarts: 2}}
+	}
+	for name, e := range map[string]schemas.Event{
+		"a report of another task":         of(func(a *schemas.Assignment) { a.Task = "t-x" }),
+		"a report of a former attempt":     of(func(a *schemas.Assignment) { a.Attempt-- }),
+		"a report of a later attempt":      of(func(a *schemas.Assignment) { a.Attempt++ }),
+		"a report of another worker":       of(func(a *schemas.Assignment) { a.Worker = "w2" }),
+		"a report of another registration": of(func(a *schemas.Assignment) { a.Epoch = "e2" }),
+		"a report from before a restart":   report(r, t0, schemas.Report{Phase: schemas.PhaseEnded, Restarts: 1}),
+		"a report of a former phase":       report(r, t0, schemas.Report{Phase: schemas.PhaseAccepted, Restarts: 2}),
+		"another worker is lost":           schemas.Lose{Meta: meta(t0), Worker: "w2", Epoch: "e1"},
+		"another registration is lost":     schemas.Lose{Meta: meta(t0), Worker: "w1", Epoch: "e2"},
+	} {
+		if n, err := schemas.Next(r, e); !errors.Is(err, schemas.ErrStale) {
+			t.Errorf("%s: %v, %s", name, err, n.State)
+		}
+	}
+	for name, e := range map[string]schemas.Event{
+		"a report":         of(func(*schemas.Assignment) {}),
+		"a worker is lost": schemas.Lose{Meta: meta(t0)},
+	} {
+		if _, err := schemas.Next(newRecord(schemas.OnLostFail), e); !errors.Is(err, schemas.ErrStale) {
+			t.Errorf("%s while queued: %v", name, err)
+		}
+	}
+}
+
 func TestHistoryKeepsItsBeginning(t *testing.T) {
 	r := newRecord(schemas.OnLostRequeue)
 	for i := range 100 {
