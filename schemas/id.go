@@ -17,9 +17,24 @@ type TaskID string
 // WorkerID names a Docker host with an agent: 1 to 63 of a-z, 0-9 and "-".
 type WorkerID string
 
-// Epoch is a random id for one registration of a worker. A worker that was
-// declared lost, or whose host rebooted, comes back under a new one.
+// Epoch is an id for one registration of a worker. A worker that was declared lost,
+// or whose host rebooted, comes back under a new one, which sorts after it.
 type Epoch string
+
+// NewEpoch makes the epoch that follows former ("" if there is none) from the time
+// and some random text.
+func NewEpoch(former Epoch, now time.Time, random string) Epoch {
+	n := now.UnixMilli()
+	var last int64
+	if _, err := fmt.Sscanf(string(former), "e%013d-", &last); err == nil {
+		n = max(n, last+1) // a clock that was set back must not set an epoch back
+	}
+	return Epoch(fmt.Sprintf("e%013d-%.8s", n, strings.ToLower(random)))
+}
+
+// Before says whether e is surely over, since the same worker has registered under
+// other.
+func (e Epoch) Before(other Epoch) bool { return e < other }
 
 // Assignment is what names one container: this try at this task, on this
 // registration of this worker.

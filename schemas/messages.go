@@ -21,6 +21,7 @@ type Order struct {
 	Restarts   int      `json:"restarts,omitzero"`
 	Extensions int      `json:"extensions,omitzero"`
 	TimeLeft   Duration `json:"time_left,omitzero"` // until the deadline; clocks of two machines are never compared
+	Counting   bool     `json:"counting,omitzero"`  // the deadline stands: TimeLeft counts from now, not from the start of the process
 	Grace      Duration `json:"grace,omitzero"`     // with stop
 	Spec       *Spec    `json:"spec,omitzero"`      // with run
 
@@ -42,7 +43,8 @@ func NewOrder(r Record, revision uint64, a Assignment, now time.Time) Order {
 	case !r.ExpiresAt.IsZero() && !now.Before(r.ExpiresAt):
 		o.Want, o.Grace = WantStop, r.Spec.Timeouts.Stop
 	default:
-		o.Want, o.TimeLeft, o.Spec = WantRun, Duration(r.TimeLeft(now)), &r.Spec
+		o.Want, o.Spec = WantRun, &r.Spec
+		o.TimeLeft, o.Counting = Duration(r.TimeLeft(now)), !r.ExpiresAt.IsZero()
 	}
 	return o
 }
@@ -125,11 +127,16 @@ type Beat struct {
 	Since    time.Time `json:"since"` // when the agent registered, by its clock
 	Host     Host      `json:"host"`
 
-	Running  int      `json:"running"`         // attempts with a container
-	Order    uint64   `json:"order,omitzero"`  // stream sequence of the newest order handled
-	Reported bool     `json:"reported"`        // everything that it holds of earlier times has been reported
-	Images   []string `json:"images,omitzero"` // ids of images it has
-	Load     Load     `json:"load,omitzero"`
+	Running int    `json:"running"`        // attempts with a container
+	Order   uint64 `json:"order,omitzero"` // stream sequence of the newest order handled
+	// Reported says that everything it took back from an earlier agent has been reported.
+	// Kept names the tasks of earlier epochs that are still with it; once Reported is
+	// true, a task of an earlier epoch that is not among them is gone.
+	Reported bool     `json:"reported"`
+	Kept     []TaskID `json:"kept,omitzero"`
+
+	Images []string `json:"images,omitzero"` // ids of images it has
+	Load   Load     `json:"load,omitzero"`
 
 	// LostAt is the reaper's verdict. A worker that reads it on its own key ends all
 	// that it runs and registers anew.
@@ -213,6 +220,7 @@ const (
 // Headers of messages. A log chunk's body is the bytes themselves.
 const (
 	HeaderState   = "S"              // on a record: its state, so that views need not decode
+	HeaderHolder  = "H"              // on a record that a worker holds: "<worker> <epoch>"
 	HeaderAttempt = "Dayfly-Attempt" // on a log chunk
 	HeaderStream  = "Dayfly-Stream"  // on a log chunk: stdout or stderr
 	HeaderOffset  = "Dayfly-Offset"  // on a log chunk: of its first byte in its stream

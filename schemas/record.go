@@ -209,6 +209,15 @@ func (r *Record) Assignment() Assignment {
 	return Assignment{Task: r.ID, Attempt: r.Attempt, Worker: r.Worker, Epoch: r.Epoch}
 }
 
+// Headers go with the record on the bus, so that views need not decode it.
+func (r Record) Headers() map[string][]string {
+	h := map[string][]string{HeaderState: {string(r.State)}}
+	if r.State.Held() {
+		h[HeaderHolder] = []string{string(r.Worker) + " " + string(r.Epoch)}
+	}
+	return h
+}
+
 // TimeLeft is what is left of the TTL at now: all of it before the task first ran.
 func (r *Record) TimeLeft(now time.Time) time.Duration {
 	if r.ExpiresAt.IsZero() {
@@ -219,7 +228,7 @@ func (r *Record) TimeLeft(now time.Time) time.Duration {
 
 // Wrote says whether the record carries the write op: it settles writes whose
 // outcome is unknown.
-func (r *Record) Wrote(op string) bool { return op != "" && slices.Contains(r.LastOps, op) }
+func (r Record) Wrote(op string) bool { return op != "" && slices.Contains(r.LastOps, op) }
 
 // HeldBy says whether worker w held the attempt, so that its logs count.
 func (r *Record) HeldBy(w WorkerID, attempt int) bool {

@@ -1,0 +1,133 @@
+package bus
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"dayfly.dev/schemas"
+)
+
+const (
+	// markerAge is how long the mark of an expired key stays to be seen.
+	markerAge = time.Hour
+	// maxConsumers stands in every stream: -1 counts as unset there and falls back to
+	// the server's default of 1,000, which views and agents exceed.
+	maxConsumers = 20_000
+)
+
+// Provision makes the streams and buckets that are missing and updates those whose
+// configuration changed; what a stream cannot change (persist mode, retention) stays
+// and is logged. replicas is 1 or 3. It is idempotent, several services may call it
+// at once, and it waits for JetStream until ctx ends.
+func Provision(ctx context.Context, c *Conn, assets []schemas.Asset, replicas int) error {
+	if replicas != 1 && replicas != 3 {
+		return fmt.Errorf("provision: replicas is 1 or 3, not %d", replicas)
+	}
+	for _, a := range assets {
+		want := streamConfig(a, replicas)
+		for {
+			err := c.provision(ctx, want)
+			if err == nil {
+				break
+			}
+			if !transient(err) || !sleep(ctx, 50*time.Millisecond) {
+				return fmt.Errorf("provision %s: %w", want.Name, err)
+			}
+		}
+	}
+	return nil
+}
+
+func (c *Conn) provision(ctx context.Context, want jetstream.StreamConfig) error {
+	ctx, cancel := context.WithTimeout(ctx, OpTimeout)
+	defer cancel()
+	if err := c.waitConnected(ctx); err != nil {
+		return err
+	}
+	s, err := c.JS.Stream(ctx, want.Name)
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		_, err = c.JS.CreateStream(ctx, want)
+		if errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) { // someone else was quicker
+			s, err = c.JS.Stream(ctx, want.Name)
+		} else {
+			return err
+		}
+	}
+	if err != nil {
+		return err
+	}
+	have := s.CachedInfo().Config
+	next, fixed := merge(have, want)
+	if fixed {
+		c.log.Warn().Str("stream", want.Name).Msg("persist mode or retention of a stream cannot change; make it anew to change it")
+	}
+	if sameStream(have, next) {
+		return nil
+	}
+	_, err = c.JS.UpdateStream(ctx, next)
+	return err
+}
+
+// StreamOf names the stream behind a bucket.
+func StreamOf(bucket string) string { return "KV_" + bucket }
+
+func keySubject(bucket, key string) string { return "$KV." + bucket + "." + key }
+
+// streamConfig is asset a as JetStream sees it. Buckets are made by hand because
+// the KV API turns AllowDirect on and has no MaxConsumers; they have one value per
+// key because a TTL needs that to be exact.
+func streamConfig(a schemas.Asset, replicas int) jetstream.StreamConfig {
+	sc := jetstream.StreamConfig{
+		Name: a.Name, Subjects: a.Subjects, Storage: jetstream.FileStorage, Replicas: replicas,
+		MaxAge: a.MaxAge, MaxBytes: a.MaxBytes, MaxMsgs: -1, MaxMsgsPerSubject: -1, MaxConsumers: maxConsumers,
+		AllowDirect: a.DirectGet, DenyDelete: a.KeepDeleted, Discard: jetstream.DiscardOld,
+	}
+	if sc.MaxBytes == 0 {
+		sc.MaxBytes = -1
+	}
+	if a.Bucket {
+		sc.Name, sc.Subjects = StreamOf(a.Name), []string{keySubject(a.Name, ">")}
+		sc.Discard, sc.AllowRollup = jetstream.DiscardNew, true
+	}
+	if a.Bucket || a.Latest {
+		sc.MaxMsgsPerSubject = 1
+	}
+	if a.Queue {
+		sc.Retention = jetstream.WorkQueuePolicy
+	}
+	if a.TTL {
+		sc.AllowMsgTTL = true
+		if a.Bucket {
+			sc.SubjectDeleteMarkerTTL = markerAge
+		}
+	}
+	if a.Hint && replicas == 1 { // refused on replicated streams
+		sc.PersistMode = jetstream.AsyncPersistMode
+	}
+	return sc
+}
+
+// merge lays what an asset decides over the stream that is there, save what a
+// stream cannot change.
+func merge(have, want jetstream.StreamConfig) (next jetstream.StreamConfig, fixed bool) {
+	next = have
+	next.Subjects, next.Replicas = want.Subjects, want.Replicas
+	next.MaxAge, next.MaxBytes = want.MaxAge, want.MaxBytes
+	next.MaxMsgsPerSubject = want.MaxMsgsPerSubject
+	next.AllowDirect, next.AllowRollup, next.Discard = want.AllowDirect, want.AllowRollup, want.Discard
+	next.AllowMsgTTL = have.AllowMsgTTL || want.AllowMsgTTL // cannot be turned off
+	next.SubjectDeleteMarkerTTL = want.SubjectDeleteMarkerTTL
+	next.DenyDelete = have.DenyDelete || want.DenyDelete
+	return next, have.PersistMode != want.PersistMode || have.Retention != want.Retention
+}
+
+func sameStream(a, b jetstream.StreamConfig) bool {
+	return fmt.Sprint(a.Subjects) == fmt.Sprint(b.Subjects) && a.Replicas == b.Replicas &&
+		a.MaxAge == b.MaxAge && a.MaxBytes == b.MaxBytes && a.MaxMsgsPerSubject == b.MaxMsgsPerSubject &&
+		a.AllowDirect == b.AllowDirect && a.AllowRollup == b.AllowRollup && a.Discard == b.Discard &&
+		a.AllowMsgTTL == b.AllowMsgTTL && a.SubjectDeleteMarkerTTL == b.SubjectDeleteMarkerTTL && a.DenyDelete == b.DenyDelete
+}

@@ -1,0 +1,69 @@
+package ops
+
+import (
+	"runtime"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+)
+
+// Buckets of histograms, in seconds: of starts, of quick operations, of lifetimes.
+var (
+	BucketsStart = []float64{.05, .1, .2, .3, .5, .75, 1, 1.5, 2, 3, 5, 10, 30, 60}
+	BucketsFast  = []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5}
+	BucketsLife  = []float64{1, 5, 15, 60, 300, 900, 1800, 3600, 14400, 86400}
+)
+
+// NewRegistry makes the registry of one process, with what Go and the operating
+// system tell, and dayfly_build_info.
+func NewRegistry(version, commit string) *prometheus.Registry {
+	reg := prometheus.NewRegistry()
+	info := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "dayfly_build_info", Help: "Always 1; the labels say what runs.",
+		ConstLabels: prometheus.Labels{"version": version, "commit": commit, "goversion": runtime.Version()},
+	})
+	info.Set(1)
+	reg.MustRegister(info, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return reg
+}
+
+// BusMetrics counts what a service does on the bus. Observe fits bus.Conn.Observe.
+type BusMetrics struct {
+	ops       *prometheus.HistogramVec
+	conflicts *prometheus.CounterVec
+}
+
+// NewBusMetrics registers the metrics of one connection. service tells the
+// connections of one process apart; connected says whether the server is there.
+func NewBusMetrics(reg prometheus.Registerer, service string, connected func() bool) *BusMetrics {
+	labels := prometheus.Labels{"service": service}
+	m := &BusMetrics{
+		ops: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "dayfly_kv_op_seconds",
+			Help: "Operations on KV buckets.", Buckets: BucketsFast, ConstLabels: labels}, []string{"bucket", "op", "result"}),
+		conflicts: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_kv_cas_conflicts_total",
+			Help: "Compare-and-set writes that lost.", ConstLabels: labels}, []string{"bucket"}),
+	}
+	up := prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "dayfly_nats_connected",
+		Help: "1 while the service is connected to NATS.", ConstLabels: labels}, func() float64 {
+		if connected() {
+			return 1
+		}
+		return 0
+	})
+	reg.MustRegister(m.ops, m.conflicts, up)
+	return m
+}
+
+// Observe records one operation.
+func (m *BusMetrics) Observe(bucket, op string, d time.Duration, err error) {
+	if op == "conflict" {
+		m.conflicts.WithLabelValues(bucket).Inc()
+		return
+	}
+	result := "ok"
+	if err != nil {
+		result = "error"
+	}
+	m.ops.WithLabelValues(bucket, op, result).Observe(d.Seconds())
+}

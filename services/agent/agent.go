@@ -1,0 +1,257 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/rs/zerolog"
+	"golang.org/x/sync/errgroup"
+
+	"dayfly.dev/bus"
+	"dayfly.dev/ops"
+	"dayfly.dev/schemas"
+)
+
+// Config of an agent. DefaultConfig has the values that production uses.
+type Config struct {
+	Worker   schemas.WorkerID
+	StateDir string // for the journal
+	Version  string
+
+	Beat  time.Duration // between two heartbeats
+	Lease time.Duration // how long after the last acknowledged beat tasks may run
+
+	// HoldBack is how long a report that is not the last waits for a better one, so that
+	// a short task sends a single report. A start that took longer is reported at once.
+	HoldBack time.Duration
+	LogLimit int64         // bytes of log kept of one attempt
+	LogDelay time.Duration // how long log bytes gather before a chunk is sent
+}
+
+// DefaultConfig has the values that production uses, for one worker.
+func DefaultConfig(w schemas.WorkerID, stateDir string) Config {
+	return Config{
+		Worker: w, StateDir: stateDir, Version: "dev",
+		Beat: 5 * time.Second, Lease: 30 * time.Second,
+		HoldBack: 30 * time.Millisecond, LogLimit: 64 << 20, LogDelay: 50 * time.Millisecond,
+	}
+}
+
+// Deps are what an agent stands on.
+type Deps struct {
+	Conn    *bus.Conn // of the AGENTS account
+	Runtime Runtime
+	Logger  zerolog.Logger
+	Metrics prometheus.Registerer
+	Health  *ops.Health
+}
+
+// Errors of Run.
+var (
+	// ErrNameTaken says that another agent lives under the worker's name.
+	ErrNameTaken = errors.New("another agent is alive under this worker's name; give this one another --worker")
+)
+
+// Run runs the agent until ctx ends. The tasks go on running then, for the next
+// agent to take back.
+func Run(ctx context.Context, deps Deps, cfg Config) error {
+	a, err := newAgent(deps, cfg)
+	if err != nil {
+		return err
+	}
+	defer a.journal.close()
+	a.ctx, a.stop = context.WithCancelCause(ctx)
+	defer a.stop(nil)
+
+	host, err := a.rt.Host(ctx)
+	if err != nil {
+		return fmt.Errorf("ask the runtime about this host: %w", err)
+	}
+	a.host = host
+	if err := a.recover(ctx); err != nil {
+		return err
+	}
+	// What was recovered is watched from here on, whether the bus is there or not.
+	defer a.attempts.Wait()
+	if err := a.register(a.ctx); err != nil {
+		a.stop(nil)
+		if ctx.Err() != nil {
+			return nil
+		}
+		return err
+	}
+	g, gctx := errgroup.WithContext(a.ctx)
+	g.Go(func() error { return a.beats(gctx) })
+	g.Go(func() error { return a.orders(gctx) })
+	err = g.Wait()
+	a.stop(err)
+	if ctx.Err() != nil {
+		return nil
+	}
+	return err
+}
+
+// Agent is one worker's agent.
+type Agent struct {
+	cfg     Config
+	conn    *bus.Conn
+	rt      Runtime
+	log     zerolog.Logger
+	metrics *metrics
+	journal *journal
+	table   *bus.Table[schemas.Beat]
+	boot    string
+	host    schemas.Host
+
+	ctx      context.Context // of the attempts: ends with Run
+	stop     context.CancelCauseFunc
+	attempts sync.WaitGroup
+
+	mu     sync.Mutex
+	epoch  schemas.Epoch               // under mu
+	live   map[schemas.TaskID]*attempt // under mu: not closed
+	used   schemas.Allocation          // under mu: by attempts that are not over
+	images map[string]bool             // under mu: references of images that are here
+	beat   bus.Entry[schemas.Beat]     // under mu: the last acknowledged
+	lease  time.Duration               // under mu: its end, on the runtime's clock
+	newest uint64                      // under mu: stream sequence of the newest order handled
+	unsaid int                         // under mu: recovered attempts not yet reported
+}
+
+func newAgent(deps Deps, cfg Config) (*Agent, error) {
+	if _, err := schemas.ParseWorkerID(string(cfg.Worker)); err != nil {
+		return nil, fmt.Errorf("worker name: %w", err)
+	}
+	if err := os.MkdirAll(cfg.StateDir, 0o700); err != nil {
+		return nil, fmt.Errorf("make state folder: %w", err)
+	}
+	j, err := openJournal(cfg.StateDir, time.Now())
+	if err != nil {
+		return nil, err
+	}
+	boot, err := bootID()
+	if err != nil {
+		return nil, err
+	}
+	a := &Agent{
+		cfg: cfg, conn: deps.Conn, rt: deps.Runtime, journal: j, boot: boot,
+		log:     deps.Logger.With().Str("worker", string(cfg.Worker)).Logger(),
+		metrics: newMetrics(deps.Metrics),
+		table:   bus.NewTable(deps.Conn, schemas.BucketWorkers, beatCodec),
+		live:    map[schemas.TaskID]*attempt{},
+		images:  map[string]bool{},
+	}
+	if deps.Health != nil {
+		deps.Health.Add("agent: lease", a.checkLease)
+	}
+	return a, nil
+}
+
+// bootID names this boot of the host.
+func bootID() (string, error) {
+	b, err := os.ReadFile(filepath.Join("/proc", "sys", "kernel", "random", "boot_id"))
+	if err != nil {
+		return "", fmt.Errorf("read the boot id: %w", err)
+	}
+	return strings.TrimSpace(string(b)), nil
+}
+
+func (a *Agent) checkLease(context.Context) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.rt.Now() >= a.lease {
+		return errors.New("no beat was acknowledged within the lease; tasks that need a permit have ended")
+	}
+	return nil
+}
+
+// recover takes back what an earlier agent left. Each attempt of the journal is
+// either found by the runtime, or was never begun.
+func (a *Agent) recover(ctx context.Context) error {
+	found, err := a.rt.Recover(ctx)
+	if err != nil {
+		return fmt.Errorf("recover attempts: %w", err)
+	}
+	head := a.journal.registered()
+	sameBoot := head.Boot == a.boot && head.Epoch != ""
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, att := range found {
+		e, known := a.journal.get(att.Assignment().Task)
+		if !sameBoot || !known || e.Closed || e.Assignment != att.Assignment() {
+			a.attempts.Go(func() { a.clear(att, e, sameBoot && known && e.Assignment == att.Assignment()) })
+			continue
+		}
+		a.adopt(e, att)
+	}
+	if !sameBoot {
+		return nil // the journal belongs to another life; register begins anew
+	}
+	for _, e := range a.journal.open() {
+		if a.live[e.Task] == nil {
+			a.adopt(e, nil)
+		}
+	}
+	a.epoch = head.Epoch
+	a.unsaid = len(a.live)
+	return nil
+}
+
+// clear removes what is left of an attempt that no record waits for. If it was closed
+// a moment before the agent ended, the last of its log may have been lost with a
+// server that ended too: that is sent again first.
+func (a *Agent) clear(found Attempt, e entry, closed bool) {
+	if closed {
+		t := &attempt{agent: a, Assignment: e.Assignment, log: a.log}
+		safe := offsets{e.Stdout, e.Stderr}
+		_ = (&shipper{t: t, out: found.Output(), sent: safe, safe: safe}).ship(a.ctx)
+	}
+	a.remove(found)
+}
+
+// adopt goes on with an attempt of an earlier agent; found is nil if nothing of it
+// was ever begun. It runs under a.mu.
+func (a *Agent) adopt(e entry, found Attempt) {
+	t := a.track(e)
+	t.recovered = true
+	t.reserved = true
+	a.use(1, e.Needs)
+	a.metrics.adopted.Inc()
+	t.run(func() { t.resume(found) })
+}
+
+// track makes the live attempt of a journal entry. It runs under a.mu.
+func (a *Agent) track(e entry) *attempt {
+	ctx, cancel := context.WithCancelCause(a.ctx)
+	t := &attempt{
+		agent: a, Assignment: e.Assignment, noPermit: e.NoPermit, needs: e.Needs, ctx: ctx, cancel: cancel,
+		revision: e.Revision, applied: e.Applied, closed: make(chan struct{}), dead: make(chan struct{}),
+		safe: offsets{e.Stdout, e.Stderr},
+		log:  a.log.With().Str("task", string(e.Task)).Int("attempt", e.Attempt).Logger(),
+	}
+	a.live[e.Task] = t
+	return t
+}
+
+// remove takes an attempt's container away, however often it must be tried.
+func (a *Agent) remove(att Attempt) {
+	for wait := 100 * time.Millisecond; ; wait = min(2*wait, 10*time.Second) {
+		err := att.Remove(a.ctx)
+		if err == nil || a.ctx.Err() != nil {
+			return
+		}
+		a.log.Warn().Err(err).Str("task", string(att.Assignment().Task)).Msg("remove container")
+		select {
+		case <-time.After(wait):
+		case <-a.ctx.Done():
+			return
+		}
+	}
+}

@@ -1,0 +1,515 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"dayfly.dev/schemas"
+)
+
+var (
+	errStopped    = errors.New("an order says stop")
+	errSuperseded = errors.New("a later attempt has replaced this one")
+)
+
+// attempt is what the agent knows of one attempt that is not closed. One goroutine
+// takes it from its order to its end; orders reach in through the methods that
+// lock mu.
+type attempt struct {
+	schemas.Assignment
+	agent     *Agent
+	noPermit  bool
+	needs     schemas.Resources
+	recovered bool
+	log       zerolog.Logger
+
+	ctx    context.Context // ends with the agent, or with cause errSuperseded
+	cancel context.CancelCauseFunc
+	closed chan struct{} // closed by close
+	said   sync.Once     // of a recovered attempt: that it was reported
+	dead   chan struct{} // closed once no process of it is left, or ever will be
+
+	logs *shipper // of the attempt's goroutine; nil before the process was started
+	safe offsets  // of the journal: log bytes that an earlier agent has surely stored
+
+	mu       sync.Mutex
+	found    Attempt                 // under mu: once started
+	unstart  context.CancelCauseFunc // under mu: breaks off pulling and starting
+	stop     *time.Duration          // under mu: grace, once an order said stop
+	revision uint64                  // under mu: of the newest order handled
+	applied  int                     // under mu: extensions carried out
+	deadline deadline                // under mu: as the newest order says it
+	reserved bool                    // under mu: it holds room on the host
+	report   schemas.Report          // under mu: what is true, as last said or about to be
+	timer    *time.Timer             // under mu: says it later, or again
+	sends    int                     // under mu: reports sent
+	repeats  int                     // under mu: of the present one
+	gone     bool                    // under mu: closed or superseded: nothing more is said
+}
+
+// deadline is the time left at the moment an order was handled.
+type deadline struct {
+	left     time.Duration
+	at       time.Duration // on the runtime's clock
+	counting bool          // it stands, even if the process has not been started
+}
+
+func (d deadline) remaining(now time.Duration) time.Duration {
+	if !d.counting {
+		return d.left
+	}
+	return max(0, d.left-(now-d.at))
+}
+
+// run takes the attempt through body to its end, and through its closing.
+func (t *attempt) run(body func()) {
+	t.agent.attempts.Go(func() {
+		defer t.cancel(nil)
+		body()
+		close(t.dead)
+		t.await()
+	})
+}
+
+// begin takes a new attempt from its order to its end.
+func (t *attempt) begin(o schemas.Order, before *attempt, journalled error) {
+	t.mu.Lock()
+	t.deadline = deadline{left: o.TimeLeft.Std(), at: t.agent.rt.Now(), counting: o.Counting}
+	sctx, unstart := context.WithCancelCause(t.ctx)
+	t.unstart = unstart
+	if t.stop != nil {
+		unstart(errStopped)
+	}
+	t.mu.Unlock()
+	defer unstart(nil)
+
+	if before != nil {
+		<-before.dead // two containers of one task never run at once
+	}
+	if journalled != nil {
+		t.log.Error().Err(journalled).Msg("journal")
+		t.giveBack("the worker cannot write its journal")
+		return
+	}
+	if err := t.agent.reserve(t.needs); err != nil {
+		t.giveBack(err.Error())
+		return
+	}
+	t.mu.Lock()
+	t.reserved = true
+	t.mu.Unlock()
+
+	t.say(schemas.Report{Phase: schemas.PhaseAccepted}, t.agent.cfg.HoldBack)
+	began := t.agent.rt.Now()
+	found, end := t.start(sctx, *o.Spec)
+	switch {
+	case t.ctx.Err() != nil:
+		// The agent ends or the attempt was superseded. What was started in that very
+		// moment is the next agent's to recover, or must not live.
+		if found != nil && context.Cause(t.ctx) == errSuperseded {
+			t.kill(found)
+		}
+	case end != nil:
+		t.finish(*end, false)
+	default:
+		t.watch(found, t.agent.rt.Now()-began)
+	}
+}
+
+// resume goes on with an attempt of an earlier agent. found is nil if nothing of it
+// was begun.
+func (t *attempt) resume(found Attempt) {
+	if found == nil {
+		t.giveBack("the agent was restarted before it had begun")
+		return
+	}
+	if _, started := found.StartedFor(); !started {
+		t.mu.Lock()
+		t.found = found
+		t.mu.Unlock()
+		t.kill(found)
+		t.giveBack("the agent was restarted before the process was started")
+		return
+	}
+	t.watch(found, t.agent.cfg.HoldBack)
+}
+
+// start makes the image present and the process run. It returns either an attempt
+// or how it ended without one.
+func (t *attempt) start(ctx context.Context, spec schemas.Spec) (Attempt, *schemas.End) {
+	pull, cancel := context.WithTimeoutCause(ctx, spec.Timeouts.Pull.Std(), &StartError{
+		Reason: schemas.ReasonPullTimeout, Message: fmt.Sprintf("the image was not pulled within %s", spec.Timeouts.Pull)})
+	image, err := t.agent.rt.Image(pull, spec, t.progress)
+	err = because(pull, err)
+	cancel()
+	if err != nil {
+		return nil, t.unstarted(ctx, err)
+	}
+	t.agent.have(spec.Image)
+
+	t.agent.mu.Lock()
+	lease := t.agent.lease
+	t.agent.mu.Unlock()
+	if t.agent.rt.Now() >= lease {
+		return nil, &schemas.End{By: schemas.EndedGaveBack, Message: fmt.Sprintf("worker %s has lost touch with the bus", t.Worker)}
+	}
+	t.mu.Lock()
+	left := t.deadline.remaining(t.agent.rt.Now())
+	t.mu.Unlock()
+	start, cancel := context.WithTimeoutCause(ctx, spec.Timeouts.Start.Std(), &StartError{
+		Reason: schemas.ReasonStartTimeout, Message: fmt.Sprintf("the process was not started within %s", spec.Timeouts.Start)})
+	defer cancel()
+	found, err := t.agent.rt.Start(start, StartRequest{
+		Assignment: t.Assignment, Spec: spec, Image: image, TimeLeft: left, NoPermit: t.noPermit,
+		Grace: spec.Timeouts.Stop.Std(), LogLimit: t.agent.cfg.LogLimit,
+	})
+	if err != nil {
+		return nil, t.unstarted(ctx, because(start, err))
+	}
+	return found, nil
+}
+
+// because gives the cause of ctx's end where that is why err came.
+func because(ctx context.Context, err error) error {
+	if err != nil && ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
+}
+
+// unstarted says how an attempt ended whose process was never started.
+func (t *attempt) unstarted(ctx context.Context, err error) *schemas.End {
+	var fault *StartError
+	switch {
+	case errors.Is(err, errStopped) || errors.Is(context.Cause(ctx), errStopped):
+		return &schemas.End{By: schemas.EndedStop, Message: "stopped before the process was started"}
+	case errors.As(err, &fault):
+		return &schemas.End{By: schemas.EndedItself, Reason: fault.Reason, Exit: fault.Exit, Message: text(fault.Message, 1024)}
+	}
+	t.log.Warn().Err(err).Msg("start")
+	return &schemas.End{By: schemas.EndedGaveBack, Reason: schemas.ReasonStart, Message: text(fmt.Sprintf("worker %s could not start it: %v", t.Worker, err), 1024)}
+}
+
+// watch follows a started attempt to its end, ships its log, and reports.
+func (t *attempt) watch(found Attempt, startTook time.Duration) {
+	t.mu.Lock()
+	t.found = found
+	if t.stop != nil {
+		found.Stop(*t.stop)
+	}
+	t.mu.Unlock()
+	t.agent.metrics.started.Observe(startTook.Seconds())
+	hold := t.agent.cfg.HoldBack
+	if startTook > hold || t.recovered {
+		hold = 0
+	}
+	t.say(schemas.Report{Phase: schemas.PhaseRunning, Ran: true}, hold)
+
+	out := found.Output()
+	t.logs = &shipper{t: t, out: out, sent: t.safe, safe: t.safe}
+	reconnected := t.agent.conn.Reconnected()
+	for ended := false; ; {
+		changed := out.Changed()
+		select {
+		case <-found.Done():
+			ended = true
+		default:
+		}
+		if t.logs.ship(t.ctx) != nil {
+			break // the agent ends, or a later attempt has taken over
+		}
+		if ended {
+			t.finish(t.outcome(found, out), true)
+			return
+		}
+		select {
+		case <-changed:
+			t.gather(found)
+		case <-reconnected:
+			reconnected = t.agent.conn.Reconnected()
+			t.logs.rewind()
+		case <-found.Done():
+		case <-t.ctx.Done():
+		}
+	}
+	if context.Cause(t.ctx) == errSuperseded {
+		t.kill(found)
+	}
+}
+
+// gather lets log bytes come together, unless the attempt ends.
+func (t *attempt) gather(found Attempt) {
+	timer := time.NewTimer(t.agent.cfg.LogDelay)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-found.Done():
+	case <-t.ctx.Done():
+	}
+}
+
+// outcome is how an attempt ended whose process had been started.
+func (t *attempt) outcome(found Attempt, out Output) schemas.End {
+	o := found.Outcome()
+	end := schemas.End{By: o.By, Reason: o.Reason, Message: text(o.Message, 1024), Exit: o.Exit, Usage: o.Usage,
+		Stdout: head(out, schemas.Stdout), Stderr: head(out, schemas.Stderr)}
+	var dropped, more int64
+	end.Logs.StdoutBytes, dropped = out.Size(schemas.Stdout)
+	end.Logs.StderrBytes, more = out.Size(schemas.Stderr)
+	if end.Logs.Dropped = dropped + more; end.Logs.Dropped > 0 {
+		end.Logs.Truncated, end.Logs.Why = true, "limit"
+	}
+	return end
+}
+
+// head gives the first bytes of a stream, as text.
+func head(out Output, stream schemas.Stream) string {
+	kept, _ := out.Size(stream)
+	if kept == 0 {
+		return ""
+	}
+	buf := make([]byte, min(kept, schemas.MaxInlineOutput))
+	n, _ := out.ReadAt(stream, buf, 0)
+	return text(string(buf[:n]), schemas.MaxInlineOutput)
+}
+
+// text makes valid UTF-8 of at most n bytes.
+func text(s string, n int) string {
+	if len(s) > n {
+		s = s[:n]
+	}
+	return strings.ToValidUTF8(s, "\uFFFD")
+}
+
+func (t *attempt) giveBack(why string) {
+	t.finish(schemas.End{By: schemas.EndedGaveBack, Message: why}, false)
+}
+
+// finish reports the end, again and again until an order closes the attempt, and
+// takes then what is left of it away.
+func (t *attempt) finish(end schemas.End, ran bool) {
+	t.mu.Lock()
+	if t.reserved {
+		t.reserved = false
+		defer t.agent.release(t.needs)
+	}
+	t.mu.Unlock()
+	t.agent.metrics.ended.WithLabelValues(string(end.By)).Inc()
+	t.log.Info().Str("by", string(end.By)).Str("reason", string(end.Reason)).Msg("attempt ended")
+	t.say(schemas.Report{Phase: schemas.PhaseEnded, Ran: ran, End: &end}, 0)
+}
+
+// await waits until the ended attempt is closed and its log surely stored, and
+// removes its container.
+func (t *attempt) await() {
+	defer func() {
+		t.mu.Lock()
+		found := t.found
+		t.mu.Unlock()
+		if found != nil && t.agent.ctx.Err() == nil {
+			t.agent.remove(found)
+		}
+	}()
+	closed := t.closed
+	var settled <-chan time.Time
+	for {
+		reconnected := t.agent.conn.Reconnected()
+		select {
+		case <-t.ctx.Done():
+			return
+		case <-closed:
+			if t.logs == nil || t.logs.settled() == 0 {
+				return
+			}
+			closed, settled = nil, time.After(t.logs.settled())
+		case <-settled:
+			return
+		case <-reconnected:
+			if t.logs != nil {
+				t.logs.rewind()
+				if t.logs.ship(t.ctx) != nil {
+					return
+				}
+			}
+			if closed == nil {
+				settled = time.After(logSafe)
+				continue
+			}
+			t.mu.Lock()
+			t.send()
+			t.mu.Unlock()
+		}
+	}
+}
+
+// kill ends a started attempt and waits until no process of it is left.
+func (t *attempt) kill(found Attempt) {
+	found.Stop(0)
+	select {
+	case <-found.Done():
+	case <-t.agent.ctx.Done():
+	}
+}
+
+// progress says what the worker is doing while the task starts.
+func (t *attempt) progress(sentence string) {
+	t.mu.Lock()
+	r := t.report
+	t.mu.Unlock()
+	if r.Phase == schemas.PhaseAccepted && r.Progress != sentence {
+		r.Progress = text(sentence, 256)
+		t.say(r, time.Second)
+	}
+}
+
+// say makes r what is true of the attempt, and sends it after a while: at once if
+// that is zero. What is said meanwhile goes in its place.
+func (t *attempt) say(r schemas.Report, after time.Duration) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.report, t.repeats = r, 0
+	if after <= 0 {
+		t.send()
+	} else if t.timer == nil {
+		t.later(after)
+	}
+}
+
+// later sends the report after a while. It runs under t.mu.
+func (t *attempt) later(after time.Duration) {
+	if t.timer != nil {
+		t.timer.Stop()
+	}
+	t.timer = time.AfterFunc(after, func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		t.timer = nil
+		t.send()
+	})
+}
+
+// How often the last report is repeated until an order closes the attempt.
+const (
+	repeatFirst = 2 * time.Second
+	repeatMost  = 30 * time.Second
+	// repeatFailed is the pause after a report that the bus did not take.
+	repeatFailed = 300 * time.Millisecond
+)
+
+// send publishes the report as it is now. It runs under t.mu, so reports leave in
+// the order in which they became true.
+func (t *attempt) send() {
+	if t.gone || t.ctx.Err() != nil || t.report.Phase == "" {
+		return
+	}
+	if t.timer != nil {
+		t.timer.Stop()
+		t.timer = nil
+	}
+	r := t.report
+	r.Assignment, r.Revision, r.Applied = t.Assignment, t.revision, t.applied
+	if t.found != nil && r.Ran {
+		ran, _ := t.found.StartedFor()
+		r.RanFor = schemas.Duration(ran)
+	}
+	body, err := schemas.Encode(r)
+	if err != nil {
+		t.log.Error().Err(err).Msg("encode report")
+		return
+	}
+	last := r.Phase == schemas.PhaseEnded
+	t.sends++
+	this := t.sends
+	again := min(repeatFirst<<min(t.repeats, 8), repeatMost)
+	t.repeats++
+	// The answer may come before PublishAsync returns, and so while t.mu is held.
+	t.agent.conn.PublishAsync(schemas.ReportSubject(t.Worker, t.Task), nil, body, func(err error) {
+		switch {
+		case err != nil:
+			time.AfterFunc(repeatFailed, func() { t.repeat(this) })
+		case last:
+			time.AfterFunc(again, func() { t.repeat(this) })
+		}
+		if err == nil && t.recovered {
+			t.said.Do(t.agent.reported)
+		}
+	})
+}
+
+// repeat sends the report again, unless it was sent since.
+func (t *attempt) repeat(sends int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.sends == sends && t.timer == nil {
+		t.send()
+	}
+}
+
+// extend applies a run order to an attempt that is live.
+func (t *attempt) extend(o schemas.Order) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.revision = o.Revision
+	if o.Extensions > t.applied || t.found == nil {
+		t.deadline = deadline{left: o.TimeLeft.Std(), at: t.agent.rt.Now(), counting: o.Counting}
+		if t.found != nil {
+			if err := t.found.SetDeadline(o.TimeLeft.Std()); err != nil {
+				t.log.Error().Err(err).Msg("move deadline")
+				return
+			}
+		}
+		t.applied = o.Extensions
+		if err := t.agent.journal.change(t.Assignment, func(e *entry) { e.Applied = o.Extensions }); err != nil {
+			t.log.Error().Err(err).Msg("journal")
+		}
+	}
+	t.send() // the order came, or came again: its sender waits for this
+}
+
+// halt applies a stop order.
+func (t *attempt) halt(o schemas.Order) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.revision = o.Revision
+	grace := o.Grace.Std()
+	t.stop = &grace
+	switch {
+	case t.report.Phase == schemas.PhaseEnded:
+		t.send()
+	case t.found != nil:
+		t.found.Stop(grace)
+	case t.unstart != nil:
+		t.unstart(errStopped)
+	}
+}
+
+// close ends an attempt whose end is settled.
+func (t *attempt) close() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.silence()
+	close(t.closed)
+}
+
+// supersede ends an attempt that a later one has replaced.
+func (t *attempt) supersede() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.silence()
+	t.cancel(errSuperseded)
+}
+
+// silence runs under t.mu.
+func (t *attempt) silence() {
+	t.gone = true
+	if t.timer != nil {
+		t.timer.Stop()
+		t.timer = nil
+	}
+}

@@ -1,0 +1,227 @@
+package agent
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"dayfly.dev/schemas"
+)
+
+// journalKeep is how long a closed attempt is remembered. An order is never
+// redelivered as late as that.
+const journalKeep = 24 * time.Hour
+
+// entry is what the journal remembers of a task: the highest attempt seen.
+type entry struct {
+	schemas.Assignment
+	Revision uint64            `json:"revision,omitzero"` // of the newest order handled
+	Applied  int               `json:"applied,omitzero"`  // extensions carried out
+	NoPermit bool              `json:"no_permit,omitzero"`
+	Needs    schemas.Resources `json:"needs,omitzero"`
+	Stdout   int64             `json:"stdout,omitzero"` // bytes of the log that are surely stored
+	Stderr   int64             `json:"stderr,omitzero"`
+	Closed   bool              `json:"closed,omitzero"`
+	At       time.Time         `json:"at"`
+}
+
+// registration is the journal's head: whose epoch the entries belong to. A host
+// that was rebooted has another boot id, and nothing of its containers is left.
+type registration struct {
+	Epoch schemas.Epoch `json:"epoch"`
+	Boot  string        `json:"boot"`
+}
+
+// line is one line of the journal file: the head, or a task's newest entry.
+type line struct {
+	Head  *registration `json:"head,omitzero"`
+	Entry *entry        `json:"entry,omitzero"`
+}
+
+// journal is the agent's own memory of attempts: a file of JSON lines of which the
+// last of each task counts. It is written without fsync: it must outlive a kill of
+// the agent, not a crash of the host, after which the boot id differs.
+type journal struct {
+	path string
+
+	mu      sync.Mutex
+	file    *os.File                 // under mu
+	head    registration             // under mu
+	entries map[schemas.TaskID]entry // under mu
+	lines   int                      // under mu: in the file
+}
+
+// openJournal reads the journal in dir, or begins one. A last line that was cut off
+// by a crash is dropped.
+func openJournal(dir string, now time.Time) (*journal, error) {
+	j := &journal{path: filepath.Join(dir, "journal"), entries: map[schemas.TaskID]entry{}}
+	if f, err := os.Open(j.path); err == nil {
+		err = j.read(f)
+		f.Close()
+		if err != nil {
+			return nil, fmt.Errorf("read journal %s: %w", j.path, err)
+		}
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("open journal: %w", err)
+	}
+	for id, e := range j.entries {
+		if e.Closed && now.Sub(e.At) > journalKeep {
+			delete(j.entries, id)
+		}
+	}
+	return j, j.compact()
+}
+
+func (j *journal) read(r io.Reader) error {
+	lines := bufio.NewReader(r)
+	for {
+		b, err := lines.ReadBytes('\n')
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		var l line
+		if schemas.Decode(b, &l) != nil {
+			continue // damaged: the attempt is then known by its container alone
+		}
+		switch {
+		case l.Head != nil:
+			j.head = *l.Head
+		case l.Entry != nil:
+			j.entries[l.Entry.Task] = *l.Entry
+		}
+	}
+}
+
+// compact rewrites the file with what still counts.
+func (j *journal) compact() error {
+	tmp := j.path + ".new"
+	f, err := os.Create(tmp)
+	if err != nil {
+		return fmt.Errorf("rewrite journal: %w", err)
+	}
+	w := bufio.NewWriter(f)
+	write := func(l line) {
+		b, e := schemas.Encode(l)
+		_, e2 := w.Write(append(b, '\n'))
+		err = errors.Join(err, e, e2)
+	}
+	write(line{Head: &j.head})
+	for _, e := range j.entries {
+		write(line{Entry: &e})
+	}
+	if err = errors.Join(err, w.Flush()); err == nil {
+		err = os.Rename(tmp, j.path)
+	}
+	if err != nil {
+		f.Close()
+		return fmt.Errorf("rewrite journal: %w", err)
+	}
+	if j.file != nil {
+		j.file.Close()
+	}
+	j.file, j.lines = f, len(j.entries)+1
+	return nil
+}
+
+func (j *journal) append(l line) error {
+	b, err := schemas.Encode(l)
+	if err != nil {
+		return err
+	}
+	if _, err := j.file.Write(append(b, '\n')); err != nil {
+		return fmt.Errorf("write journal: %w", err)
+	}
+	j.lines++
+	if j.lines > 10_000 && j.lines > 4*len(j.entries) {
+		return j.compact()
+	}
+	return nil
+}
+
+// registered gives the epoch and boot id that the entries belong to.
+func (j *journal) registered() registration {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.head
+}
+
+// register begins a new registration. Entries of attempts that keep is true for
+// stay; all others are of containers that are gone.
+func (j *journal) register(r registration, keep func(entry) bool) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.head = r
+	for id, e := range j.entries {
+		if !keep(e) {
+			delete(j.entries, id)
+		}
+	}
+	return j.compact()
+}
+
+// get gives the entry of a task.
+func (j *journal) get(id schemas.TaskID) (entry, bool) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	e, ok := j.entries[id]
+	return e, ok
+}
+
+// put writes a task's entry. It is remembered in memory even when the disk refuses.
+func (j *journal) put(e entry) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.entries[e.Task] = e
+	return j.append(line{Entry: &e})
+}
+
+// change lets fn alter the entry of an attempt, if it is still the task's newest.
+func (j *journal) change(a schemas.Assignment, fn func(*entry)) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	e, ok := j.entries[a.Task]
+	if !ok || e.Assignment != a {
+		return nil
+	}
+	fn(&e)
+	j.entries[a.Task] = e
+	return j.append(line{Entry: &e})
+}
+
+// open lists the entries that are not closed.
+func (j *journal) open() []entry {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	var list []entry
+	for _, e := range j.entries {
+		if !e.Closed {
+			list = append(list, e)
+		}
+	}
+	return list
+}
+
+// forget drops closed entries that are old enough.
+func (j *journal) forget(now time.Time) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for id, e := range j.entries {
+		if e.Closed && now.Sub(e.At) > journalKeep {
+			delete(j.entries, id)
+		}
+	}
+}
+
+func (j *journal) close() error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.file.Close()
+}

@@ -1,0 +1,159 @@
+package reaper
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"sync"
+	"time"
+
+	"dayfly.dev/bus"
+	"dayfly.dev/schemas"
+)
+
+// fleet is what this reaper has itself seen of the workers' beats, by its own
+// monotonic clock. Clocks of workers count for nothing.
+type fleet struct {
+	mu   sync.Mutex
+	seen map[schemas.WorkerID]sighting // under mu
+}
+
+// sighting is the newest revision of a worker's beat, and when it was first seen
+// here, or when this reaper last came to the bus.
+type sighting struct {
+	revision uint64
+	at       time.Time
+}
+
+func newFleet() *fleet { return &fleet{seen: map[schemas.WorkerID]sighting{}} }
+
+func (f *fleet) saw(w schemas.WorkerID, revision uint64, now time.Time) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.seen[w].revision != revision {
+		f.seen[w] = sighting{revision, now}
+	}
+}
+
+func (f *fleet) forget(w schemas.WorkerID) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.seen, w)
+}
+
+// restart counts every worker's silence anew: while this reaper was away from the
+// bus it could not have seen their beats.
+func (f *fleet) restart(now time.Time) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for w, s := range f.seen {
+		f.seen[w] = sighting{s.revision, now}
+	}
+}
+
+// silent lists the workers whose beat has been the same for the fence.
+func (f *fleet) silent(now time.Time, fence time.Duration) map[schemas.WorkerID]uint64 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	list := map[schemas.WorkerID]uint64{}
+	for w, s := range f.seen {
+		if now.Sub(s.at) >= fence {
+			list[w] = s.revision
+		}
+	}
+	return list
+}
+
+func (r *Reaper) beatChanged(c bus.Change[schemas.Beat]) {
+	w := schemas.WorkerID(c.Key)
+	if c.Deleted {
+		r.fleet.forget(w)
+		return
+	}
+	r.fleet.saw(w, c.Revision, time.Now())
+	if !c.HadOld || c.Old.Epoch != c.New.Epoch || c.Old.Lost() != c.New.Lost() || c.Old.Reported != c.New.Reported {
+		r.lookAtWorker(w)
+	}
+}
+
+// lookAtWorker asks for a look at every task that the worker holds.
+func (r *Reaper) lookAtWorker(w schemas.WorkerID) {
+	now := time.Now()
+	r.tasks.Range(func(key string, t task, _ uint64) bool {
+		if strings.HasPrefix(t.holder, string(w)+" ") {
+			r.due.add(schemas.TaskID(key), now)
+		}
+		return true
+	})
+}
+
+// watchFleet declares workers lost until ctx ends.
+func (r *Reaper) watchFleet(ctx context.Context) error {
+	tick := time.NewTicker(max(r.cfg.Fence/20, 10*time.Millisecond))
+	defer tick.Stop()
+	for {
+		reconnected := r.conn.Reconnected()
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-reconnected:
+			r.fleet.restart(time.Now())
+			continue
+		case now := <-tick.C:
+			if !r.conn.Connected() {
+				r.fleet.restart(now)
+				continue
+			}
+			for w, revision := range r.fleet.silent(now, r.cfg.Fence) {
+				r.verdict(ctx, w, revision)
+			}
+		}
+	}
+}
+
+// verdict declares a worker lost by compare-and-set at the very revision that was
+// watched unchanged. Whoever is alive and beats makes it fail.
+func (r *Reaper) verdict(ctx context.Context, w schemas.WorkerID, revision uint64) {
+	beat, seen, ok := r.beats.Get(string(w))
+	if !ok || seen != revision || beat.Lost() {
+		return
+	}
+	lost := beat
+	lost.LostAt = time.Now().UTC()
+	_, err := r.workers.Replace(ctx, bus.Entry[schemas.Beat]{Key: string(w), Value: beat, Revision: revision}, lost, "lost")
+	switch {
+	case err == nil:
+		r.metrics.lost.Inc()
+		r.log.Warn().Str("worker", string(w)).Str("epoch", string(beat.Epoch)).Dur("silent", r.cfg.Fence).Msg("worker declared lost")
+	case errors.Is(err, bus.ErrConflict):
+	case ctx.Err() == nil:
+		r.log.Warn().Err(err).Str("worker", string(w)).Msg("declare worker lost")
+	}
+}
+
+// checkHolder gives up a task whose holder is lost or has another epoch by now. It
+// says whether the task was dealt with.
+func (r *Reaper) checkHolder(ctx context.Context, e bus.Entry[schemas.Record]) (bool, error) {
+	rec := e.Value
+	beat, _, ok := r.beats.Get(string(rec.Worker))
+	former := rec.Epoch.Before(beat.Epoch) // the view may also be older than the record
+	if !ok || !former && !(beat.Epoch == rec.Epoch && beat.Lost()) {
+		return false, nil
+	}
+	gone := false
+	if former && !beat.Lost() && beat.Reported {
+		gone = true
+		for _, kept := range beat.Kept {
+			if kept == rec.ID {
+				return false, nil // it is back with its worker, under the old epoch
+			}
+		}
+	}
+	_, err := r.apply(ctx, e, func(m schemas.Meta) schemas.Event {
+		return schemas.Lose{Meta: m, Worker: rec.Worker, Epoch: rec.Epoch, Gone: gone}
+	})
+	if err != nil && !settled(err) {
+		return false, err
+	}
+	return !errors.Is(err, schemas.ErrUnchanged), nil
+}

@@ -1,0 +1,57 @@
+package reaper
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+
+	"dayfly.dev/ops"
+	"dayfly.dev/schemas"
+)
+
+type metrics struct {
+	reports   *prometheus.CounterVec
+	finished  *prometheus.CounterVec
+	requeued  *prometheus.CounterVec
+	lost      prometheus.Counter
+	redriven  prometheus.Counter
+	lag       prometheus.Histogram
+	start     prometheus.Histogram
+	lifetime  prometheus.Histogram
+	lastSweep prometheus.Gauge
+}
+
+func newMetrics(reg prometheus.Registerer) *metrics {
+	m := &metrics{
+		reports:   prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_reports_total", Help: "Reports of workers, by what came of them."}, []string{"result"}),
+		finished:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_tasks_finished_total", Help: "Tasks that became final, by state and reason."}, []string{"state", "reason"}),
+		requeued:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_tasks_requeued_total", Help: "Tasks that went back to the queue, by reason."}, []string{"reason"}),
+		lost:      prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_workers_lost_total", Help: "Workers declared lost by this reaper."}),
+		redriven:  prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_orders_redriven_total", Help: "Orders sent again because nothing had come of them."}),
+		lag:       prometheus.NewHistogram(prometheus.HistogramOpts{Name: "dayfly_reap_lag_seconds", Help: "From a task's deadline to its final record.", Buckets: []float64{.1, .5, 1, 2, 5, 10, 30, 60}}),
+		start:     prometheus.NewHistogram(prometheus.HistogramOpts{Name: "dayfly_task_start_seconds", Help: "From accepted to running.", Buckets: ops.BucketsStart}),
+		lifetime:  prometheus.NewHistogram(prometheus.HistogramOpts{Name: "dayfly_task_lifetime_seconds", Help: "From running to final.", Buckets: ops.BucketsLife}),
+		lastSweep: prometheus.NewGauge(prometheus.GaugeOpts{Name: "dayfly_reaper_last_sweep_timestamp_seconds", Help: "When this reaper last looked at what is due."}),
+	}
+	if reg != nil {
+		reg.MustRegister(m.reports, m.finished, m.requeued, m.lost, m.redriven, m.lag, m.start, m.lifetime, m.lastSweep)
+	}
+	return m
+}
+
+// transition counts one change of state.
+func (m *metrics) transition(before, after schemas.Record) {
+	switch {
+	case after.State.Final():
+		m.finished.WithLabelValues(string(after.State), string(after.Reason)).Inc()
+		if after.State == schemas.Expired && !after.ExpiresAt.IsZero() {
+			m.lag.Observe(after.EndedAt.Sub(after.ExpiresAt).Seconds())
+		}
+		if !after.RunningAt.IsZero() {
+			m.lifetime.Observe(after.EndedAt.Sub(after.RunningAt).Seconds())
+		}
+	case after.State == schemas.Queued:
+		m.requeued.WithLabelValues(string(after.Reason)).Inc()
+	}
+	if before.RunningAt.IsZero() && !after.RunningAt.IsZero() {
+		m.start.Observe(after.RunningAt.Sub(after.AcceptedAt).Seconds())
+	}
+}

@@ -1,0 +1,216 @@
+package reaper
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/rs/zerolog"
+	"golang.org/x/sync/errgroup"
+
+	"dayfly.dev/bus"
+	"dayfly.dev/ops"
+	"dayfly.dev/schemas"
+)
+
+// Config of a reaper. DefaultConfig has the values that production uses.
+type Config struct {
+	Retention time.Duration // how long a final record is kept
+	Fence     time.Duration // how long a worker's beat must be unchanged before it is lost
+	Redrive   time.Duration // how long nothing may come of an order before it is sent again
+	Overdue   time.Duration // how long after its deadline and grace a task is stopped from here
+	Scan      time.Duration // between two looks at every record, the safety net
+}
+
+// DefaultConfig has the values that production uses.
+func DefaultConfig() Config {
+	return Config{
+		Retention: 24 * time.Hour, Fence: 75 * time.Second, Redrive: 15 * time.Second,
+		Overdue: 2 * time.Second, Scan: time.Minute,
+	}
+}
+
+// Deps are what a reaper stands on.
+type Deps struct {
+	Conn    *bus.Conn
+	Logger  zerolog.Logger
+	Metrics prometheus.Registerer
+	Health  *ops.Health
+}
+
+// task is what the view keeps of a record: enough to see whether it concerns us,
+// and the record itself while it can still change.
+type task struct {
+	state  schemas.State
+	holder string // "<worker> <epoch>", "" if none
+	raw    []byte // nil once final
+}
+
+func (t task) record() (r schemas.Record, err error) { return r, schemas.Decode(t.raw, &r) }
+
+// Reaper is one replica.
+type Reaper struct {
+	cfg     Config
+	conn    *bus.Conn
+	log     zerolog.Logger
+	metrics *metrics
+	table   *bus.Table[schemas.Record]
+	workers *bus.Table[schemas.Beat]
+	tasks   *bus.View[task]
+	beats   *bus.View[schemas.Beat]
+	due     *timers
+	fleet   *fleet
+}
+
+// Run runs the reaper until ctx ends.
+func Run(ctx context.Context, deps Deps, cfg Config) error {
+	r := &Reaper{
+		cfg: cfg, conn: deps.Conn, log: deps.Logger, metrics: newMetrics(deps.Metrics),
+		table: bus.NewTable(deps.Conn, schemas.BucketTasks, bus.Codec[schemas.Record]{
+			Encode: func(r schemas.Record) ([]byte, nats.Header, error) {
+				b, err := schemas.Encode(r)
+				return b, r.Headers(), err
+			},
+			Decode: func(b []byte) (r schemas.Record, err error) { return r, schemas.Decode(b, &r) },
+			Wrote:  schemas.Record.Wrote,
+		}),
+		workers: bus.NewTable(deps.Conn, schemas.BucketWorkers, bus.Codec[schemas.Beat]{
+			Encode: func(b schemas.Beat) ([]byte, nats.Header, error) {
+				data, err := schemas.Encode(b)
+				return data, nil, err
+			},
+			Decode: func(data []byte) (b schemas.Beat, err error) { return b, schemas.Decode(data, &b) },
+			// A verdict of unknown outcome is told by the verdict itself: nobody takes it back
+			// under the same epoch.
+			Wrote: func(b schemas.Beat, _ string) bool { return b.Lost() },
+		}),
+		due: newTimers(), fleet: newFleet(),
+	}
+	r.tasks = bus.NewView(deps.Conn, schemas.BucketTasks, decodeTask, bus.ViewOptions[task]{OnChange: r.taskChanged})
+	r.beats = bus.NewView(deps.Conn, schemas.BucketWorkers, decodeBeat, bus.ViewOptions[schemas.Beat]{OnChange: r.beatChanged})
+
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return r.tasks.Run(ctx) })
+	g.Go(func() error { return r.beats.Run(ctx) })
+	g.Go(func() error { return r.reports(ctx) })
+	g.Go(func() error { return r.sweeps(ctx) })
+	g.Go(func() error { return r.watchFleet(ctx) })
+	if deps.Health != nil {
+		deps.Health.Add("reaper: views", r.checkViews)
+	}
+	err := g.Wait()
+	if ctx.Err() != nil && err == context.Canceled {
+		return nil
+	}
+	return err
+}
+
+func (r *Reaper) checkViews(context.Context) error {
+	select {
+	case <-r.tasks.Ready():
+	default:
+		return fmt.Errorf("the view of tasks is not complete yet")
+	}
+	return nil
+}
+
+func decodeTask(_ string, h nats.Header, data []byte) (task, error) {
+	t := task{state: schemas.State(h.Get(schemas.HeaderState)), holder: h.Get(schemas.HeaderHolder)}
+	if !t.state.Final() {
+		t.raw = bytes.Clone(data)
+	}
+	return t, nil
+}
+
+func decodeBeat(_ string, _ nats.Header, data []byte) (b schemas.Beat, err error) {
+	return b, schemas.Decode(data, &b)
+}
+
+// taskChanged keeps a look at every record that is not final: the first soon, so
+// that a short task is never decoded here.
+func (r *Reaper) taskChanged(c bus.Change[task]) {
+	id := schemas.TaskID(c.Key)
+	if c.Deleted || c.New.state.Final() {
+		r.due.drop(id)
+		return
+	}
+	r.due.add(id, time.Now().Add(firstLook))
+}
+
+// firstLook is how long after a change a record is looked at.
+const firstLook = time.Second
+
+func (r *Reaper) meta() schemas.Meta {
+	return schemas.Meta{At: time.Now().UTC(), By: "reaper", Op: strings.ToLower(rand.Text()[:20])}
+}
+
+// entry gives a record that may still change, from the view if it is there.
+func (r *Reaper) entry(ctx context.Context, id schemas.TaskID) (bus.Entry[schemas.Record], error) {
+	if t, revision, ok := r.tasks.Get(string(id)); ok && t.raw != nil {
+		if rec, err := t.record(); err == nil {
+			return bus.Entry[schemas.Record]{Key: string(id), Value: rec, Revision: revision}, nil
+		}
+	}
+	return r.table.Get(ctx, string(id))
+}
+
+// apply changes a record by one event, starting from e. The order that follows is
+// sent: a worker that held the task before learns that it is over.
+func (r *Reaper) apply(ctx context.Context, e bus.Entry[schemas.Record], event func(schemas.Meta) schemas.Event) (bus.Entry[schemas.Record], error) {
+	m := r.meta()
+	var before schemas.Record
+	after, err := r.table.UpdateFrom(ctx, e, m.Op, func(rec schemas.Record) (schemas.Record, []bus.WriteOption, error) {
+		before = rec
+		next, err := schemas.Next(rec, event(m))
+		if err != nil || !next.State.Final() {
+			return next, nil, err
+		}
+		return next, []bus.WriteOption{bus.TTL(r.cfg.Retention)}, nil
+	})
+	if err != nil {
+		return after, err
+	}
+	rec := after.Value
+	r.observe(after)
+	if before.State != rec.State {
+		r.metrics.transition(before, rec)
+		r.log.Info().Str("task", string(rec.ID)).Int("attempt", rec.Attempt).Str("from", string(before.State)).
+			Str("state", string(rec.State)).Str("reason", string(rec.Reason)).Msg("task")
+	}
+	if before.State.Held() && !rec.State.Held() {
+		r.order(rec, after.Revision, before.Assignment())
+	}
+	return after, nil
+}
+
+func (r *Reaper) observe(e bus.Entry[schemas.Record]) {
+	h := nats.Header(e.Value.Headers())
+	data, err := schemas.Encode(e.Value)
+	if err != nil {
+		return
+	}
+	if t, err := decodeTask(e.Key, h, data); err == nil {
+		r.tasks.Observe(e.Key, t, e.Revision)
+	}
+}
+
+// order sends the order that follows from a record to the worker of an assignment.
+// It is not waited for: what is lost is sent again.
+func (r *Reaper) order(rec schemas.Record, revision uint64, a schemas.Assignment) {
+	o := schemas.NewOrder(rec, revision, a, time.Now())
+	body, err := schemas.Encode(o)
+	if err != nil {
+		r.log.Error().Err(err).Str("task", string(a.Task)).Msg("encode order")
+		return
+	}
+	r.conn.PublishAsync(schemas.OrderSubject(a.Worker, a.Task), nil, body, func(err error) {
+		if err != nil {
+			r.log.Debug().Err(err).Str("task", string(a.Task)).Msg("send order")
+		}
+	})
+}

@@ -1,0 +1,99 @@
+package reaper
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"dayfly.dev/bus"
+	"dayfly.dev/schemas"
+)
+
+const (
+	// durable is the consumer of REPORTS that all reapers share.
+	durable = "reaper"
+	// unknownFor is how long a report without a record, or ahead of it, is tried again
+	// before its attempt is stopped: a read may be stale, a restored bucket is older.
+	unknownFor = time.Minute
+	retryAfter = time.Second
+	settlers   = 16
+)
+
+// reports settles the workers' reports until ctx ends. Reports of one task are
+// handled in order.
+func (r *Reaper) reports(ctx context.Context) error {
+	select {
+	case <-r.tasks.Ready():
+	case <-ctx.Done():
+		return nil
+	}
+	if err := r.conn.EnsureConsumer(ctx, bus.ConsumerSpec{
+		Stream: schemas.StreamReports, Durable: durable, Filter: schemas.ReportSubject("*", "*"),
+		AckWait: 30 * time.Second, MaxAckPending: 4096,
+	}); err != nil {
+		return fmt.Errorf("make the consumer of reports: %w", err)
+	}
+	return r.conn.Consume(ctx, bus.ConsumeOptions{
+		Stream: schemas.StreamReports, Durable: durable, MaxMessages: 1024, Workers: settlers,
+	}, func(ctx context.Context, m bus.Msg) {
+		var rep schemas.Report
+		if err := schemas.Decode(m.Data, &rep); err != nil || m.Subject != schemas.ReportSubject(rep.Worker, rep.Task) {
+			// Not ours, or a worker that speaks for another: its subject says who it is.
+			r.metrics.reports.WithLabelValues("refused").Inc()
+			r.log.Warn().Str("subject", m.Subject).Msg("report refused")
+			_ = m.Ack()
+			return
+		}
+		result, err := r.settle(ctx, rep, m.Delivered)
+		r.metrics.reports.WithLabelValues(result).Inc()
+		if err != nil {
+			r.log.Warn().Err(err).Str("task", string(rep.Task)).Msg("settle")
+			_ = m.Nak(retryAfter)
+			return
+		}
+		_ = m.Ack()
+	})
+}
+
+// errAhead says that the record is missing or of a lower attempt than the report.
+var errAhead = errors.New("the report is ahead of the record")
+
+// settle folds one report into its record. An attempt that the record has left
+// behind is told to close, which is safe by a read: a final record and a higher
+// attempt never become untrue.
+func (r *Reaper) settle(ctx context.Context, rep schemas.Report, delivered uint64) (string, error) {
+	e, err := r.entry(ctx, rep.Task)
+	if err == nil && (e.Value.Attempt < rep.Attempt || e.Value.Attempt == rep.Attempt && e.Value.Assignment() != rep.Assignment && e.Value.State.Held()) {
+		e, err = r.table.Get(ctx, string(rep.Task)) // the view may lag behind the report
+		if err == nil && e.Value.Attempt < rep.Attempt {
+			err = errAhead
+		}
+	}
+	if errors.Is(err, bus.ErrNotFound) || errors.Is(err, errAhead) {
+		if time.Duration(delivered)*retryAfter < unknownFor {
+			return "ahead", err
+		}
+		r.log.Warn().Str("task", string(rep.Task)).Int("attempt", rep.Attempt).Msg("no record of a reported attempt: close it")
+		r.order(schemas.Record{ID: rep.Task, State: schemas.Failed}, rep.Revision+1, rep.Assignment)
+		return "unknown", nil
+	}
+	if err != nil {
+		return "error", err
+	}
+	after, err := r.apply(ctx, e, func(m schemas.Meta) schemas.Event { return schemas.Settle{Meta: m, Report: rep} })
+	switch {
+	case err == nil:
+		return "settled", nil
+	case errors.Is(err, schemas.ErrUnchanged):
+		return "unchanged", nil
+	case errors.Is(err, schemas.ErrFinal), errors.Is(err, schemas.ErrStale):
+		// Nothing more will be made of it. Only an attempt that the record has left is
+		// closed: a phase that comes late says nothing about it.
+		if after.Value.State.Final() || after.Value.Assignment() != rep.Assignment {
+			r.order(after.Value, max(after.Revision, rep.Revision), rep.Assignment)
+		}
+		return "stale", nil
+	}
+	return "error", err
+}

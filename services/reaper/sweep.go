@@ -1,0 +1,157 @@
+package reaper
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"dayfly.dev/bus"
+	"dayfly.dev/schemas"
+)
+
+const sweepBatch = 256
+
+// sweeps looks at the records that are due until ctx ends, and at all of them once
+// in a while.
+func (r *Reaper) sweeps(ctx context.Context) error {
+	select {
+	case <-r.tasks.Ready():
+	case <-ctx.Done():
+		return nil
+	}
+	scan := time.NewTicker(r.cfg.Scan)
+	defer scan.Stop()
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-scan.C:
+			r.scan()
+		case <-timer.C:
+		case <-r.due.wake:
+		}
+		ids, next := r.due.pop(time.Now(), sweepBatch)
+		r.lookAll(ctx, ids)
+		r.metrics.lastSweep.SetToCurrentTime()
+		if next.IsZero() {
+			timer.Reset(time.Hour)
+		} else {
+			timer.Reset(time.Until(next))
+		}
+	}
+}
+
+// scan asks for a look at every record that can still change.
+func (r *Reaper) scan() {
+	now := time.Now()
+	r.tasks.Range(func(key string, t task, _ uint64) bool {
+		if !t.state.Final() {
+			r.due.add(schemas.TaskID(key), now)
+		}
+		return true
+	})
+}
+
+func (r *Reaper) lookAll(ctx context.Context, ids []schemas.TaskID) {
+	var g errgroup.Group
+	g.SetLimit(16)
+	for _, id := range ids {
+		g.Go(func() error {
+			if err := r.look(ctx, id); err != nil && ctx.Err() == nil {
+				r.log.Warn().Err(err).Str("task", string(id)).Msg("sweep")
+				r.due.add(id, time.Now().Add(r.cfg.Redrive))
+			}
+			return nil
+		})
+	}
+	_ = g.Wait()
+}
+
+// look does what the time asks for one task, and says when to look again.
+func (r *Reaper) look(ctx context.Context, id schemas.TaskID) error {
+	t, revision, ok := r.tasks.Get(string(id))
+	if !ok || t.raw == nil {
+		return nil
+	}
+	rec, err := t.record()
+	if err != nil {
+		return err
+	}
+	now := time.Now()
+	e := bus.Entry[schemas.Record]{Key: string(id), Value: rec, Revision: revision}
+	if at := rec.SweepAt(); !at.IsZero() && !now.Before(at) {
+		after, err := r.apply(ctx, e, func(m schemas.Meta) schemas.Event { return schemas.Sweep{Meta: m} })
+		if err != nil && !settled(err) {
+			return err
+		}
+		e = after
+	}
+	if e.Value.State.Held() {
+		if done, err := r.checkHolder(ctx, e); done || err != nil {
+			return err
+		}
+	}
+	if next := r.redrive(e, now); !next.IsZero() {
+		r.due.add(id, later(next, now.Add(firstLook)))
+	}
+	return nil
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
+// settled says that an event came to nothing because the record is as it should be.
+func settled(err error) bool {
+	return errors.Is(err, schemas.ErrUnchanged) || errors.Is(err, schemas.ErrStale) || errors.Is(err, schemas.ErrFinal) ||
+		errors.Is(err, schemas.ErrState) || errors.Is(err, bus.ErrNotFound)
+}
+
+// redrive sends a task's order again where nothing has come of it, and gives the
+// time of the next look.
+func (r *Reaper) redrive(e bus.Entry[schemas.Record], now time.Time) time.Time {
+	rec := e.Value
+	if !rec.State.Held() {
+		return rec.SweepAt()
+	}
+	last := rec.History[len(rec.History)-1].At
+	at := r.orderDue(rec, last)
+	for !at.IsZero() && !at.After(now) { // the times of earlier orders are over
+		if next := at.Add(r.cfg.Redrive); next.After(now) {
+			r.metrics.redriven.Inc()
+			r.order(rec, e.Revision, rec.Assignment())
+			return next
+		}
+		missed := now.Sub(at) / r.cfg.Redrive
+		at = at.Add(missed * r.cfg.Redrive)
+	}
+	if s := rec.SweepAt(); !s.IsZero() && (at.IsZero() || s.Before(at)) {
+		return s
+	}
+	return at
+}
+
+// orderDue is when the order of a held record is to be sent for the first time from
+// here: last is when the record last changed.
+func (r *Reaper) orderDue(rec schemas.Record, last time.Time) time.Time {
+	switch {
+	case rec.Cancel != nil:
+		return later(rec.Cancel.At, last).Add(rec.Cancel.Grace.Std() + r.cfg.Redrive/3)
+	case rec.Applied < rec.Extensions:
+		return last.Add(r.cfg.Redrive / 3)
+	case rec.State == schemas.Assigned:
+		return last.Add(r.cfg.Redrive)
+	case rec.State == schemas.Starting:
+		return last.Add(4 * r.cfg.Redrive)
+	case !rec.ExpiresAt.IsZero():
+		return rec.ExpiresAt.Add(rec.Spec.Timeouts.Stop.Std() + r.cfg.Overdue)
+	}
+	return time.Time{}
+}

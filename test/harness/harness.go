@@ -1,0 +1,262 @@
+// Package harness starts a real dayfly as a process of its own, for the demo and
+// for the tests that kill it: `dayfly up` on free ports of the loopback interface,
+// with its data in a temporary folder and a cluster name that nobody else has, by
+// which everything it leaves on the Docker Engine is found and removed.
+package harness
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/moby/moby/client"
+
+	"dayfly.dev/schemas"
+)
+
+// Up is one `dayfly up`.
+type Up struct {
+	Bin     string // the dayfly binary
+	Dir     string // its data
+	Cluster string // label of its containers
+	URL     string // of its API
+	Args    []string
+	Env     []string
+	Log     *os.File
+
+	cmd    *exec.Cmd
+	exited chan error
+}
+
+// New prepares a dayfly in a temporary folder.
+func New(bin string, args ...string) (*Up, error) {
+	dir, err := os.MkdirTemp("", "dayfly-")
+	if err != nil {
+		return nil, err
+	}
+	log, err := os.Create(filepath.Join(dir, "up.log"))
+	if err != nil {
+		return nil, err
+	}
+	return &Up{
+		Bin: bin, Dir: dir, Log: log, Args: args,
+		Cluster: "t" + strings.ToLower(rand.Text()[:10]),
+	}, nil
+}
+
+type addresses struct {
+	HTTP string `json:"http"`
+}
+
+// Start starts the process and waits until its API answers. The ports stay the
+// same over restarts.
+func (u *Up) Start(ctx context.Context) error {
+	file := filepath.Join(u.Dir, "addrs.json")
+	_ = os.Remove(file)
+	listen := "127.0.0.1:0"
+	if u.URL != "" {
+		listen = strings.TrimPrefix(u.URL, "http://")
+	}
+	args := append([]string{"up", "--data", filepath.Join(u.Dir, "data"), "--http", listen, "--ingress", "127.0.0.1:0",
+		"--admin", "127.0.0.1:0", "--nats", "", "--worker", "w-" + u.Cluster, "--cluster", u.Cluster,
+		"--print-addrs", file}, u.Args...)
+	u.cmd = exec.Command(u.Bin, args...)
+	u.cmd.Stdout, u.cmd.Stderr = u.Log, u.Log
+	u.cmd.Env = append(os.Environ(), u.Env...)
+	if err := u.cmd.Start(); err != nil {
+		return err
+	}
+	u.exited = make(chan error, 1)
+	go func() { u.exited <- u.cmd.Wait() }()
+	err := Poll(ctx, func() error {
+		select {
+		case err := <-u.exited:
+			u.exited <- err
+			return fatal{fmt.Errorf("dayfly up ended: %v\n%s", err, u.Tail())}
+		default:
+		}
+		b, err := os.ReadFile(file)
+		if err != nil {
+			return err
+		}
+		var a addresses
+		if err := json.Unmarshal(b, &a); err != nil {
+			return err
+		}
+		u.URL = "http://" + strings.TrimPrefix(a.HTTP, "http://")
+		return u.Call(ctx, "GET", "/v1/workers", nil, nil)
+	})
+	if err != nil {
+		return fmt.Errorf("dayfly up did not get ready: %w\n%s", err, u.Tail())
+	}
+	return nil
+}
+
+// Tail is the end of the process's own log.
+func (u *Up) Tail() string {
+	b, _ := os.ReadFile(u.Log.Name())
+	if len(b) > 4000 {
+		b = b[len(b)-4000:]
+	}
+	return string(b)
+}
+
+// Kill ends the process by SIGKILL and waits for it.
+func (u *Up) Kill() error { return u.end(syscall.SIGKILL) }
+
+// Stop ends the process by SIGTERM and waits for it.
+func (u *Up) Stop() error { return u.end(syscall.SIGTERM) }
+
+// Pid is the process.
+func (u *Up) Pid() int { return u.cmd.Process.Pid }
+
+func (u *Up) end(sig syscall.Signal) error {
+	if u.cmd == nil {
+		return nil
+	}
+	_ = u.cmd.Process.Signal(sig)
+	select {
+	case err := <-u.exited:
+		u.cmd = nil
+		if sig == syscall.SIGTERM && err != nil {
+			return fmt.Errorf("dayfly up: %w\n%s", err, u.Tail())
+		}
+		return nil
+	case <-time.After(30 * time.Second):
+		_ = u.cmd.Process.Kill()
+		<-u.exited
+		u.cmd = nil
+		return errors.New("dayfly up did not end within 30 s")
+	}
+}
+
+// Remove stops the process and takes away its containers and its folder.
+func (u *Up) Remove(ctx context.Context) error {
+	err := u.Kill()
+	engine, e := client.New(client.FromEnv)
+	if e != nil {
+		return errors.Join(err, e)
+	}
+	defer engine.Close()
+	list, e := u.Containers(ctx)
+	err = errors.Join(err, e)
+	for _, id := range list {
+		_, e := engine.ContainerRemove(ctx, id, client.ContainerRemoveOptions{Force: true, RemoveVolumes: true})
+		err = errors.Join(err, e)
+	}
+	u.Log.Close()
+	return errors.Join(err, os.RemoveAll(u.Dir))
+}
+
+// Containers lists what the cluster has on the Engine, running or not.
+func (u *Up) Containers(ctx context.Context) ([]string, error) {
+	engine, err := client.New(client.FromEnv)
+	if err != nil {
+		return nil, err
+	}
+	defer engine.Close()
+	list, err := engine.ContainerList(ctx, client.ContainerListOptions{All: true,
+		Filters: make(client.Filters).Add("label", "dayfly.cluster="+u.Cluster)})
+	if err != nil {
+		return nil, err
+	}
+	var ids []string
+	for _, c := range list.Items {
+		ids = append(ids, c.ID)
+	}
+	return ids, nil
+}
+
+// Call does one request with JSON in and out. A problem comes back as
+// *schemas.Error.
+func (u *Up) Call(ctx context.Context, method, path string, in, out any) error {
+	return u.CallKey(ctx, method, path, "", in, out)
+}
+
+// CallKey is Call with an Idempotency-Key.
+func (u *Up) CallKey(ctx context.Context, method, path, key string, in, out any) error {
+	var body io.Reader
+	switch v := in.(type) {
+	case nil:
+	case string:
+		body = strings.NewReader(v)
+	default:
+		b, err := schemas.Encode(v)
+		if err != nil {
+			return err
+		}
+		body = bytes.NewReader(b)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, u.URL+path, body)
+	if err != nil {
+		return err
+	}
+	if body != nil {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	if key != "" {
+		req.Header.Set("Idempotency-Key", key)
+	}
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(res.Body)
+	if err != nil {
+		return err
+	}
+	if res.StatusCode >= 400 {
+		e := &schemas.Error{Status: res.StatusCode}
+		if schemas.Decode(b, e) != nil {
+			return fmt.Errorf("%s %s: %s", method, path, res.Status)
+		}
+		return e
+	}
+	switch out := out.(type) {
+	case nil:
+		return nil
+	case *string:
+		*out = string(b)
+		return nil
+	}
+	return schemas.Decode(b, out)
+}
+
+// fatal ends a Poll.
+type fatal struct{ error }
+
+func (f fatal) Unwrap() error { return f.error }
+
+// Poll asks again and again, ever slower, until fn is content or ctx ends; it gives
+// fn's last error then.
+func Poll(ctx context.Context, fn func() error) error {
+	for wait := 5 * time.Millisecond; ; wait = min(wait*3/2, 250*time.Millisecond) {
+		err := fn()
+		if err == nil {
+			return nil
+		}
+		if f := (fatal{}); errors.As(err, &f) {
+			return f.error
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(wait):
+		}
+	}
+}
+
+// Fatal makes Poll give up.
+func Fatal(err error) error { return fatal{err} }
