@@ -127,7 +127,7 @@ func messages(t *testing.T) map[string]any {
 		Worker: "w1", Epoch: "e1", Instance: "i1", Sequence: 41, At: second(5), Version: "0.1.0", Since: t0,
 		Host: schemas.Host{OS: "linux", Arch: "amd64", CPUs: 2, Memory: 8 << 30, Slots: 32, Labels: map[string]string{"zone": "a"},
 			Kinds: []string{"judge"}, Engine: "docker 20.10.24", Runtime: "runc 1.1.5"},
-		Running: 3, Order: 77, Reported: true, Images: []string{"sha256:00"}, Load: schemas.Load{CPU: 0.25, Memory: 1 << 30},
+		Running: 3, Order: 77, Reported: true, Kept: []schemas.TaskID{taskID}, Images: []string{"sha256:00"}, Load: schemas.Load{CPU: 0.25, Memory: 1 << 30},
 	}
 	lostBeat := beat
 	lostBeat.LostAt = second(80)

@@ -537,6 +537,16 @@ func TestHistoryKeepsItsBeginning(t *testing.T) {
 	}
 }
 
+func TestHeaders(t *testing.T) {
+	r := newRecord(schemas.OnLostFail)
+	if h := r.Headers(); !reflect.DeepEqual(h, map[string][]string{"S": {"queued"}}) {
+		t.Error(h)
+	}
+	if h := must(t, r, choose(t0)).Headers(); !reflect.DeepEqual(h, map[string][]string{"S": {"assigned"}, "H": {"w1 e1"}}) {
+		t.Error(h)
+	}
+}
+
 func TestTransitionError(t *testing.T) {
 	r := must(t, newRecord(schemas.OnLostFail), schemas.AskCancel{Meta: meta(t0)})
 	_, err := schemas.Next(r, choose(t0))
@@ -573,8 +583,8 @@ func TestNewOrder(t *testing.T) {
 	}{
 		"assigned":                 {assigned, me, half, schemas.Order{Want: "run", TimeLeft: schemas.Duration(time.Hour), Extensions: 2}},
 		"starting":                 {accepted, me, half, schemas.Order{Want: "run", TimeLeft: schemas.Duration(time.Hour), Extensions: 2}},
-		"running":                  {run, me, half, schemas.Order{Want: "run", TimeLeft: schemas.Duration(30 * time.Minute), Extensions: 2, Restarts: 3}},
-		"running, its last moment": {run, me, late.Add(-1), schemas.Order{Want: "run", TimeLeft: 1, Extensions: 2, Restarts: 3}},
+		"running":                  {run, me, half, schemas.Order{Want: "run", Counting: true, TimeLeft: schemas.Duration(30 * time.Minute), Extensions: 2, Restarts: 3}},
+		"running, its last moment": {run, me, late.Add(-1), schemas.Order{Want: "run", Counting: true, TimeLeft: 1, Extensions: 2, Restarts: 3}},
 		"its time is over":         {run, me, late, schemas.Order{Want: "stop", Grace: schemas.Duration(10 * time.Second), Extensions: 2, Restarts: 3}},
 		"assigned after its time":  {again, again.Assignment(), late, schemas.Order{Want: "stop", Grace: schemas.Duration(10 * time.Second), Extensions: 2}},
 		"canceled":                 {canceled, me, half, schemas.Order{Want: "stop", Grace: schemas.Duration(3 * time.Second), Extensions: 2, Restarts: 3}},
@@ -582,7 +592,7 @@ func TestNewOrder(t *testing.T) {
 		"final":                    {final, me, half, schemas.Order{Want: "close"}},
 		"queued again":             {over, me, half, schemas.Order{Want: "close"}},
 		"on another worker":        {again, me, half, schemas.Order{Want: "close"}},
-		"the new one":              {again, again.Assignment(), half, schemas.Order{Want: "run", TimeLeft: schemas.Duration(30 * time.Minute), Extensions: 2}},
+		"the new one":              {again, again.Assignment(), half, schemas.Order{Want: "run", Counting: true, TimeLeft: schemas.Duration(30 * time.Minute), Extensions: 2}},
 		"of an attempt to come":    {run, other(func(a *schemas.Assignment) { a.Attempt++ }), half, schemas.Order{Want: "close"}},
 		"of another registration":  {run, other(func(a *schemas.Assignment) { a.Epoch = "e0" }), half, schemas.Order{Want: "close"}},
 		"of another worker":        {run, other(func(a *schemas.Assignment) { a.Worker = "w0" }), half, schemas.Order{Want: "close"}},
