@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
+	"github.com/nats-io/nuid"
 )
 
 // follower reads a stream in order. It makes a consumer of its own, and makes it
@@ -77,24 +78,18 @@ func (f *follower) config() jetstream.ConsumerConfig {
 func (f *follower) make(ctx context.Context) (jetstream.Consumer, error) {
 	ctx, cancel := context.WithTimeout(ctx, OpTimeout)
 	defer cancel()
-	// A server that is just starting answers late or not at all, so ask again soon.
-	for {
+	cfg := f.config()
+	cfg.Name = nuid.Next() // so that a second copy of the request makes no second consumer
+	// A server that is just starting loses requests, so ask again soon.
+	for patience := 50 * time.Millisecond; ; patience = min(2*patience, 2*time.Second) {
 		if err := f.c.waitConnected(ctx); err != nil {
 			return nil, err
 		}
-		away := f.c.Reconnected()
-		tryCtx, done := context.WithTimeout(ctx, 2*time.Second)
-		cons, err := f.c.JS.CreateConsumer(tryCtx, f.stream, f.config())
+		tryCtx, done := context.WithTimeout(ctx, patience)
+		cons, err := f.c.JS.CreateConsumer(tryCtx, f.stream, cfg)
 		done()
-		if err == nil || !transient(err) {
+		if err == nil || !transient(err) || !sleep(ctx, 10*time.Millisecond) {
 			return cons, err
-		}
-		select {
-		case <-away:
-		default:
-			if !sleep(ctx, sessionPause) {
-				return nil, err
-			}
 		}
 	}
 }

@@ -25,7 +25,8 @@ type Change[V any] struct {
 // ViewOptions of NewView; the zero value is fine.
 type ViewOptions[V any] struct {
 	// OnChange is called for each change in the order in which the view took them, from
-	// one goroutine of Run, outside locks. It must be quick: the view waits for it once
+	// one goroutine of Run, outside locks. That is the order of revisions per key; over
+	// several keys an observed change may come before older ones of the consumer. It must be quick: the view waits for it once
 	// some thousand changes are queued. Get may already show a newer value.
 	OnChange func(Change[V])
 	// Prefix restricts the view to keys that begin with it. One that ends in "." spares
