@@ -118,6 +118,10 @@ func (a *attempt) Stop(grace time.Duration) {
 		return
 	}
 	a.stopBy = by
+	// The next agent must know that it was we who asked.
+	if err := initproto.WriteInstant(filepath.Join(a.dir, "stopped"), by); err != nil {
+		a.log().Warn().Err(err).Msg("cannot note a stop")
+	}
 	a.sendLocked(initproto.Request{Op: initproto.OpStop, Grace: grace})
 	if a.backstop != nil {
 		a.backstop.Stop()

@@ -13,6 +13,7 @@
 //	                   stdout stderr  the spool
 //	                   dropped        bytes beyond the log limit, two numbers
 //	                   started        boot time at which the process was started
+//	                   stopped        boot time by which a stop's grace is over
 //	                   outcome.json   written before Done is closed
 //
 // A folder outlives the agent, and so does the container: Recover puts them

@@ -192,3 +192,18 @@ func TestEcho(t *testing.T) {
 }
 
 func helper() {}
+
+func containersOf(t testing.TB, worker schemas.WorkerID) []string {
+	t.Helper()
+	list, err := site.docker.ContainerList(context.Background(), client.ContainerListOptions{
+		All: true, Filters: make(client.Filters).Add("label", docker.LabelCluster+"="+site.cluster, docker.LabelWorker+"="+string(worker)),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ids []string
+	for _, c := range list.Items {
+		ids = append(ids, c.ID)
+	}
+	return ids
+}

@@ -135,6 +135,7 @@ func (r *Runtime) recoverOne(ctx context.Context, name string, c container.Summa
 			a.startedAt = at
 		}
 	}
+	a.stopBy, _ = initproto.ReadInstant(filepath.Join(a.dir, "stopped"))
 	a.deadline, _ = initproto.ReadInstant(filepath.Join(a.dir, "c", initproto.DeadlineName))
 
 	var state *container.State

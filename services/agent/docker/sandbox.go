@@ -60,7 +60,6 @@ type box struct {
 	a       schemas.Assignment
 	spec    schemas.Spec
 	image   image
-	free    bool // needs no permit
 	dir     string
 	init    string // path of the init binary on the host
 	permit  string // permit folder on the host
@@ -189,9 +188,7 @@ func (b *box) options() client.ContainerCreateOptions {
 		readOnly(b.init, initproto.InitPath),
 		readOnly(b.dir+"/c", initproto.ControlPath),
 		readOnly(b.dir+"/input", initproto.InputPath),
-	}
-	if !b.free {
-		mounts = append(mounts, readOnly(b.permit, initproto.PermitPath))
+		readOnly(b.permit, initproto.PermitPath),
 	}
 	for _, v := range b.image.volumes {
 		v = path.Clean("/" + v)

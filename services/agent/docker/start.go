@@ -65,7 +65,7 @@ func (r *Runtime) box(ctx context.Context, req agent.StartRequest) (*box, error)
 		return nil, fmt.Errorf("start %s: %w", req.Assignment, err)
 	}
 	b := &box{
-		cluster: r.cfg.Cluster, a: req.Assignment, spec: req.Spec, image: img, free: req.NoPermit,
+		cluster: r.cfg.Cluster, a: req.Assignment, spec: req.Spec, image: img,
 		dir: r.folder(ContainerName(req.Assignment)), init: r.initPath,
 		permit: filepath.Join(r.cfg.StateDir, "permit"), seccomp: r.seccomp, cpus: float64(r.cpus), v2: r.v2,
 	}

@@ -4,19 +4,19 @@
 // init, PID 1 of the container, dials it, and dials again whenever the connection
 // closes. One datagram is one message: JSON, and descriptors beside it.
 //
-//	 agent                                            init
-//	   │ listen c/s                                     │ up
-//	   │◀──────────── hello idle {output} ──────────────│
-//	   │ write c/deadline, make the pipes               │
-//	   │── run {stdin stdout stderr, read ends twice} ─▶│ fork, exec
-//	   │◀──────── started, or error: refused ───────────│
-//	   │── reread (c/deadline or permit/until moved) ──▶│
-//	   │── stop grace ─────────────────────────────────▶│ TERM all, KILL after grace
-//	   │◀──────────── exited {code, by} ────────────────│ no process is left
-//	   │── taken (pipes drained, outcome kept) ────────▶│ exits with the same code
-//	   ╎                                                ╎
-//	   ╎ agent restarts                                 ╎ dials each 10…250 ms
-//	   │◀── hello running|ended {output stdout stderr} ─│
+//	agent                                            init
+//	  │ listen c/s                                     │ up
+//	  │◀──────────── hello idle {output} ──────────────│
+//	  │ write c/deadline, make the pipes               │
+//	  │── run {stdin stdout stderr, read ends twice} ─▶│ fork, exec
+//	  │◀──────── started, or error: refused ───────────│
+//	  │── reread (c/deadline or permit/until moved) ──▶│
+//	  │── stop grace ─────────────────────────────────▶│ TERM all, KILL after grace
+//	  │◀──────────── exited {code, by} ────────────────│ no process is left
+//	  │── taken (pipes drained, outcome kept) ────────▶│ exits with the same code
+//	  ╎                                                ╎
+//	  ╎ agent restarts                                 ╎ dials each 10…250 ms
+//	  │◀── hello running|ended {output stdout stderr} ─│
 //
 // A request carries an id and its reply the same one, so that further requests
 // (exec, dial, signal) find their answers. The hello of a container that has been
@@ -47,7 +47,7 @@ const (
 	Folder      = "/.dayfly"
 	InitPath    = Folder + "/init"   // this binary, read-only
 	ControlPath = Folder + "/c"      // the attempt's control folder, read-only
-	PermitPath  = Folder + "/permit" // the worker's permit folder, read-only; absent: no permit is needed
+	PermitPath  = Folder + "/permit" // the worker's permit folder, read-only, one for all its containers
 	InputPath   = "/task/input"
 	OutputPath  = "/task/output"
 )
@@ -96,7 +96,7 @@ type Request struct {
 	Argv  []string      `json:"argv,omitempty"`  // run: program and arguments; a program without "/" is looked up in PATH of the task
 	Env   []string      `json:"env,omitempty"`   // run: laid over init's own, which is the image's
 	Dir   string        `json:"dir,omitempty"`   // run: "" is where init is
-	Free  bool          `json:"free,omitempty"`  // run: needs no permit
+	Free  bool          `json:"free,omitempty"`  // run: the permit must last at the start, and does not end it later
 	Grace time.Duration `json:"grace,omitempty"` // run: at the deadline; stop: now
 }
 
