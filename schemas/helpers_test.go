@@ -28,9 +28,13 @@ func newRecord(lost schemas.OnLost) schemas.Record {
 func must(tb testing.TB, r schemas.Record, events ...schemas.Event) schemas.Record {
 	tb.Helper()
 	for _, e := range events {
+		before := encode(tb, r)
 		n, err := schemas.Next(r, e)
 		if err != nil {
 			tb.Fatalf("%T: %v", e, err)
+		}
+		if encode(tb, r) != before {
+			tb.Fatalf("%T changed the record that it was given", e)
 		}
 		r = n
 	}

@@ -5,6 +5,9 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"time"
+
+	"pgregory.net/rapid"
 
 	"dayfly.dev/schemas"
 )
@@ -39,6 +42,21 @@ func TestParseWorkerID(t *testing.T) {
 			t.Errorf("%q: %v", s, err)
 		}
 	}
+}
+
+// An epoch sorts after the one before it, also when the clock was set back.
+func TestEpochsSort(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		var former schemas.Epoch
+		for range 5 {
+			now := t0.Add(time.Duration(rapid.Int64Range(-1e17, 1e17).Draw(t, "clock")))
+			e := schemas.NewEpoch(former, now, rapid.StringMatching(`[A-Z0-9]{1,20}`).Draw(t, "random"))
+			if !former.Before(e) || e.Before(former) || e.Before(e) || len(e) > 64 || strings.ContainsAny(string(e), " .*>") {
+				t.Fatalf("%q does not follow %q", e, former)
+			}
+			former = e
+		}
+	})
 }
 
 func FuzzParseTaskID(f *testing.F) {

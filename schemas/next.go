@@ -186,7 +186,7 @@ func (r *Record) choose(e Choose) error {
 	}
 	r.Attempt++
 	r.Worker, r.Epoch = e.Worker, e.Epoch
-	r.Restarts, r.Applied, r.Progress = 0, r.Extensions, ""
+	r.Applied = r.Extensions // its order carries the time left
 	r.AssignedAt, r.StartingAt = e.At, time.Time{}
 	r.Holders = append(r.Holders, Holder{Attempt: r.Attempt, Worker: e.Worker, Epoch: e.Epoch})
 	if n := len(r.Holders); n > MaxHolders {
@@ -341,7 +341,11 @@ func (r *Record) try() {
 // over; it was given back; it was lost.
 func (r *Record) conclude(end End, ran bool, m Meta) {
 	end.Reason, end.Message = Reason(line(string(end.Reason), maxWordBytes)), line(end.Message, maxMessageBytes)
-	if end.By != EndedGaveBack || ran {
+	gaveBack := end.By == EndedGaveBack && !ran
+	if gaveBack && r.State == Starting { // it had been counted, and shall cost nothing
+		r.Tries--
+	}
+	if !gaveBack {
 		r.try()
 		r.Exit, r.Stdout, r.Stderr = end.Exit, end.Stdout, end.Stderr
 		usage, logs := end.Usage, end.Logs
@@ -363,7 +367,7 @@ func (r *Record) conclude(end End, ran bool, m Meta) {
 			r.Exit = &exit
 		}
 		r.finish(Expired, ReasonExpired, "its time of "+r.TTL.String()+" was over", m)
-	case end.By == EndedGaveBack && !ran:
+	case gaveBack:
 		r.giveBack(end, m)
 	default:
 		r.lostAttempt(end, m)
@@ -373,9 +377,6 @@ func (r *Record) conclude(end End, ran bool, m Meta) {
 
 // giveBack puts the task back in the queue at no cost, since nothing of it ran.
 func (r *Record) giveBack(end End, m Meta) {
-	if r.State == Starting { // it had been counted
-		r.Tries = max(0, r.Tries-1)
-	}
 	back := backoffFirst << min(r.GiveBacks, 10)
 	r.GiveBacks++
 	r.Avoid = slices.DeleteFunc(r.Avoid, func(a Avoid) bool { return a.Worker == r.Worker || !m.At.Before(a.Until) })
@@ -406,7 +407,6 @@ func (r *Record) lostAttempt(end End, m Meta) {
 func (r *Record) requeue(reason Reason, message string, after time.Duration, m Meta) {
 	r.enter(Queued, reason, message, m) // the history still names the worker
 	r.Worker, r.Epoch, r.Restarts, r.Progress = "", "", 0, ""
-	r.WorkerLostAt = time.Time{}
 	r.QueuedAt, r.NotBefore = m.At, time.Time{}
 	if after > 0 {
 		r.NotBefore = m.At.Add(after)

@@ -132,6 +132,46 @@ func checkVerdict(t *testing.T, name string, r schemas.Record, event schemas.Eve
 	}
 }
 
+// TestTableRows reaches the rows that TestDecisionOrder does not.
+func TestTableRows(t *testing.T) {
+	at := t0.Add(2 * time.Hour)
+	queued := newRecord(schemas.OnLostRequeue)
+	assigned := must(t, queued, choose(t0))
+	starting := must(t, assigned, report(assigned, t0, schemas.Report{Phase: schemas.PhaseAccepted}))
+	run := must(t, assigned, running(assigned, t0))
+	again := must(t, run, schemas.Lose{Meta: meta(t0), Worker: "w1", Epoch: "e1"})
+	events := map[[2]schemas.State]func() schemas.Record{
+		{"", schemas.Queued}:                 func() schemas.Record { return queued },
+		{schemas.Queued, schemas.Assigned}:   func() schemas.Record { return must(t, queued, choose(t0)) },
+		{schemas.Queued, schemas.Canceled}:   func() schemas.Record { return must(t, queued, schemas.AskCancel{Meta: meta(t0)}) },
+		{schemas.Queued, schemas.Expired}:    func() schemas.Record { return must(t, again, schemas.Sweep{Meta: meta(at)}) },
+		{schemas.Queued, schemas.Failed}:     func() schemas.Record { return must(t, queued, schemas.Sweep{Meta: meta(at)}) },
+		{schemas.Assigned, schemas.Starting}: func() schemas.Record { return starting },
+		{schemas.Assigned, schemas.Running}:  func() schemas.Record { return run },
+		{schemas.Starting, schemas.Running}:  func() schemas.Record { return must(t, starting, running(starting, t0)) },
+	}
+	seen := map[[2]schemas.State]bool{}
+	for _, row := range schemas.Table() {
+		key := [2]schemas.State{row.From, row.To}
+		if seen[key] {
+			t.Errorf("%v stands there twice", key)
+		}
+		seen[key] = true
+		if row.On == "no process is left" {
+			continue
+		}
+		if get, ok := events[key]; !ok {
+			t.Errorf("%q to %q: no test reaches it", row.From, row.To)
+		} else if n := get(); n.State != row.To {
+			t.Errorf("%q to %q: %s", row.From, row.To, n.State)
+		}
+		delete(events, key)
+	}
+	for key := range events {
+		t.Errorf("%v happens and is not in the table", key)
+	}
+}
+
 func TestWaitingForAWorker(t *testing.T) {
 	lose := schemas.Lose{Meta: meta(t0.Add(time.Minute)), Worker: "w1", Epoch: "e1"}
 	for name, c := range map[string]struct {
@@ -447,6 +487,39 @@ func TestRecordsFit(t *testing.T) {
 	}
 }
 
+func TestStaleEvents(t *testing.T) {
+	r := must(t, newRecord(schemas.OnLostRequeue), choose(t0))
+	r = must(t, r, report(r, t0, schemas.Report{Phase: schemas.PhaseRunning, Restarts: 2}))
+	of := func(change func(*schemas.Assignment)) schemas.Event {
+		a := r.Assignment()
+		change(&a)
+		return schemas.Settle{Meta: meta(t0), Report: schemas.Report{Assignment: a, Phase: schemas.PhaseEnded, Restarts: 2}}
+	}
+	for name, e := range map[string]schemas.Event{
+		"a report of another task":         of(func(a *schemas.Assignment) { a.Task = "t-x" }),
+		"a report of a former attempt":     of(func(a *schemas.Assignment) { a.Attempt-- }),
+		"a report of a later attempt":      of(func(a *schemas.Assignment) { a.Attempt++ }),
+		"a report of another worker":       of(func(a *schemas.Assignment) { a.Worker = "w2" }),
+		"a report of another registration": of(func(a *schemas.Assignment) { a.Epoch = "e2" }),
+		"a report from before a restart":   report(r, t0, schemas.Report{Phase: schemas.PhaseEnded, Restarts: 1}),
+		"a report of a former phase":       report(r, t0, schemas.Report{Phase: schemas.PhaseAccepted, Restarts: 2}),
+		"another worker is lost":           schemas.Lose{Meta: meta(t0), Worker: "w2", Epoch: "e1"},
+		"another registration is lost":     schemas.Lose{Meta: meta(t0), Worker: "w1", Epoch: "e2"},
+	} {
+		if n, err := schemas.Next(r, e); !errors.Is(err, schemas.ErrStale) {
+			t.Errorf("%s: %v, %s", name, err, n.State)
+		}
+	}
+	for name, e := range map[string]schemas.Event{
+		"a report":         of(func(*schemas.Assignment) {}),
+		"a worker is lost": schemas.Lose{Meta: meta(t0)},
+	} {
+		if _, err := schemas.Next(newRecord(schemas.OnLostFail), e); !errors.Is(err, schemas.ErrStale) {
+			t.Errorf("%s while queued: %v", name, err)
+		}
+	}
+}
+
 func TestHistoryKeepsItsBeginning(t *testing.T) {
 	r := newRecord(schemas.OnLostRequeue)
 	for i := range 100 {
@@ -461,6 +534,16 @@ func TestHistoryKeepsItsBeginning(t *testing.T) {
 	}
 	if len(r.LastOps) != schemas.MaxLastOps || !r.Wrote("99") || r.Wrote("0") || r.Wrote("") {
 		t.Errorf("%v", r.LastOps)
+	}
+}
+
+func TestHeaders(t *testing.T) {
+	r := newRecord(schemas.OnLostFail)
+	if h := r.Headers(); !reflect.DeepEqual(h, map[string][]string{"S": {"queued"}}) {
+		t.Error(h)
+	}
+	if h := must(t, r, choose(t0)).Headers(); !reflect.DeepEqual(h, map[string][]string{"S": {"assigned"}, "H": {"w1 e1"}}) {
+		t.Error(h)
 	}
 }
 
@@ -500,8 +583,8 @@ func TestNewOrder(t *testing.T) {
 	}{
 		"assigned":                 {assigned, me, half, schemas.Order{Want: "run", TimeLeft: schemas.Duration(time.Hour), Extensions: 2}},
 		"starting":                 {accepted, me, half, schemas.Order{Want: "run", TimeLeft: schemas.Duration(time.Hour), Extensions: 2}},
-		"running":                  {run, me, half, schemas.Order{Want: "run", TimeLeft: schemas.Duration(30 * time.Minute), Extensions: 2, Restarts: 3}},
-		"running, its last moment": {run, me, late.Add(-1), schemas.Order{Want: "run", TimeLeft: 1, Extensions: 2, Restarts: 3}},
+		"running":                  {run, me, half, schemas.Order{Want: "run", Counting: true, TimeLeft: schemas.Duration(30 * time.Minute), Extensions: 2, Restarts: 3}},
+		"running, its last moment": {run, me, late.Add(-1), schemas.Order{Want: "run", Counting: true, TimeLeft: 1, Extensions: 2, Restarts: 3}},
 		"its time is over":         {run, me, late, schemas.Order{Want: "stop", Grace: schemas.Duration(10 * time.Second), Extensions: 2, Restarts: 3}},
 		"assigned after its time":  {again, again.Assignment(), late, schemas.Order{Want: "stop", Grace: schemas.Duration(10 * time.Second), Extensions: 2}},
 		"canceled":                 {canceled, me, half, schemas.Order{Want: "stop", Grace: schemas.Duration(3 * time.Second), Extensions: 2, Restarts: 3}},
@@ -509,7 +592,7 @@ func TestNewOrder(t *testing.T) {
 		"final":                    {final, me, half, schemas.Order{Want: "close"}},
 		"queued again":             {over, me, half, schemas.Order{Want: "close"}},
 		"on another worker":        {again, me, half, schemas.Order{Want: "close"}},
-		"the new one":              {again, again.Assignment(), half, schemas.Order{Want: "run", TimeLeft: schemas.Duration(30 * time.Minute), Extensions: 2}},
+		"the new one":              {again, again.Assignment(), half, schemas.Order{Want: "run", Counting: true, TimeLeft: schemas.Duration(30 * time.Minute), Extensions: 2}},
 		"of an attempt to come":    {run, other(func(a *schemas.Assignment) { a.Attempt++ }), half, schemas.Order{Want: "close"}},
 		"of another registration":  {run, other(func(a *schemas.Assignment) { a.Epoch = "e0" }), half, schemas.Order{Want: "close"}},
 		"of another worker":        {run, other(func(a *schemas.Assignment) { a.Worker = "w0" }), half, schemas.Order{Want: "close"}},

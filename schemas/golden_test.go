@@ -1,0 +1,194 @@
+package schemas_test
+
+import (
+	"flag"
+	"os"
+	"path/filepath"
+	"reflect"
+	"testing"
+	"time"
+
+	"github.com/go-json-experiment/json/jsontext"
+
+	"dayfly.dev/schemas"
+)
+
+var update = flag.Bool("update", false, "write the golden files anew")
+
+// Every message as it stands on the wire. A change here is a change of the contract:
+// fields are only ever added.
+func TestGoldenFiles(t *testing.T) {
+	written := map[string]bool{}
+	for name, v := range messages(t) {
+		file := filepath.Join("testdata", "golden", name+".json")
+		written[filepath.Base(file)] = true
+		t.Run(name, func(t *testing.T) {
+			text := jsontext.Value(encode(t, v))
+			if err := text.Indent(jsontext.WithIndent("  ")); err != nil {
+				t.Fatal(err)
+			}
+			text = append(text, '\n')
+			if *update {
+				if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+					t.Fatal(err)
+				}
+				if err := os.WriteFile(file, text, 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			golden, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatalf("%v; write it with go test -run Golden -update", err)
+			}
+			if string(golden) != string(text) {
+				t.Errorf("%s has\n%s\nthe code writes\n%s\nIf the contract shall change: go test -run Golden -update", file, golden, text)
+			}
+			compact := jsontext.Value(golden).Clone() // unknown fields keep their white space
+			if err := compact.Compact(); err != nil {
+				t.Fatal(err)
+			}
+			back := reflect.New(reflect.TypeOf(v))
+			if err := schemas.Decode(compact, back.Interface()); err != nil {
+				t.Fatal(err)
+			}
+			if !reflect.DeepEqual(back.Elem().Interface(), v) {
+				t.Errorf("%s reads as another value:\n%s", file, encode(t, back.Interface()))
+			}
+		})
+	}
+	files, err := os.ReadDir(filepath.Join("testdata", "golden"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		if !written[f.Name()] {
+			t.Errorf("%s belongs to no message; delete it", f.Name())
+		}
+	}
+}
+
+// messages gives an example of every message by the name of its file.
+func messages(t *testing.T) map[string]any {
+	spec, err := schemas.ParseSpec([]byte(`{"image": "busybox:1.36", "entrypoint": ["/bin/sh", "-c"], "command": ["echo hi"],
+		"env": {"LANG": "C"}, "workdir": "/task/input", "stdin": "in", "files": [{"path": "main.py", "content": "print(1)"}, {"path": "data.bin", "base64": "AAE="}],
+		"resources": {"cpus": 0.5, "memory": "256MiB", "pids": 256, "disk": "64MiB"}, "tmpfs": {"/var/cache": "16MiB"}, "read_only": true,
+		"ttl": "1h30m", "timeouts": {"queue": "5m", "stop": "0s"}, "restart": {"policy": "never"}, "max_attempts": 2,
+		"constraints": {"zone": "a"}, "labels": {"owner": "litmus"}}`), schemas.DefaultPolicy())
+	if err != nil {
+		t.Fatal(err)
+	}
+	second := func(n int) time.Time { return t0.Add(time.Duration(n) * time.Second) }
+	by := func(n int, who string) schemas.Meta {
+		return schemas.Meta{At: second(n), By: who, Op: who + "-op"}
+	}
+	settle := func(r schemas.Record, n int, rep schemas.Report) schemas.Record {
+		rep.Assignment = r.Assignment()
+		return must(t, r, schemas.Settle{Meta: by(n, "reaper"), Report: rep})
+	}
+	end := &schemas.End{
+		By: schemas.EndedItself, Reason: schemas.ReasonExit, Message: "exit code 7", Exit: &schemas.Exit{Code: 7},
+		Usage: schemas.Usage{CPUMillis: 12, WallMillis: 1034, MemoryPeak: 1 << 20}, Stdout: "hi\n", Stderr: "no\n",
+		Logs: schemas.LogSum{StdoutBytes: 3, StderrBytes: 3},
+	}
+	endedBy := func(by schemas.EndedBy) *schemas.End {
+		e := *end
+		e.By, e.Reason, e.Message = by, "", ""
+		e.Exit = &schemas.Exit{Code: 137, Signal: 9}
+		e.Logs = schemas.LogSum{StdoutBytes: 3, StderrBytes: 3, Truncated: true, Why: "limit", Dropped: 99}
+		return &e
+	}
+	acceptedReport := schemas.Report{Phase: schemas.PhaseAccepted, Revision: 3, Progress: "pulling busybox:1.36"}
+	runningReport := schemas.Report{Phase: schemas.PhaseRunning, Revision: 3, Ran: true, RanFor: schemas.Duration(30 * time.Millisecond)}
+	endedReport := schemas.Report{Phase: schemas.PhaseEnded, Revision: 5, Restarts: 1, Applied: 1, Ran: true, RanFor: schemas.Duration(time.Minute), End: end}
+
+	queued := schemas.NewRecord(taskID, spec, schemas.DefaultPolicy(), by(0, "gateway"))
+	assigned := must(t, queued, schemas.Choose{Meta: by(1, "placer"), Worker: "w1", Epoch: "e1"})
+	starting := settle(assigned, 2, acceptedReport)
+	running := settle(starting, 3, runningReport)
+	extended := must(t, running, schemas.AskExtend{Meta: by(60, "gateway"), TTL: schemas.Duration(2 * time.Hour)})
+	completed := settle(extended, 63, schemas.Report{Phase: schemas.PhaseEnded, Ran: true, Applied: 1, End: func() *schemas.End {
+		e := *end
+		e.Message, e.Exit = "", &schemas.Exit{}
+		return &e
+	}()})
+	failed := settle(extended, 63, endedReport)
+	marked := must(t, running, schemas.AskCancel{Meta: by(5, "gateway"), Grace: schemas.Duration(3 * time.Second)})
+	canceled := settle(marked, 9, schemas.Report{Phase: schemas.PhaseEnded, Ran: true, End: endedBy(schemas.EndedStop)})
+	expired := settle(running, 5403, schemas.Report{Phase: schemas.PhaseEnded, Ran: true, End: endedBy(schemas.EndedDeadline)})
+	gaveBack := settle(assigned, 2, schemas.Report{Phase: schemas.PhaseEnded, End: &schemas.End{By: schemas.EndedGaveBack, Message: "no room"}})
+	lost := must(t, running, schemas.Lose{Meta: by(90, "reaper"), Worker: "w1", Epoch: "e1"})
+	waiting := running
+	waiting.Spec.OnLost = schemas.OnLostWait
+	waiting = must(t, waiting, schemas.Lose{Meta: by(90, "reaper"), Worker: "w1", Epoch: "e1"})
+
+	a := running.Assignment()
+	own := func(rep schemas.Report) schemas.Report { rep.Assignment = a; return rep }
+	beat := schemas.Beat{
+		Worker: "w1", Epoch: "e1", Instance: "i1", Sequence: 41, At: second(5), Version: "0.1.0", Since: t0,
+		Host: schemas.Host{OS: "linux", Arch: "amd64", CPUs: 2, Memory: 8 << 30, Slots: 32, Labels: map[string]string{"zone": "a"},
+			Kinds: []string{"judge"}, Engine: "docker 20.10.24", Runtime: "runc 1.1.5"},
+		Running: 3, Order: 77, Reported: true, Kept: []schemas.TaskID{taskID}, Images: []string{"sha256:00"}, Load: schemas.Load{CPU: 0.25, Memory: 1 << 30},
+	}
+	lostBeat := beat
+	lostBeat.LostAt = second(80)
+	later := queued // as a newer service writes it
+	later.Unknown = schemas.Unknown{"generation": jsontext.Value("2")}
+	later.Spec.Resources.Unknown = schemas.Unknown{"io": jsontext.Value(`{"read":"1MiB"}`)}
+	_, invalid := schemas.ParseSpec([]byte(`{"image":"a","ttl":"0s","priority":99}`), schemas.DefaultPolicy())
+	why := schemas.Why{Task: taskID, Position: 2, Summary: "No worker has 0.5 CPUs free; 1 task is ahead of it.", Workers: []schemas.WhyNotWorker{
+		{Worker: "w1", Filter: "cpus", Detail: "0.1 of 2 CPUs are free, 0.5 are needed"},
+	}}
+	queuedView := queued.View(1, second(7))
+	queuedView.Why = &why
+	listed := running.View(4, second(7))
+	listed.History = nil
+
+	return map[string]any{
+		"record_queued": queued, "record_assigned": assigned, "record_starting": starting, "record_running": running,
+		"record_running_extended": extended, "record_running_cancel_asked": marked, "record_running_worker_away": waiting,
+		"record_queued_given_back": gaveBack, "record_queued_lost": lost, "record_queued_of_a_newer_version": later,
+		"record_completed": completed, "record_failed": failed, "record_canceled": canceled, "record_expired": expired,
+		"order_run": schemas.NewOrder(running, 4, a, second(10)), "order_run_first": schemas.NewOrder(assigned, 2, a, second(1)),
+		"order_stop": schemas.NewOrder(marked, 5, a, second(5)), "order_close": schemas.NewOrder(failed, 6, a, second(64)),
+		"report_accepted": own(acceptedReport), "report_running": own(runningReport), "report_ended": own(endedReport),
+		"report_gave_back": own(schemas.Report{Phase: schemas.PhaseEnded, Revision: 2, End: &schemas.End{By: schemas.EndedGaveBack, Message: "no room"}}),
+		"beat":             beat, "beat_lost": lostBeat,
+		"drain":       schemas.Drain{Since: t0, By: "admin"},
+		"idempotency": schemas.IdempotencyEntry{Fingerprint: "sha256:00", Task: taskID, At: t0},
+		"leadership":  schemas.Leadership{Holder: "placer-1", Term: 3, Beat: 12, Length: schemas.Duration(5 * time.Second)},
+		"why":         why,
+		"task_queued": queuedView, "task_running": running.View(4, second(7)), "task_failed": failed.View(6, second(99)),
+		"task_list":      schemas.TaskList{Items: []schemas.Task{listed}, NextCursor: "bmV4dA"},
+		"extend_request": schemas.ExtendRequest{TTL: schemas.Duration(90 * time.Minute)},
+		"worker_list": schemas.WorkerList{Items: []schemas.Worker{{
+			ID: "w1", State: "ready", Epoch: "e1", Version: "0.1.0", Host: beat.Host, Assigned: schemas.Allocation{Tasks: 3, CPUs: 1.5, Memory: 768 << 20},
+			Running: 3, Load: beat.Load, BeatAgo: schemas.Duration(1200 * time.Millisecond), RegisteredAt: t0,
+		}}},
+		"log_line":        schemas.LogLine{Attempt: 1, Stream: schemas.Stdout, Offset: 16, At: t0, Data: "hi\n"},
+		"log_line_binary": schemas.LogLine{Attempt: 1, Stream: schemas.Stderr, Offset: 19, At: t0, Base64: "/wA="},
+		"error_invalid":   *invalid.(*schemas.Error),
+		"error_state": schemas.Error{Status: 409, Code: schemas.CodeStateConflict, Title: "Conflict", Detail: "the task is final",
+			Task: taskID, State: schemas.Failed, RequestID: "r1"},
+		"error_unavailable": schemas.Error{Status: 503, Code: schemas.CodeUnavailable, RetryAfter: schemas.Duration(2 * time.Second), Detail: "the bus is away; nothing was done"},
+	}
+}
+
+// Each state of a record and each phase of a report has a golden file.
+func TestGoldenFilesCoverTheContract(t *testing.T) {
+	all := messages(t)
+	for _, s := range schemas.States() {
+		if r, ok := all["record_"+string(s)].(schemas.Record); !ok || r.State != s {
+			t.Errorf("no record that is %s", s)
+		}
+	}
+	for _, want := range []schemas.Want{schemas.WantRun, schemas.WantStop, schemas.WantClose} {
+		if o, ok := all["order_"+string(want)].(schemas.Order); !ok || o.Want != want {
+			t.Errorf("no order to %s", want)
+		}
+	}
+	for _, p := range []schemas.Phase{schemas.PhaseAccepted, schemas.PhaseRunning, schemas.PhaseEnded} {
+		if r, ok := all["report_"+string(p)].(schemas.Report); !ok || r.Phase != p {
+			t.Errorf("no report of %s", p)
+		}
+	}
+}

@@ -1,0 +1,70 @@
+// The Go runtime would otherwise look at the cgroup's CPU limit again and again.
+//
+//go:debug containermaxprocs=0
+//go:debug updatemaxprocs=0
+
+// Dayfly-init is PID 1 of every container. It dials the agent's socket, runs the
+// one command that it is told to, reaps, and ends the task when its deadline or
+// the worker's permit is over, whatever has become of the agent. Package initproto
+// describes what the two say to each other.
+//
+// It has no more rights than the task. What it relies on against the task: the
+// kernel shields PID 1 from signals out of its own namespace that it does not
+// handle, PR_SET_DUMPABLE 0 keeps its memory and descriptors closed to the same
+// user, and everything it reads lies on read-only mounts.
+//
+// All decisions are taken by one goroutine, in supervisor.loop.
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/signal"
+	"runtime"
+	"runtime/debug"
+
+	"golang.org/x/sys/unix"
+
+	"dayfly.dev/services/agent/initproto"
+)
+
+func main() {
+	runtime.GOMAXPROCS(2) // fewer threads: they count in the task's pids
+	debug.SetGCPercent(50)
+
+	// Opened before the process becomes undumpable: from then on its files in /proc
+	// belong to root.
+	oom, _ := os.OpenFile("/proc/self/oom_score_adj", os.O_RDWR, 0)
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		fail(err)
+	}
+
+	signals := make(chan os.Signal, 64)
+	signal.Notify(signals, unix.SIGCHLD, unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGQUIT, unix.SIGUSR1, unix.SIGUSR2)
+	// Not Ignore: an ignored signal stays ignored through exec, and `yes | head` would hang.
+	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE)
+
+	timer, err := newTimer()
+	if err != nil {
+		fail(err)
+	}
+	s := &supervisor{
+		timer: timer, oom: oom, phase: initproto.PhaseIdle,
+		output: openFolder(initproto.OutputPath), stdout: -1, stderr: -1,
+	}
+	os.Exit(s.loop(signals))
+}
+
+func fail(err error) {
+	fmt.Fprintln(os.Stderr, "dayfly-init:", err)
+	os.Exit(initproto.CodeBroken)
+}
+
+// openFolder opens a directory, or gives -1.
+func openFolder(path string) int {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1
+	}
+	return fd
+}

@@ -1,0 +1,154 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"dayfly.dev/services/agent/initproto"
+)
+
+// fault is why a run was refused.
+type fault struct {
+	kind    initproto.Fault
+	code    int
+	message string
+}
+
+// run starts the main process. started goes out before any exit of it can, for both
+// are sent by this goroutine.
+func (s *supervisor) run(req initproto.Request, fds []int) {
+	if f := s.start(req, fds); f != nil {
+		initproto.CloseAll(fds)
+		s.send(initproto.Reply{ID: req.ID, Event: initproto.EventError, Fault: f.kind, Code: f.code, Message: f.message})
+		return
+	}
+	initproto.CloseAll(fds[:3])
+	s.send(initproto.Reply{ID: req.ID, Event: initproto.EventStarted, Pid: s.pid, Started: s.started})
+}
+
+func (s *supervisor) start(req initproto.Request, fds []int) *fault {
+	switch {
+	case s.phase != initproto.PhaseIdle:
+		return &fault{initproto.FaultRequest, 0, "this container has had its run"}
+	case s.by != "":
+		return &fault{initproto.FaultStopped, 0, "stopped before it ran"}
+	case len(req.Argv) == 0 || req.Argv[0] == "" || len(fds) != 5:
+		return &fault{initproto.FaultRequest, 0, fmt.Sprintf("a run needs a command and 5 descriptors, not %d", len(fds))}
+	}
+	s.permitted = !req.Free
+	s.deadline, s.permit = 0, 0 // what cannot be read is over
+	s.reread()
+	now := initproto.Now()
+	switch {
+	case now >= s.permit: // also for a task that no permit ends
+		return &fault{initproto.FaultPermit, 0, "the worker's permit is over"}
+	case now >= s.deadline:
+		return &fault{initproto.FaultDeadline, 0, "the deadline is over"}
+	}
+	env := merge(os.Environ(), req.Env)
+	if req.Dir != "" {
+		if err := unix.Access(req.Dir, unix.X_OK); err != nil {
+			return &fault{initproto.FaultWorkdir, 126, fmt.Sprintf("workdir %s: %s", req.Dir, err)}
+		}
+	}
+	path, f := lookPath(req.Argv[0], env)
+	if f != nil {
+		return f
+	}
+
+	// The kernel shall choose the task before its init when memory runs out. A child
+	// inherits the score, so it is raised for the fork.
+	adj := s.getOOM()
+	s.setOOM(min(adj+400, 1000))
+	pid, err := syscall.ForkExec(path, req.Argv, &syscall.ProcAttr{
+		Dir: req.Dir, Env: env, Files: []uintptr{uintptr(fds[0]), uintptr(fds[1]), uintptr(fds[2])},
+		Sys: &syscall.SysProcAttr{Setsid: true},
+	})
+	s.setOOM(adj)
+	if err != nil {
+		return execFault(req.Argv[0], err)
+	}
+	s.pid, s.phase, s.started = pid, initproto.PhaseRunning, initproto.Now()
+	s.key, s.grace = req.Key, req.Grace
+	s.stdout, s.stderr = fds[3], fds[4]
+	return nil
+}
+
+func execFault(name string, err error) *fault {
+	switch err {
+	case unix.ENOENT:
+		return &fault{initproto.FaultNotFound, 127, fmt.Sprintf("%s: the program or its interpreter does not exist", name)}
+	case unix.EACCES, unix.ENOEXEC, unix.EISDIR, unix.ENOTDIR, unix.ELOOP, unix.E2BIG, unix.ETXTBSY, unix.ELIBBAD, unix.EPERM, unix.EINVAL:
+		return &fault{initproto.FaultNotExec, 126, fmt.Sprintf("%s: %s", name, err)}
+	}
+	return &fault{initproto.FaultSystem, 0, fmt.Sprintf("start %s: %s", name, err)}
+}
+
+// lookPath finds the program as a shell of the task would.
+func lookPath(name string, env []string) (string, *fault) {
+	if strings.Contains(name, "/") {
+		return name, executable(name, name)
+	}
+	path := ""
+	for _, e := range env {
+		if v, ok := strings.CutPrefix(e, "PATH="); ok {
+			path = v
+		}
+	}
+	var found *fault
+	for dir := range strings.SplitSeq(path, ":") {
+		if dir == "" {
+			dir = "."
+		}
+		p := dir + "/" + name
+		f := executable(p, name)
+		if f == nil {
+			return p, nil
+		}
+		if f.kind == initproto.FaultNotExec && found == nil {
+			found = f
+		}
+	}
+	if found == nil {
+		found = &fault{initproto.FaultNotFound, 127, fmt.Sprintf("%s: not found in PATH=%s", name, path)}
+	}
+	return "", found
+}
+
+func executable(path, name string) *fault {
+	var st unix.Stat_t
+	switch err := unix.Stat(path, &st); {
+	case err == unix.ENOENT:
+		return &fault{initproto.FaultNotFound, 127, fmt.Sprintf("%s: no such file", name)}
+	case err != nil:
+		return &fault{initproto.FaultNotExec, 126, fmt.Sprintf("%s: %s", name, err)}
+	case st.Mode&unix.S_IFMT == unix.S_IFDIR:
+		return &fault{initproto.FaultNotExec, 126, fmt.Sprintf("%s: is a directory", name)}
+	}
+	if err := unix.Access(path, unix.X_OK); err != nil {
+		return &fault{initproto.FaultNotExec, 126, fmt.Sprintf("%s: not executable (%s)", name, err)}
+	}
+	return nil
+}
+
+// merge lays over the variables of base those of over.
+func merge(base, over []string) []string {
+	at := map[string]int{}
+	var out []string
+	for _, list := range [][]string{base, over} {
+		for _, e := range list {
+			k, _, _ := strings.Cut(e, "=")
+			if i, ok := at[k]; ok {
+				out[i] = e
+				continue
+			}
+			at[k] = len(out)
+			out = append(out, e)
+		}
+	}
+	return out
+}

@@ -1,0 +1,414 @@
+package main
+
+import (
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"dayfly.dev/services/agent/initproto"
+)
+
+// How long init waits for an agent.
+const (
+	dialLeast = 10 * time.Millisecond
+	dialMost  = 250 * time.Millisecond
+	// linger is how much longer than permit or deadline an ended task's exit and last
+	// output wait for an agent that is away.
+	linger = time.Minute
+	// idleMost is how long init waits to be told what to run. Agents that die between
+	// create and run remove the container when they are back; this is for those that
+	// never come back.
+	idleMost = 10 * time.Minute
+)
+
+// supervisor is what init knows. One goroutine, loop, uses it.
+type supervisor struct {
+	timer  *timer
+	oom    *os.File // our own oom_score_adj, nil if it could not be opened
+	output int      // directory /task/output, -1 if there is none
+
+	conn *initproto.Conn // nil while there is no agent
+	lost chan struct{}   // tells the dialer that conn is gone
+
+	phase     initproto.Phase
+	key       string
+	permitted bool // runs only while the permit lasts
+	grace     time.Duration
+	pid       int // of the main process; 0 once it was reaped
+	started   time.Duration
+	stdout    int // read ends, kept for the agents to come
+	stderr    int
+	exit      initproto.Exit
+
+	deadline time.Duration
+	permit   time.Duration
+	by       initproto.By  // who asked for the end, "" while nobody did
+	killAt   time.Duration // when TERM was not enough; 0 is never
+	killed   bool          // KILL went to all
+	away     time.Duration // since when no agent is connected
+	taken    bool
+}
+
+// message is what the reader of a connection passes to loop.
+type message struct {
+	conn *initproto.Conn
+	req  initproto.Request
+	fds  []int
+	err  error
+}
+
+// loop runs until the container shall end, and returns init's exit code.
+func (s *supervisor) loop(signals <-chan os.Signal) int {
+	conns := make(chan *initproto.Conn)
+	messages := make(chan message)
+	s.lost = make(chan struct{}, 1)
+	s.away = initproto.Now()
+	go dial(conns, s.lost)
+	for {
+		s.timer.set(s.next())
+		select {
+		case sig := <-signals:
+			s.signal(sig)
+		case c := <-conns:
+			s.connected(c)
+			go read(c, messages)
+		case m := <-messages:
+			s.message(m)
+		case <-s.timer.C:
+			s.timer.fired()
+		}
+		s.check()
+		if code, over := s.over(); over {
+			return code
+		}
+	}
+}
+
+// dial connects whenever there is no connection, for as long as init lives.
+func dial(conns chan<- *initproto.Conn, lost <-chan struct{}) {
+	addr := &net.UnixAddr{Name: filepath.Join(initproto.ControlPath, initproto.SocketName), Net: "unixpacket"}
+	for pause := dialLeast; ; {
+		c, err := net.DialUnix("unixpacket", nil, addr)
+		if err != nil {
+			time.Sleep(pause)
+			pause = min(2*pause, dialMost)
+			continue
+		}
+		conns <- initproto.NewConn(c)
+		<-lost
+		pause = dialLeast
+		time.Sleep(pause)
+	}
+}
+
+func read(c *initproto.Conn, messages chan<- message) {
+	buf := make([]byte, initproto.MaxRequest)
+	for {
+		m := message{conn: c}
+		m.fds, m.err = c.Receive(buf, &m.req)
+		messages <- m
+		if m.err != nil {
+			return
+		}
+		if m.req.Op == initproto.OpRun {
+			buf = make([]byte, 4<<10) // only a run is long
+		}
+	}
+}
+
+func (s *supervisor) connected(c *initproto.Conn) {
+	s.conn = c
+	hello := initproto.Reply{Event: initproto.EventHello, Version: initproto.Version, Phase: s.phase, Key: s.key, Started: s.started, Pid: s.pid}
+	if s.phase == initproto.PhaseEnded {
+		hello.Exit = &s.exit
+	}
+	var fds []int
+	for _, f := range []struct {
+		name string
+		fd   int
+	}{{initproto.FileOutput, s.output}, {initproto.FileStdout, s.stdout}, {initproto.FileStderr, s.stderr}} {
+		if f.fd >= 0 {
+			hello.Files, fds = append(hello.Files, f.name), append(fds, f.fd)
+		}
+	}
+	s.send(hello, fds...)
+}
+
+// send drops the connection if it does not work: the hello of the next one says
+// all that is true then.
+func (s *supervisor) send(r initproto.Reply, fds ...int) {
+	if s.conn == nil {
+		return
+	}
+	_ = s.conn.SetWriteDeadline(time.Now().Add(5 * time.Second))
+	if err := s.conn.Send(r, fds...); err != nil {
+		_ = s.conn.Close() // its reader tells
+	}
+}
+
+func (s *supervisor) message(m message) {
+	if m.conn != s.conn {
+		initproto.CloseAll(m.fds)
+		return
+	}
+	if m.err != nil {
+		initproto.CloseAll(m.fds)
+		_ = s.conn.Close()
+		s.conn = nil
+		s.away = initproto.Now()
+		s.lost <- struct{}{}
+		return
+	}
+	if m.req.Op != initproto.OpRun {
+		initproto.CloseAll(m.fds)
+	}
+	switch m.req.Op {
+	case initproto.OpRun:
+		s.run(m.req, m.fds)
+	case initproto.OpStop:
+		s.reap() // it may have ended by itself before
+		s.end(initproto.ByStop, m.req.Grace)
+	case initproto.OpReread:
+		s.reread()
+	case initproto.OpTaken:
+		s.taken = s.phase == initproto.PhaseEnded
+	}
+}
+
+// reread reads both files; what cannot be read stays as it was.
+func (s *supervisor) reread() {
+	if t, err := initproto.ReadInstant(filepath.Join(initproto.ControlPath, initproto.DeadlineName)); err == nil {
+		s.deadline = t
+	}
+	if t, err := initproto.ReadInstant(filepath.Join(initproto.PermitPath, initproto.PermitName)); err == nil {
+		s.permit = t
+	}
+}
+
+// check does what time asks for. It never believes an instant that it has not just
+// read: the file may have been replaced since.
+func (s *supervisor) check() {
+	if s.phase != initproto.PhaseRunning {
+		return
+	}
+	now := initproto.Now()
+	if s.late(now) {
+		s.reread()
+		s.reap()
+		switch {
+		case s.phase != initproto.PhaseRunning:
+			return
+		case s.permitted && now >= s.permit:
+			s.end(initproto.ByPermit, 0)
+		case now >= s.deadline && s.killAt == 0:
+			s.end(initproto.ByDeadline, s.grace)
+		}
+	}
+	if s.killAt > 0 && now >= s.killAt {
+		s.kill()
+	}
+}
+
+func (s *supervisor) late(now time.Duration) bool {
+	return !s.killed && (s.permitted && now >= s.permit || s.killAt == 0 && now >= s.deadline)
+}
+
+// next is when check or over have something to do; 0 is never.
+func (s *supervisor) next() time.Duration {
+	var at time.Duration
+	sooner := func(t time.Duration) {
+		if at == 0 || t < at {
+			at = max(t, 1)
+		}
+	}
+	switch s.phase {
+	case initproto.PhaseIdle:
+		sooner(s.away + idleMost)
+	case initproto.PhaseRunning:
+		if s.killed {
+			return 0
+		}
+		if s.permitted {
+			sooner(s.permit)
+		}
+		if s.killAt == 0 {
+			sooner(s.deadline)
+		} else {
+			sooner(s.killAt)
+		}
+	case initproto.PhaseEnded:
+		if s.conn == nil {
+			sooner(s.lingerUntil())
+		}
+	}
+	return at
+}
+
+// lingerUntil is how long an ended task waits for an agent that is away: as long as
+// that agent may still come back and be believed.
+func (s *supervisor) lingerUntil() time.Duration {
+	until := s.deadline + s.grace
+	if s.permitted {
+		until = s.permit
+	}
+	return max(until, s.away) + linger
+}
+
+// over says whether init shall exit, and with which code.
+func (s *supervisor) over() (int, bool) {
+	now := initproto.Now()
+	switch s.phase {
+	case initproto.PhaseIdle:
+		if s.by != "" || s.conn == nil && now >= s.away+idleMost {
+			return initproto.CodeBroken, true
+		}
+	case initproto.PhaseEnded:
+		if !s.taken && s.conn == nil && now >= s.lingerUntil() {
+			s.reread() // the permit goes on while another task's agent renews it
+			s.taken = now >= s.lingerUntil()
+		}
+		if s.taken {
+			return s.code(), true
+		}
+	}
+	return 0, false
+}
+
+func (s *supervisor) code() int {
+	switch s.exit.By {
+	case initproto.ByDeadline:
+		return initproto.CodeDeadline
+	case initproto.ByPermit:
+		return initproto.CodePermit
+	case initproto.ByStop:
+		return initproto.CodeStop
+	case initproto.ByOutside:
+		return initproto.CodeOutside
+	}
+	return s.exit.Code
+}
+
+// end sends TERM to every process of the task, and KILL after grace. The first to
+// ask is the one who ended it; later ones only make it sooner.
+func (s *supervisor) end(by initproto.By, grace time.Duration) {
+	if s.phase == initproto.PhaseEnded {
+		return
+	}
+	first := s.by == ""
+	if first {
+		s.by = by
+	}
+	if s.phase == initproto.PhaseIdle {
+		return // over ends init
+	}
+	if at := initproto.Now() + max(grace, 0); s.killAt == 0 || at < s.killAt {
+		s.killAt = at
+	}
+	if grace <= 0 {
+		s.kill()
+		return
+	}
+	if first {
+		_ = unix.Kill(-1, unix.SIGTERM)
+		_ = unix.Kill(-1, unix.SIGCONT) // a stopped process gets its TERM too
+	}
+}
+
+func (s *supervisor) kill() {
+	s.killed = true
+	_ = unix.Kill(-1, unix.SIGKILL)
+}
+
+func (s *supervisor) signal(sig os.Signal) {
+	switch sig {
+	case unix.SIGCHLD:
+		s.reap()
+	case unix.SIGTERM:
+		s.reap()
+		if s.phase == initproto.PhaseRunning && s.by == "" {
+			// dockerd stops the container. It sends KILL itself when its patience ends.
+			s.by = initproto.ByOutside
+		}
+		if s.phase == initproto.PhaseIdle {
+			s.by = initproto.ByOutside
+		}
+		_ = unix.Kill(-1, unix.SIGTERM)
+	default:
+		if s.phase == initproto.PhaseRunning {
+			_ = unix.Kill(-1, sig.(unix.Signal))
+		}
+	}
+}
+
+// reap takes every dead child. When the main process is among them the others are
+// killed, and when none is left the task has ended: never before.
+func (s *supervisor) reap() {
+	if s.phase != initproto.PhaseRunning {
+		return
+	}
+	for {
+		var ws unix.WaitStatus
+		pid, err := unix.Wait4(-1, &ws, unix.WNOHANG, nil)
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err == unix.ECHILD:
+			if s.pid == 0 {
+				s.ended()
+			}
+			return
+		case err != nil || pid == 0:
+			if s.pid == 0 {
+				s.kill() // also those forked since
+			}
+			return
+		case pid == s.pid:
+			s.pid = 0
+			s.exit.Code = ws.ExitStatus()
+			if ws.Signaled() {
+				s.exit.Signal = int(ws.Signal())
+				s.exit.Code = 128 + s.exit.Signal
+			}
+			s.exit.Wall = initproto.Now() - s.started
+			s.kill()
+		}
+	}
+}
+
+func (s *supervisor) ended() {
+	s.phase = initproto.PhaseEnded
+	s.exit.By = initproto.ByItself
+	if s.by != "" {
+		s.exit.By = s.by
+	}
+	var ru unix.Rusage
+	if unix.Getrusage(unix.RUSAGE_CHILDREN, &ru) == nil {
+		s.exit.CPU = time.Duration(ru.Utime.Nano() + ru.Stime.Nano())
+	}
+	s.send(initproto.Reply{Event: initproto.EventExited, Exit: &s.exit})
+}
+
+// setOOM sets our oom_score_adj. Anybody may raise it, and lower it again to what
+// it was at the start.
+func (s *supervisor) setOOM(adj int) {
+	if s.oom != nil {
+		_, _ = s.oom.WriteAt([]byte(strconv.Itoa(adj)), 0)
+	}
+}
+
+func (s *supervisor) getOOM() int {
+	if s.oom == nil {
+		return 0
+	}
+	b := make([]byte, 16)
+	n, _ := s.oom.ReadAt(b, 0)
+	for n > 0 && b[n-1] == '\n' {
+		n--
+	}
+	adj, _ := strconv.Atoi(string(b[:n]))
+	return adj
+}

@@ -1,0 +1,382 @@
+package docker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	cerrdefs "github.com/containerd/errdefs"
+	"github.com/moby/moby/client"
+	"golang.org/x/sys/unix"
+
+	"dayfly.dev/schemas"
+	"dayfly.dev/services/agent"
+	"dayfly.dev/services/agent/initproto"
+)
+
+const (
+	// dockerWithin bounds a request that the caller's ctx no longer does: breaking off a
+	// request does not break off what dockerd does.
+	dockerWithin = 2 * time.Minute
+	helloAfter   = 30 * time.Second // from Docker's "started" to init's hello
+)
+
+// Start implements agent.Runtime.
+func (r *Runtime) Start(ctx context.Context, req agent.StartRequest) (agent.Attempt, error) {
+	b, err := r.box(ctx, req)
+	if err != nil {
+		return nil, err
+	}
+	if err := enter(ctx, r.starts); err != nil {
+		return nil, fmt.Errorf("start %s: %w", req.Assignment, err)
+	}
+	leave := func() { <-r.starts }
+	if req.Assignment.Worker != r.cfg.Worker {
+		leave()
+		return nil, fmt.Errorf("start %s: this worker is %s", req.Assignment, r.cfg.Worker)
+	}
+	a, err := r.prepare(req, b)
+	if err != nil {
+		leave()
+		return nil, fmt.Errorf("start %s: %w", req.Assignment, err)
+	}
+	if err := r.create(ctx, a, b); err != nil {
+		leave()
+		close(a.served)
+		r.abandon(a, nil)
+		return nil, startFault(err, req, fmt.Sprintf("create container for %s", req.Assignment))
+	}
+	if err := r.launch(ctx, a, b, req, leave); err != nil {
+		return nil, startFault(err, req, fmt.Sprintf("start %s", req.Assignment))
+	}
+	return a, nil
+}
+
+// box gathers what the container is made from.
+func (r *Runtime) box(ctx context.Context, req agent.StartRequest) (*box, error) {
+	img, err := r.imageByID(ctx, req.Image.ID)
+	if err != nil {
+		return nil, fmt.Errorf("start %s: %w", req.Assignment, err)
+	}
+	b := &box{
+		cluster: r.cfg.Cluster, a: req.Assignment, spec: req.Spec, image: img,
+		dir: r.folder(ContainerName(req.Assignment)), init: r.initPath,
+		permit: filepath.Join(r.cfg.StateDir, "permit"), seccomp: r.seccomp, cpus: float64(r.cpus), v2: r.v2,
+	}
+	if argv := b.argv(); len(argv) == 0 || argv[0] == "" {
+		return nil, &agent.StartError{Reason: schemas.ReasonStart, Message: fmt.Sprintf("image %q names no command to run; give one in command", req.Spec.Image)}
+	}
+	for _, p := range []string{"/proc", "/sys", "/dev"} {
+		if w := b.image.workdir; w == p || strings.HasPrefix(w, p+"/") {
+			return nil, &agent.StartError{Reason: schemas.ReasonStart, Message: fmt.Sprintf("image %q has its working directory in %s; give another in workdir", req.Spec.Image, p)}
+		}
+	}
+	return b, nil
+}
+
+// prepare makes the folder and the attempt.
+func (r *Runtime) prepare(req agent.StartRequest, b *box) (*attempt, error) {
+	m := meta{
+		Version: 1, Assignment: req.Assignment, Key: newKey(), Free: req.NoPermit,
+		Grace: req.Grace, LogLimit: req.LogLimit, BootID: r.boot,
+	}
+	if err := makeFolder(b.dir, m, req.Spec.Files); err != nil {
+		if !errors.Is(err, os.ErrExist) {
+			_ = os.RemoveAll(b.dir)
+		}
+		return nil, err
+	}
+	a, err := r.newAttempt(m)
+	if err == nil && !r.keep(a) {
+		a.spool.close()
+		err = errors.New("this attempt is there already, or the runtime is closed")
+	}
+	if err != nil {
+		_ = os.RemoveAll(b.dir)
+		return nil, err
+	}
+	return a, nil
+}
+
+// create makes the container. Where the outcome is unknown the name tells: what
+// stands under it with our labels and was never started is ours.
+func (r *Runtime) create(ctx context.Context, a *attempt, b *box) error {
+	for try := 0; ; try++ {
+		created, err := r.docker.ContainerCreate(ctx, b.options())
+		if err == nil {
+			a.mu.Lock()
+			a.container = created.ID
+			a.mu.Unlock()
+			return nil
+		}
+		settle, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+		id, ours := r.leftover(settle, a)
+		cancel()
+		if ours && cerrdefs.IsConflict(err) && try == 0 && ctx.Err() == nil {
+			// Of a start that was broken off, whose folder is gone: it has nothing mounted that
+			// we could use.
+			if err := r.removeContainer(ctx, id); err == nil {
+				continue
+			}
+		}
+		if ours {
+			a.mu.Lock()
+			a.container = id // for abandon
+			a.mu.Unlock()
+		}
+		if client.IsErrConnectionFailed(err) || cerrdefs.IsConflict(err) || try > 0 {
+			return err
+		}
+		return err
+	}
+}
+
+// leftover finds a container under the attempt's name that bears its labels and was
+// never started.
+func (r *Runtime) leftover(ctx context.Context, a *attempt) (string, bool) {
+	got, err := r.docker.ContainerInspect(ctx, a.name, client.ContainerInspectOptions{})
+	if err != nil || got.Container.Config == nil || got.Container.State == nil {
+		return "", false
+	}
+	as, ok := r.assignmentOf(got.Container.Config.Labels, strings.TrimPrefix(got.Container.Name, "/"))
+	return got.Container.ID, ok && as == a.meta.Assignment && got.Container.State.Status == "created"
+}
+
+// launch starts the container and, as soon as init says hello, the process: it does
+// not wait for Docker's own answer. leave is called when Docker has given it.
+func (r *Runtime) launch(ctx context.Context, a *attempt, b *box, req agent.StartRequest, leave func()) error {
+	l, err := listen(filepath.Join(a.dir, "c"))
+	if err != nil {
+		leave()
+		close(a.served)
+		r.abandon(a, nil)
+		return err
+	}
+	a.mu.Lock()
+	a.listener = l
+	if a.hungUp {
+		_ = l.Close()
+	}
+	a.mu.Unlock()
+
+	started := make(chan error, 1)
+	answered := make(chan struct{})
+	running := r.goDo(func() {
+		defer close(answered)
+		defer leave()
+		// Not the caller's ctx: dockerd would go on starting it, and we would not know.
+		ctx, cancel := context.WithTimeout(r.ctx, dockerWithin)
+		defer cancel()
+		_, err := r.docker.ContainerStart(ctx, a.containerID(), client.ContainerStartOptions{})
+		started <- err
+	})
+	if !running {
+		leave()
+		close(answered)
+		started <- net.ErrClosed
+	}
+	ran := make(chan error, 1)
+	serving := r.goDo(func() {
+		g, err := a.accept(l)
+		if err == nil {
+			err = a.run(g, b, req)
+		}
+		ran <- err
+		if err != nil {
+			close(a.served)
+			return
+		}
+		a.serve(g.conn, 0)
+	})
+	if !serving {
+		close(a.served)
+		ran <- net.ErrClosed
+	}
+
+	var late <-chan time.Time
+	for {
+		select {
+		case err = <-ran:
+			if err == nil {
+				return nil
+			}
+			if started != nil {
+				select { // Docker's own reason says more than a closed connection
+				case e := <-started:
+					if e != nil {
+						err = e
+					}
+				default:
+				}
+			}
+		case err = <-started:
+			started = nil
+			if err == nil {
+				late = time.After(helloAfter)
+				continue
+			}
+		case <-late:
+			err = errors.New("dayfly-init does not answer")
+		case <-ctx.Done():
+			err = context.Cause(ctx)
+		}
+		a.hangUp()
+		r.abandon(a, answered)
+		return err
+	}
+}
+
+// abandon takes away what a start that failed has left, in the background: dockerd
+// may still be at work on it.
+func (r *Runtime) abandon(a *attempt, answered <-chan struct{}) {
+	away := func() {
+		if answered != nil {
+			<-answered
+		}
+		<-a.served
+		a.finish(agent.Outcome{By: schemas.EndedLost, Message: "its start failed"})
+		ctx, cancel := context.WithTimeout(r.ctx, dockerWithin)
+		defer cancel()
+		if err := a.Remove(ctx); err != nil {
+			a.log().Error().Err(err).Msg("cannot remove what a failed start left; the next recover will")
+		}
+	}
+	if a.containerID() == "" {
+		away() // nothing but the folder
+		return
+	}
+	r.goDo(away)
+}
+
+// run gives init its run and waits for the answer.
+func (a *attempt) run(g *greeting, b *box, req agent.StartRequest) error {
+	if g.hello.Phase != initproto.PhaseIdle {
+		return errors.New("a new container says that it has had its run")
+	}
+	stdin, err := stdinFile(req.Spec.Stdin)
+	if err != nil {
+		return err
+	}
+	defer stdin.Close()
+	var pipes [2]pipe
+	defer func() {
+		for _, p := range pipes {
+			if p.write != nil {
+				_ = p.write.Close()
+			}
+		}
+	}()
+	for i := range pipes {
+		if pipes[i], err = newPipe(int(g.peer.Uid), int(g.peer.Gid)); err != nil {
+			if i == 1 {
+				_ = pipes[0].read.Close()
+			}
+			return err
+		}
+	}
+	reads := [2]*os.File{pipes[0].read, pipes[1].read}
+	fds := make([]int, 0, 5)
+	for _, f := range []*os.File{stdin, pipes[0].write, pipes[1].write} {
+		fds = append(fds, int(f.Fd()))
+	}
+	for _, f := range reads { // not Fd, which would make them blocking
+		raw, err := f.SyscallConn()
+		if err != nil {
+			return err
+		}
+		_ = raw.Control(func(fd uintptr) { fds = append(fds, int(fd)) })
+	}
+
+	a.mu.Lock()
+	if a.hungUp {
+		a.mu.Unlock()
+		_ = reads[0].Close()
+		_ = reads[1].Close()
+		return net.ErrClosed
+	}
+	a.pumpLocked(reads) // from here on release closes them
+	a.adoptLocked(g)
+	err = a.setDeadlineLocked(req.TimeLeft)
+	if err == nil {
+		a.asked = true
+		_ = g.conn.SetDeadline(time.Now().Add(helloAfter))
+		err = g.conn.Send(initproto.Request{
+			ID: 1, Op: initproto.OpRun, Key: a.meta.Key, Argv: b.argv(), Env: b.env(), Free: a.meta.Free, Grace: a.meta.Grace,
+		}, fds...)
+	}
+	a.mu.Unlock()
+	if errors.Is(err, unix.EMSGSIZE) {
+		return &agent.StartError{Reason: schemas.ReasonStart, Message: "command and environment are too long"}
+	}
+	if err != nil {
+		return fmt.Errorf("send run: %w", err)
+	}
+	for {
+		var m initproto.Reply
+		extra, err := g.conn.Receive(make([]byte, initproto.MaxReply), &m)
+		initproto.CloseAll(extra)
+		if err != nil {
+			return fmt.Errorf("wait for init: %w", err)
+		}
+		switch m.Event {
+		case initproto.EventError:
+			return refused(m)
+		case initproto.EventStarted:
+			_ = g.conn.SetDeadline(time.Time{})
+			a.mu.Lock()
+			a.ran, a.startedAt = true, initproto.Now()
+			a.mu.Unlock()
+			close(a.met)
+			return initproto.WriteInstant(filepath.Join(a.dir, "started"), a.startedAt)
+		}
+	}
+}
+
+// refused turns init's error into ours.
+func refused(m initproto.Reply) error {
+	switch m.Fault {
+	case initproto.FaultNotFound:
+		return &agent.StartError{Reason: schemas.ReasonNotFound, Exit: &schemas.Exit{Code: 127}, Message: "command not found: " + clip(m.Message)}
+	case initproto.FaultNotExec:
+		return &agent.StartError{Reason: schemas.ReasonNotExec, Exit: &schemas.Exit{Code: 126}, Message: "command cannot be run: " + clip(m.Message)}
+	case initproto.FaultWorkdir:
+		return &agent.StartError{Reason: schemas.ReasonStart, Exit: &schemas.Exit{Code: 126}, Message: clip(m.Message)}
+	}
+	return fmt.Errorf("init refuses: %s (%s)", clip(m.Message), m.Fault)
+}
+
+func clip(s string) string {
+	s = strings.ToValidUTF8(s, "")
+	if len(s) > 512 {
+		s = strings.ToValidUTF8(s[:512], "") + "…"
+	}
+	return s
+}
+
+// taskFaults are parts of Docker's messages that say that the task's spec or image
+// is at fault: on every worker. Docker has no codes for them.
+var taskFaults = []string{
+	"chdir to cwd", "is not a directory", "not a directory", "Cannot mkdir", "no matching entries in passwd", "unable to find user",
+	"unable to find group", "no matching entries in group", "invalid mount", "Invalid container configuration", "mount destination",
+}
+
+// startFault decides whose fault it is that a start failed.
+func startFault(err error, req agent.StartRequest, doing string) error {
+	var own *agent.StartError
+	text := err.Error()
+	switch {
+	case errors.As(err, &own), errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+	case client.IsErrConnectionFailed(err), strings.Contains(text, "no space left"), cerrdefs.IsNotFound(err), cerrdefs.IsConflict(err):
+	case cerrdefs.IsInvalidArgument(err) && !strings.Contains(text, "bind source path"),
+		slices.ContainsFunc(taskFaults, func(s string) bool { return strings.Contains(text, s) }):
+		return &agent.StartError{Reason: schemas.ReasonStart, Exit: &schemas.Exit{Code: 126},
+			Message: fmt.Sprintf("Docker cannot start it from image %q: %s", req.Spec.Image, clip(strings.TrimPrefix(text, "Error response from daemon: ")))}
+	}
+	return fmt.Errorf("%s: %w", doing, err)
+}

@@ -1,0 +1,227 @@
+// Package initproto is what dayfly-init and the agent say to each other.
+//
+// The agent listens on a unix seqpacket socket in the attempt's control folder;
+// init, PID 1 of the container, dials it, and dials again whenever the connection
+// closes. One datagram is one message: JSON, and descriptors beside it.
+//
+//	agent                                            init
+//	  │ listen c/s                                     │ up
+//	  │◀──────────── hello idle {output} ──────────────│
+//	  │ write c/deadline, make the pipes               │
+//	  │── run {stdin stdout stderr, read ends twice} ─▶│ fork, exec
+//	  │◀──────── started, or error: refused ───────────│
+//	  │── reread (c/deadline or permit/until moved) ──▶│
+//	  │── stop grace ─────────────────────────────────▶│ TERM all, KILL after grace
+//	  │◀──────────── exited {code, by} ────────────────│ no process is left
+//	  │── taken (pipes drained, outcome kept) ────────▶│ exits with the same code
+//	  ╎                                                ╎
+//	  ╎ agent restarts                                 ╎ dials each 10…250 ms
+//	  │◀── hello running|ended {output stdout stderr} ─│
+//
+// A request carries an id and its reply the same one, so that further requests
+// (exec, dial, signal) find their answers. The hello of a container that has been
+// given its run repeats the key of that run, which no process of the task can know:
+// so an agent tells init from a task that dials the socket itself.
+//
+// Two files rule when the task ends, and init obeys them without any agent:
+// DeadlineFile in the control folder and PermitFile in the permit folder. Both are
+// replaced by rename and hold one decimal number, nanoseconds of CLOCK_BOOTTIME.
+package initproto
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Version is that of this protocol, said in each hello. Fields are only ever added.
+const Version = 1
+
+// Where things are in the container.
+const (
+	Folder      = "/.dayfly"
+	InitPath    = Folder + "/init"   // this binary, read-only
+	ControlPath = Folder + "/c"      // the attempt's control folder, read-only
+	PermitPath  = Folder + "/permit" // the worker's permit folder, read-only, one for all its containers
+	InputPath   = "/task/input"
+	OutputPath  = "/task/output"
+)
+
+// Names in the control and permit folders.
+const (
+	SocketName   = "s"
+	DeadlineName = "deadline"
+	PermitName   = "until"
+)
+
+// Bounds of a message. Init reads requests, the agent reads replies.
+const (
+	MaxRequest = 768 << 10
+	MaxReply   = 8 << 10
+	MaxFiles   = 5
+)
+
+// The exit codes of init where the task did not end by itself. Docker's State keeps
+// them for an agent that comes back after init is gone. Otherwise init exits with
+// the code of the main process, 128 + signal if one ended it.
+const (
+	CodeDeadline = 241
+	CodePermit   = 242
+	CodeStop     = 243
+	CodeOutside  = 244
+	CodeBroken   = 245 // init itself could not work, or nobody ever gave it a run
+)
+
+// Op is what a request asks.
+type Op string
+
+// The requests.
+const (
+	OpRun    Op = "run"    // with descriptors: stdin, stdout, stderr, and the read ends of stdout and stderr to keep
+	OpStop   Op = "stop"   // TERM to all, KILL after grace; again: only sooner
+	OpReread Op = "reread" // the deadline or the permit was moved
+	OpTaken  Op = "taken"  // the exit is kept and the pipes are drained: init may go
+)
+
+// Request is what the agent sends.
+type Request struct {
+	ID    uint64        `json:"id,omitempty"`
+	Op    Op            `json:"op"`
+	Key   string        `json:"key,omitempty"`   // run: to be repeated in each hello
+	Argv  []string      `json:"argv,omitempty"`  // run: program and arguments; a program without "/" is looked up in PATH of the task
+	Env   []string      `json:"env,omitempty"`   // run: laid over init's own, which is the image's
+	Dir   string        `json:"dir,omitempty"`   // run: "" is where init is
+	Free  bool          `json:"free,omitempty"`  // run: the permit must last at the start, and does not end it later
+	Grace time.Duration `json:"grace,omitempty"` // run: at the deadline; stop: now
+}
+
+// Event is what a reply tells.
+type Event string
+
+// The replies.
+const (
+	EventHello   Event = "hello"   // first on each connection
+	EventStarted Event = "started" // to run
+	EventError   Event = "error"   // to run: nothing was started
+	EventExited  Event = "exited"  // once, when no process of the task is left
+)
+
+// Phase is how far init has come, said in the hello.
+type Phase string
+
+// The phases.
+const (
+	PhaseIdle    Phase = "idle"
+	PhaseRunning Phase = "running"
+	PhaseEnded   Phase = "ended"
+)
+
+// Names of the descriptors that come with a hello, in Reply.Files.
+const (
+	FileOutput = "output" // the directory /task/output
+	FileStdout = "stdout" // read end of the pipe
+	FileStderr = "stderr"
+)
+
+// Reply is what init sends.
+type Reply struct {
+	ID      uint64        `json:"id,omitempty"`
+	Event   Event         `json:"event"`
+	Version int           `json:"version,omitempty"` // hello
+	Phase   Phase         `json:"phase,omitempty"`   // hello
+	Key     string        `json:"key,omitempty"`     // hello, after a run
+	Files   []string      `json:"files,omitempty"`   // hello: what the descriptors are, in order
+	Pid     int           `json:"pid,omitempty"`     // as init sees it, for people
+	Started time.Duration `json:"started,omitempty"` // boot time
+	Exit    *Exit         `json:"exit,omitempty"`    // exited, and hello when ended
+	Fault   Fault         `json:"fault,omitempty"`   // error
+	Code    int           `json:"code,omitempty"`    // error: 126 or 127 where a shell would say so
+	Message string        `json:"message,omitempty"` // error
+}
+
+// Fault says what kept a run from starting.
+type Fault string
+
+// The faults.
+const (
+	FaultNotFound Fault = "not_found" // no such program
+	FaultNotExec  Fault = "not_executable"
+	FaultWorkdir  Fault = "workdir"
+	FaultDeadline Fault = "deadline" // it is over, or cannot be read
+	FaultPermit   Fault = "permit"   // it is over, or cannot be read
+	FaultStopped  Fault = "stopped"
+	FaultRequest  Fault = "request" // not a run that can be done
+	FaultSystem   Fault = "system"  // fork failed
+)
+
+// Exit is how the main process ended.
+type Exit struct {
+	Code   int           `json:"code"` // 128 + signal if a signal ended it
+	Signal int           `json:"signal,omitempty"`
+	By     By            `json:"by"`
+	CPU    time.Duration `json:"cpu"`  // user and system time of all reaped processes, from getrusage
+	Wall   time.Duration `json:"wall"` // from the start to the end of the main process
+}
+
+// By says who ended the task.
+type By string
+
+// Who ended it.
+const (
+	ByItself   By = "itself"
+	ByStop     By = "stop"
+	ByDeadline By = "deadline"
+	ByPermit   By = "permit"
+	ByOutside  By = "outside" // TERM to init: dockerd was told to stop it, or shuts down
+)
+
+// Now is CLOCK_BOOTTIME, the clock of both files.
+func Now() time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		panic("clock_gettime: " + err.Error()) // the kernel has had this clock since 2.6.39
+	}
+	return time.Duration(ts.Nano())
+}
+
+// ReadInstant reads a file that WriteInstant wrote.
+func ReadInstant(path string) (time.Duration, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return 0, err
+	}
+	n, err := strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("read %s: not a number", path)
+	}
+	return time.Duration(n), nil
+}
+
+// WriteInstant replaces the file by rename, so that a reader sees the old instant or
+// the new. It does not wait for the disk: boot time ends with the boot.
+func WriteInstant(path string, t time.Duration) error {
+	f, err := os.CreateTemp(filepath.Dir(path), ".new-*")
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(strconv.FormatInt(int64(t), 10) + "\n")
+	if err == nil {
+		err = f.Chmod(0o644)
+	}
+	if e := f.Close(); err == nil {
+		err = e
+	}
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		_ = os.Remove(f.Name())
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	return nil
+}

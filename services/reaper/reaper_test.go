@@ -1,0 +1,454 @@
+package reaper_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/rs/zerolog"
+	"go.uber.org/goleak"
+
+	"dayfly.dev/bus"
+	"dayfly.dev/bus/natsd"
+	"dayfly.dev/bus/natstest"
+	"dayfly.dev/schemas"
+	"dayfly.dev/services/reaper"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+const worker schemas.WorkerID = "w1"
+
+// bench is reapers on a real NATS server; the test plays gateway, placer and agent.
+type bench struct {
+	t      *testing.T
+	server *natsd.Server
+	core   *bus.Conn
+	table  *bus.Table[schemas.Record]
+	beats  *bus.Table[schemas.Beat]
+	view   *bus.View[schemas.Record]
+	cfg    reaper.Config
+
+	mu     sync.Mutex
+	orders []schemas.Order // under mu: all that were published
+	news   chan struct{}   // under mu: closed at the next
+}
+
+func jsonCodec[T any](wrote func(T, string) bool) bus.Codec[T] {
+	return bus.Codec[T]{
+		Encode: func(v T) ([]byte, nats.Header, error) {
+			data, err := schemas.Encode(v)
+			if r, ok := any(v).(schemas.Record); ok {
+				return data, r.Headers(), err
+			}
+			return data, nil, err
+		},
+		Decode: func(data []byte) (v T, err error) { return v, schemas.Decode(data, &v) },
+		Wrote:  wrote,
+	}
+}
+
+func newBench(t *testing.T) *bench {
+	t.Helper()
+	b := &bench{t: t, server: natstest.Server(t), cfg: reaper.DefaultConfig()}
+	b.core = natstest.Connect(t, b.server)
+	if err := bus.Provision(t.Context(), b.core, schemas.Assets(time.Hour), 1); err != nil {
+		t.Fatal(err)
+	}
+	b.table = bus.NewTable(b.core, schemas.BucketTasks, jsonCodec(schemas.Record.Wrote))
+	b.beats = bus.NewTable(b.core, schemas.BucketWorkers, jsonCodec[schemas.Beat](nil))
+	b.view = bus.NewView(b.core, schemas.BucketTasks, func(_ string, _ nats.Header, data []byte) (r schemas.Record, err error) {
+		return r, schemas.Decode(data, &r)
+	}, bus.ViewOptions[schemas.Record]{})
+	b.background(b.view.Run)
+	b.news = make(chan struct{})
+	// A work queue cannot be read beside its consumer: listen to what is published.
+	sub, err := b.core.NC.Subscribe(schemas.OrderSubject(worker, "*"), func(m *nats.Msg) {
+		var o schemas.Order
+		if err := schemas.Decode(m.Data, &o); err != nil {
+			t.Error(err)
+		}
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.orders = append(b.orders, o)
+		close(b.news)
+		b.news = make(chan struct{})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = sub.Unsubscribe() })
+	b.cfg.Fence, b.cfg.Redrive = 400*time.Millisecond, 500*time.Millisecond
+	return b
+}
+
+func (b *bench) background(fn func(context.Context) error) {
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := fn(ctx); err != nil {
+			b.t.Error(err)
+		}
+	})
+	b.t.Cleanup(func() { cancel(); wg.Wait() })
+}
+
+func (b *bench) start() {
+	conn := natstest.Connect(b.t, b.server)
+	b.background(func(ctx context.Context) error {
+		return reaper.Run(ctx, reaper.Deps{Conn: conn, Logger: zerolog.Nop()}, b.cfg)
+	})
+}
+
+func (b *bench) ctx() context.Context {
+	ctx, cancel := context.WithTimeout(b.t.Context(), 20*time.Second)
+	b.t.Cleanup(cancel)
+	return ctx
+}
+
+func meta() schemas.Meta { return schemas.Meta{At: time.Now().UTC(), By: "test", Op: rand.Text()} }
+
+// accept makes a queued record.
+func (b *bench) accept(change func(*schemas.Spec)) schemas.TaskID {
+	b.t.Helper()
+	id, err := schemas.NewTaskID(time.Now(), rand.Reader)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	spec := schemas.DefaultSpec()
+	spec.Image, spec.OnLost = "busybox", schemas.OnLostRequeue
+	if change != nil {
+		change(&spec)
+	}
+	m := meta()
+	if _, err := b.table.Create(b.ctx(), string(id), schemas.NewRecord(id, spec, schemas.DefaultPolicy(), m), m.Op); err != nil {
+		b.t.Fatal(err)
+	}
+	return id
+}
+
+// next applies an event to a record, as another service would.
+func (b *bench) next(id schemas.TaskID, event func(schemas.Meta) schemas.Event) schemas.Record {
+	b.t.Helper()
+	m := meta()
+	e, err := b.table.Update(b.ctx(), string(id), m.Op, func(r schemas.Record) (schemas.Record, []bus.WriteOption, error) {
+		n, err := schemas.Next(r, event(m))
+		return n, nil, err
+	})
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return e.Value
+}
+
+func (b *bench) assign(id schemas.TaskID, epoch schemas.Epoch) schemas.Assignment {
+	b.t.Helper()
+	r := b.next(id, func(m schemas.Meta) schemas.Event { return schemas.Choose{Meta: m, Worker: worker, Epoch: epoch} })
+	return r.Assignment()
+}
+
+func (b *bench) report(r schemas.Report) {
+	b.t.Helper()
+	body, err := schemas.Encode(r)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	if _, err := b.core.Publish(b.ctx(), schemas.ReportSubject(worker, r.Task), nil, body); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// beat writes a worker's heartbeat over whatever stands there.
+func (b *bench) beat(change func(*schemas.Beat)) {
+	b.t.Helper()
+	v := schemas.Beat{Worker: worker, Epoch: "e1", Instance: rand.Text(), Reported: true}
+	change(&v)
+	e, err := b.beats.Get(b.ctx(), string(worker))
+	if err != nil {
+		_, err = b.beats.Create(b.ctx(), string(worker), v, "")
+	} else {
+		_, err = b.beats.Replace(b.ctx(), e, v, "")
+	}
+	if err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+func (b *bench) wait(id schemas.TaskID, what string, ok func(schemas.Record) bool) schemas.Record {
+	b.t.Helper()
+	var last schemas.Record
+	if err := b.view.Wait(b.ctx(), string(id), func(r schemas.Record, _ uint64, _ bool) bool {
+		last = r
+		return ok(r)
+	}); err != nil {
+		b.t.Fatalf("%s never came: %v; the record: state %s reason %s %+v", what, err, last.State, last.Reason, last.History)
+	}
+	return last
+}
+
+func (b *bench) state(id schemas.TaskID, s schemas.State) schemas.Record {
+	b.t.Helper()
+	return b.wait(id, string(s), func(r schemas.Record) bool { return r.State == s })
+}
+
+// order waits for an order that ok accepts.
+func (b *bench) order(id schemas.TaskID, ok func(schemas.Order) bool) schemas.Order {
+	b.t.Helper()
+	ctx := b.ctx()
+	for {
+		b.mu.Lock()
+		news, list := b.news, b.orders
+		b.mu.Unlock()
+		for _, o := range list {
+			if o.Task == id && ok(o) {
+				return o
+			}
+		}
+		select {
+		case <-news:
+		case <-ctx.Done():
+			b.t.Fatalf("no such order for %s; seen: %+v", id, list)
+		}
+	}
+}
+
+func ended(a schemas.Assignment, by schemas.EndedBy, code int) schemas.Report {
+	return schemas.Report{Assignment: a, Phase: schemas.PhaseEnded, Ran: true, End: &schemas.End{By: by, Exit: &schemas.Exit{Code: code}}}
+}
+
+func TestReportsMoveATaskToItsEndAndCloseIt(t *testing.T) {
+	b := newBench(t)
+	b.start()
+	id := b.accept(nil)
+	a := b.assign(id, "e1")
+	b.report(schemas.Report{Assignment: a, Phase: schemas.PhaseAccepted, Progress: "pulling"})
+	b.state(id, schemas.Starting)
+	b.report(schemas.Report{Assignment: a, Phase: schemas.PhaseRunning, Ran: true, RanFor: schemas.Duration(time.Millisecond)})
+	if r := b.state(id, schemas.Running); r.ExpiresAt.IsZero() {
+		t.Error("no deadline")
+	}
+	b.report(ended(a, schemas.EndedItself, 7))
+	if r := b.state(id, schemas.Failed); r.Exit.Code != 7 || r.Reason != schemas.ReasonExit {
+		t.Errorf("exit %+v reason %s", r.Exit, r.Reason)
+	}
+	b.order(id, func(o schemas.Order) bool { return o.Want == schemas.WantClose && o.Assignment == a })
+}
+
+func TestAStaleReportIsClosedAndChangesNothing(t *testing.T) {
+	b := newBench(t)
+	b.start()
+	id := b.accept(nil)
+	old := b.assign(id, "e1")
+	b.next(id, func(m schemas.Meta) schemas.Event { return schemas.Lose{Meta: m, Worker: worker, Epoch: "e1"} })
+	now := b.assign(id, "e2")
+	b.report(ended(old, schemas.EndedItself, 0))
+	b.order(id, func(o schemas.Order) bool { return o.Want == schemas.WantClose && o.Assignment == old })
+	b.report(ended(now, schemas.EndedItself, 3))
+	if r := b.state(id, schemas.Failed); r.Attempt != 2 || r.Exit.Code != 3 {
+		t.Errorf("attempt %d exit %+v", r.Attempt, r.Exit)
+	}
+}
+
+func TestAWorkerCannotSpeakForAnother(t *testing.T) {
+	b := newBench(t)
+	b.start()
+	id := b.accept(nil)
+	a := b.assign(id, "e1")
+	forged := ended(a, schemas.EndedItself, 0)
+	body, _ := schemas.Encode(forged)
+	if _, err := b.core.Publish(b.ctx(), schemas.ReportSubject("w2", id), nil, body); err != nil {
+		t.Fatal(err)
+	}
+	b.report(ended(a, schemas.EndedItself, 9))
+	if r := b.state(id, schemas.Failed); r.Exit.Code != 9 {
+		t.Errorf("exit %+v, want that of the worker's own report", r.Exit)
+	}
+}
+
+func TestTwoReapersSettleEachReportOnce(t *testing.T) {
+	b := newBench(t)
+	b.start()
+	b.start()
+	var ids []schemas.TaskID
+	for range 50 {
+		id := b.accept(nil)
+		a := b.assign(id, "e1")
+		for range 3 {
+			b.report(ended(a, schemas.EndedItself, 0))
+		}
+		ids = append(ids, id)
+	}
+	for _, id := range ids {
+		if r := b.state(id, schemas.Completed); len(r.History) != 3 {
+			t.Errorf("history %+v", r.History)
+		}
+	}
+}
+
+func TestAQueuedTaskFailsWhenItsQueueTimeoutIsOver(t *testing.T) {
+	b := newBench(t)
+	b.start()
+	id := b.accept(func(s *schemas.Spec) { s.Timeouts.Queue = schemas.Duration(time.Second) })
+	if r := b.state(id, schemas.Failed); r.Reason != schemas.ReasonQueueTimeout {
+		t.Errorf("reason %s", r.Reason)
+	}
+}
+
+func TestAnAssignedTaskWithoutReportIsOrderedAgain(t *testing.T) {
+	b := newBench(t)
+	b.start()
+	id := b.accept(nil)
+	a := b.assign(id, "e1")
+	o := b.order(id, func(o schemas.Order) bool { return o.Want == schemas.WantRun && o.Assignment == a })
+	if o.Spec == nil || o.TimeLeft.Std() != time.Hour || o.Counting {
+		t.Errorf("order %+v", o)
+	}
+}
+
+func TestACanceledOrOverdueTaskIsStoppedFromHere(t *testing.T) {
+	b := newBench(t)
+	b.cfg.Overdue = 0
+	b.start()
+	canceled, overdue := b.accept(nil), b.accept(func(s *schemas.Spec) {
+		s.TTL, s.Timeouts.Stop = schemas.Duration(time.Second), 0
+	})
+	a, o := b.assign(canceled, "e1"), b.assign(overdue, "e1")
+	b.report(schemas.Report{Assignment: a, Phase: schemas.PhaseRunning, Ran: true})
+	b.report(schemas.Report{Assignment: o, Phase: schemas.PhaseRunning, Ran: true})
+	b.state(canceled, schemas.Running)
+	b.state(overdue, schemas.Running)
+	b.next(canceled, func(m schemas.Meta) schemas.Event {
+		return schemas.AskCancel{Meta: m, Grace: schemas.Duration(time.Millisecond)}
+	})
+	b.order(canceled, func(o schemas.Order) bool {
+		return o.Want == schemas.WantStop && o.Grace == schemas.Duration(time.Millisecond)
+	})
+	b.order(overdue, func(o schemas.Order) bool { return o.Want == schemas.WantStop })
+	b.report(ended(a, schemas.EndedStop, 143))
+	b.report(ended(o, schemas.EndedStop, 143))
+	b.state(canceled, schemas.Canceled)
+	b.state(overdue, schemas.Expired)
+}
+
+func TestASilentWorkerIsLostAfterAFenceAndItsTaskGoesOn(t *testing.T) {
+	b := newBench(t)
+	b.beat(func(v *schemas.Beat) {})
+	b.start()
+	id, fail, wait := b.accept(nil), b.accept(func(s *schemas.Spec) { s.OnLost = schemas.OnLostFail }), b.accept(func(s *schemas.Spec) { s.OnLost = schemas.OnLostWait })
+	for _, id := range []schemas.TaskID{id, fail, wait} {
+		a := b.assign(id, "e1")
+		b.report(schemas.Report{Assignment: a, Phase: schemas.PhaseRunning, Ran: true})
+		b.state(id, schemas.Running)
+	}
+	if r := b.state(id, schemas.Queued); r.Reason != schemas.ReasonWorkerLost || r.Attempt != 1 {
+		t.Errorf("record %+v", r)
+	}
+	if r := b.state(fail, schemas.Failed); r.Reason != schemas.ReasonWorkerLost {
+		t.Errorf("reason %s", r.Reason)
+	}
+	r := b.wait(wait, "the mark that its worker is away", func(r schemas.Record) bool { return !r.WorkerLostAt.IsZero() })
+	if r.State != schemas.Running {
+		t.Errorf("state %s", r.State)
+	}
+	if beat, err := b.beats.Get(b.ctx(), string(worker)); err != nil || !beat.Value.Lost() {
+		t.Errorf("the verdict does not stand: %+v %v", beat.Value, err)
+	}
+}
+
+func TestAWorkerThatBeatsIsNotLost(t *testing.T) {
+	b := newBench(t)
+	b.cfg.Fence = 300 * time.Millisecond
+	b.beat(func(v *schemas.Beat) {})
+	b.start()
+	id := b.accept(nil)
+	a := b.assign(id, "e1")
+	b.report(schemas.Report{Assignment: a, Phase: schemas.PhaseRunning, Ran: true})
+	b.state(id, schemas.Running)
+	for end := time.Now().Add(4 * b.cfg.Fence); time.Now().Before(end); { // beats are what is tested
+		b.beat(func(v *schemas.Beat) {})
+		<-time.After(b.cfg.Fence / 6)
+	}
+	if e, err := b.table.Get(b.ctx(), string(id)); err != nil || e.Value.State != schemas.Running {
+		t.Errorf("state %s (%v)", e.Value.State, err)
+	}
+}
+
+func TestATaskOfAFormerEpochIsLostUnlessItsWorkerKeptIt(t *testing.T) {
+	b := newBench(t)
+	b.cfg.Fence = time.Hour
+	b.beat(func(v *schemas.Beat) { v.Epoch = "e1" })
+	b.start()
+	wait := func(s *schemas.Spec) { s.OnLost = schemas.OnLostWait }
+	plain, kept, gone := b.accept(nil), b.accept(wait), b.accept(wait)
+	for _, id := range []schemas.TaskID{plain, kept, gone} {
+		a := b.assign(id, "e1")
+		b.report(schemas.Report{Assignment: a, Phase: schemas.PhaseRunning, Ran: true})
+		b.state(id, schemas.Running)
+	}
+	b.beat(func(v *schemas.Beat) { v.Epoch, v.Reported, v.Kept = "e2", false, []schemas.TaskID{kept} })
+	b.state(plain, schemas.Queued)
+	b.wait(gone, "the mark that its worker is away", func(r schemas.Record) bool { return !r.WorkerLostAt.IsZero() })
+	b.beat(func(v *schemas.Beat) { v.Epoch, v.Kept = "e2", []schemas.TaskID{kept} })
+	if r := b.state(gone, schemas.Failed); r.Reason != schemas.ReasonWorkerLost {
+		t.Errorf("reason %s", r.Reason)
+	}
+	b.report(ended(schemas.Assignment{Task: kept, Attempt: 1, Worker: worker, Epoch: "e1"}, schemas.EndedItself, 0))
+	b.state(kept, schemas.Completed)
+}
+
+func TestAReaperWithAnOldViewTakesNothingFromANewRegistration(t *testing.T) {
+	b := newBench(t)
+	b.cfg.Fence = time.Hour
+	b.beat(func(v *schemas.Beat) { v.Epoch = "e1" }) // the newest that the reaper can see
+	b.start()
+	id, other := b.accept(nil), b.accept(func(s *schemas.Spec) { s.Timeouts.Queue = schemas.Duration(time.Second) })
+	a := b.assign(id, "e2")
+	b.report(schemas.Report{Assignment: a, Phase: schemas.PhaseRunning, Ran: true})
+	b.state(id, schemas.Running)
+	b.state(other, schemas.Failed) // by then the reaper has looked at both
+	if e, err := b.table.Get(b.ctx(), string(id)); err != nil || e.Value.State != schemas.Running {
+		t.Errorf("state %s (%v)", e.Value.State, err)
+	}
+}
+
+func TestReportsAreSettledAcrossARestartOfTheServer(t *testing.T) {
+	b := newBench(t)
+	b.start()
+	id := b.accept(nil)
+	a := b.assign(id, "e1")
+	b.report(schemas.Report{Assignment: a, Phase: schemas.PhaseRunning, Ran: true})
+	b.state(id, schemas.Running)
+	natstest.Restart(t, b.server)
+	b.report(ended(a, schemas.EndedItself, 0))
+	b.state(id, schemas.Completed)
+}
+
+func TestUnknownFieldsOfARecordSurviveTheReaper(t *testing.T) {
+	b := newBench(t)
+	id := b.accept(nil)
+	a := b.assign(id, "e1")
+	e, err := b.table.Get(b.ctx(), string(id))
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, _ := schemas.Encode(e.Value)
+	raw = bytes.Replace(raw, []byte(`{`), []byte(`{"from_the_future":42,`), 1)
+	h := nats.Header(e.Value.Headers())
+	if _, err := b.core.Publish(b.ctx(), "$KV.tasks."+string(id), h, raw); err != nil {
+		t.Fatal(err)
+	}
+	b.start()
+	b.report(ended(a, schemas.EndedItself, 0))
+	b.state(id, schemas.Completed)
+	e, err = b.table.Get(b.ctx(), string(id))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if now, _ := schemas.Encode(e.Value); !bytes.Contains(now, []byte(`"from_the_future":42`)) {
+		t.Errorf("the field is gone: %s", now)
+	}
+}

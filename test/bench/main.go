@@ -1,0 +1,59 @@
+// Command bench measures dayfly beside a baseline in the same run.
+//
+//	bench control    the control plane with the fake runtime: latency, tasks/s, flushes
+//	bench cold       POST to running beside create+start through the raw Docker API
+//
+// This prints medians and ratios; single figures of a shared machine mean little.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"slices"
+	"time"
+)
+
+func main() {
+	n := flag.Int("n", 0, "samples of each kind (0: the command's own default)")
+	bin := flag.String("bin", "bin/dayfly", "the dayfly binary, for cold")
+	flag.Usage = func() {
+		fmt.Fprintln(os.Stderr, "usage: bench [-n N] control|cold")
+		flag.PrintDefaults()
+	}
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	var err error
+	switch flag.Arg(0) {
+	case "control":
+		err = control(ctx, *n)
+	case "cold":
+		err = cold(ctx, *bin, *n)
+	default:
+		flag.Usage()
+		os.Exit(2)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+// sample is a set of measured times.
+type sample []time.Duration
+
+// at gives the quantile q of the sample, in milliseconds.
+func (s sample) at(q float64) float64 {
+	if len(s) == 0 {
+		return 0
+	}
+	sorted := slices.Sorted(slices.Values(s))
+	return float64(sorted[min(len(sorted)-1, int(q*float64(len(sorted))))].Microseconds()) / 1000
+}
+
+func (s sample) String() string {
+	return fmt.Sprintf("p50 %7.2f  p90 %7.2f  p99 %7.2f ms (n=%d)", s.at(.5), s.at(.9), s.at(.99), len(s))
+}
