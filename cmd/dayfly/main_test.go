@@ -313,7 +313,7 @@ func TestAtLeast(t *testing.T) {
 func TestUpConfig(t *testing.T) {
 	t.Parallel()
 	good := upConfig{http: defaultHTTP, ingress: "localhost:0", admin: "[::1]:1", worker: "w", sync: "always",
-		maxTTL: time.Hour, logAge: time.Hour, retention: time.Hour}
+		maxTTL: time.Hour, logAge: time.Hour, retention: time.Hour, scale: 1}
 	if err := good.check(); err != nil {
 		t.Fatal(err)
 	}

@@ -26,12 +26,14 @@ type upConfig struct {
 	data, http, ingress, admin, nats string
 	worker, cluster                  string
 	slots                            int
+	labels                           []string // of this worker
 	sync                             string
 	maxTTL, logAge, retention        time.Duration
 	init                             string
 	printAddrs                       string
 	insecure                         bool
 	logLevel, logFormat              string
+	scale                            float64 // of the times of beats, leases and fences, for tests
 }
 
 func defaultData() string {
@@ -94,6 +96,7 @@ kill -9.`,
 	f.StringVar(&u.nats, "nats", "", "address of the NATS server for other processes; empty: none, it is used in this one only")
 	f.StringVar(&u.worker, "worker", defaultWorker(), "name of this machine's worker")
 	f.IntVar(&u.slots, "slots", 0, "tasks at a time on this machine (0: by its memory)")
+	f.StringArrayVar(&u.labels, "worker-label", nil, "label K=V of this worker, for --constraint")
 	f.StringVar(&u.cluster, "cluster", "", "label of this dayfly's containers (default: made up once for the data folder)")
 	f.StringVar(&u.sync, "sync", "always", "when NATS writes to the disk: always, before an answer, or default, every two minutes")
 	f.DurationVar(&u.maxTTL, "max-ttl", policy.MaxTTL.Std(), "longest lifetime of a task, extensions included")
@@ -104,6 +107,8 @@ kill -9.`,
 	f.BoolVar(&u.insecure, "insecure-listen", false, "listen beyond this machine although there are no API keys yet")
 	f.StringVar(&u.logLevel, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&u.logFormat, "log-format", "auto", "json, console or auto")
+	f.Float64Var(&u.scale, "time-scale", 1, "scale of the times of beats, leases and fences, for tests")
+	_ = f.MarkHidden("time-scale")
 	_ = cmd.RegisterFlagCompletionFunc("sync", cobra.FixedCompletions([]string{"always", "default"}, cobra.ShellCompDirectiveNoFileComp))
 	ops.BindEnv(f, "DAYFLY")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
@@ -131,6 +136,12 @@ func (u *upConfig) check() error {
 	}
 	if u.sync != "always" && u.sync != "default" {
 		return errors.New("--sync must be always or default")
+	}
+	if _, err := pairs("worker-label", u.labels); err != nil {
+		return err
+	}
+	if u.scale <= 0 || u.scale > 10 {
+		return errors.New("--time-scale must be more than 0 and at most 10")
 	}
 	if u.slots < 0 {
 		return errors.New("--slots must not be negative")

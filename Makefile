@@ -1,0 +1,79 @@
+# Everything one does with this repository. `make` alone lists it.
+
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+GOFLAGS_BUILD := -trimpath -ldflags "-X main.version=$(VERSION)"
+MODULES = $(shell go list -m -f '{{.Dir}}')
+PACKAGES = $(shell go list -m -f '{{.Path}}/...')
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+# How many packages are tested at a time: they start containers, so not too many.
+P ?= 2
+# Where `make up` keeps its data; dayfly's own default if it is not set.
+DATA ?=
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
+
+.PHONY: build
+build: ## build bin/dayfly and bin/dayfly-init, both static
+	CGO_ENABLED=0 go build $(GOFLAGS_BUILD) -o bin/dayfly ./cmd/dayfly
+	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w" -o bin/dayfly-init ./services/agent/cmd/dayfly-init
+
+.PHONY: demo
+demo: build ## show dayfly at work on this machine's Docker, in under a minute; leaves nothing behind
+	CGO_ENABLED=0 go build -trimpath -o bin/demo ./test/demo
+	bin/demo
+
+.PHONY: up
+up: build ## run dayfly in the foreground: API 8080, ingress 8081, admin 8082
+	@echo 'Once it is up, in another terminal:'
+	@echo "  curl -s 'http://127.0.0.1:8080/v1/tasks?wait=done' -H 'Content-Type: application/json' -d '{\"image\": \"busybox\", \"command\": [\"echo\", \"hi\"]}'"
+	@echo '  bin/dayfly run busybox echo hi'
+	bin/dayfly up $(if $(DATA),--data $(DATA))
+
+.PHONY: test
+test: setup build ## run all tests: real NATS, real Docker
+	go test -p $(P) -timeout 15m work
+
+.PHONY: race
+race: setup build ## run all tests with the race detector (needs a C compiler)
+	go test -race -p $(P) -timeout 30m work
+
+.PHONY: setup
+setup: ## install what the tests need beside Go, make and Docker
+	@scripts/setup
+
+.PHONY: check
+check: check-format check-vet check-modules check-fence check-static ## all that must hold before a commit, save the tests
+
+.PHONY: check-format
+check-format:
+	@bad=$$(gofmt -l .); if [ -n "$$bad" ]; then echo "not gofmt'ed:"; echo "$$bad"; exit 1; fi
+
+.PHONY: check-vet
+check-vet:
+	go vet work
+
+.PHONY: check-static
+check-static:
+	go run $(STATICCHECK) $(PACKAGES)
+
+.PHONY: check-modules
+check-modules: # each module is tidy, and whole without the workspace
+	@set -e; for m in $(MODULES); do \
+		echo "module $${m#$(CURDIR)/}"; \
+		(cd $$m && go mod tidy -diff && GOWORK=off go build ./... && GOWORK=off go vet ./...); \
+	done
+
+.PHONY: check-fence
+check-fence: # who may require whom
+	@scripts/fence
+
+.PHONY: bench
+bench: build ## measure: cold starts beside raw Docker, and the control plane alone
+	CGO_ENABLED=0 go build -trimpath -o bin/bench ./test/bench
+	bin/bench
+
+.PHONY: clean
+clean: ## remove what was built
+	rm -rf bin
