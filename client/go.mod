@@ -2,10 +2,14 @@ module dayfly.dev/client
 
 go 1.26.0
 
+require dayfly.dev/schemas v0.0.0
+
 require (
-	dayfly.dev/schemas v0.0.0
+	github.com/distribution/reference v0.6.0 // indirect
+	github.com/docker/go-units v0.5.0 // indirect
+	github.com/go-json-experiment/json v0.0.0-20260820222146-c27c302e5fc3 // indirect
+	github.com/oklog/ulid/v2 v2.1.2 // indirect
+	github.com/opencontainers/go-digest v1.0.0 // indirect
 )
 
-replace (
-	dayfly.dev/schemas => ../schemas
-)
+replace dayfly.dev/schemas => ../schemas

@@ -1,0 +1,221 @@
+package client
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"iter"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"time"
+
+	"dayfly.dev/schemas"
+)
+
+// Until says what a call waits for.
+type Until string
+
+// What can be waited for. A task that ends before it runs ends both kinds of waiting.
+const (
+	UntilRunning Until = "running"
+	UntilDone    Until = "done"
+)
+
+// maxHold is how long one request may be held back by the server. Longer waits are
+// made of several, so that no proxy between cuts them off.
+const maxHold = 30 * time.Second
+
+// CreateOptions say how a task is created.
+type CreateOptions struct {
+	// IdempotencyKey makes a repeated Create give back the first one's task, for 24 h.
+	// Create makes one up if it is empty, so that its own repetitions are safe.
+	IdempotencyKey string
+	// Wait holds the answer back until the task has come that far, or for Timeout (the
+	// server's default if 0, and at most its limit). It is no error if the task has not
+	// come that far by then: look at its state, and go on with Wait.
+	Wait    Until
+	Timeout time.Duration
+}
+
+// Create asks for a task. Fields of spec that are zero are left out, so the server's
+// defaults hold.
+func (c *Client) Create(ctx context.Context, spec schemas.Spec, o CreateOptions) (schemas.Task, error) {
+	body, err := schemas.Encode(spec)
+	if err != nil {
+		return schemas.Task{}, fmt.Errorf("encode spec: %w", err)
+	}
+	return c.CreateRaw(ctx, body, o)
+}
+
+// CreateRaw is Create with the JSON of the spec as it shall be sent.
+func (c *Client) CreateRaw(ctx context.Context, spec []byte, o CreateOptions) (schemas.Task, error) {
+	if o.IdempotencyKey == "" {
+		o.IdempotencyKey = "auto-" + rand.Text()
+	}
+	q := url.Values{}
+	wait(q, o.Wait, o.Timeout)
+	var t schemas.Task
+	_, err := c.call(ctx, request{
+		method: http.MethodPost, path: "/v1/tasks", query: q, body: spec,
+		key: o.IdempotencyKey, repeatable: true, wait: hold(o.Wait, o.Timeout),
+	}, &t)
+	return t, err
+}
+
+func wait(q url.Values, until Until, timeout time.Duration) {
+	if until == "" {
+		return
+	}
+	q.Set("wait", string(until))
+	if timeout > 0 {
+		q.Set("timeout", schemas.Duration(timeout).String())
+	}
+}
+
+func hold(until Until, timeout time.Duration) time.Duration {
+	if until == "" {
+		return 0
+	}
+	return max(timeout, time.Minute)
+}
+
+// GetOptions say what a Get waits for, as in CreateOptions.
+type GetOptions struct {
+	Wait    Until
+	Timeout time.Duration
+}
+
+// Get gives a task as it is, or as it has become while waiting.
+func (c *Client) Get(ctx context.Context, id schemas.TaskID, o GetOptions) (schemas.Task, error) {
+	q := url.Values{}
+	wait(q, o.Wait, o.Timeout)
+	var t schemas.Task
+	_, err := c.call(ctx, request{
+		method: http.MethodGet, path: taskPath(id, ""), query: q, repeatable: true, wait: hold(o.Wait, o.Timeout),
+	}, &t)
+	return t, err
+}
+
+// Wait waits until the task is final, however long that takes.
+func (c *Client) Wait(ctx context.Context, id schemas.TaskID) (schemas.Task, error) {
+	return c.waitFor(ctx, id, UntilDone)
+}
+
+// WaitRunning waits until the task's process runs, or the task is final.
+func (c *Client) WaitRunning(ctx context.Context, id schemas.TaskID) (schemas.Task, error) {
+	return c.waitFor(ctx, id, UntilRunning)
+}
+
+func (c *Client) waitFor(ctx context.Context, id schemas.TaskID, until Until) (schemas.Task, error) {
+	b := backoff{first: c.backoffFirst, most: c.backoffMost}
+	for {
+		asked := time.Now()
+		t, err := c.Get(ctx, id, GetOptions{Wait: until, Timeout: maxHold})
+		if err != nil {
+			return t, err
+		}
+		if t.State.Final() || until == UntilRunning && t.State == schemas.Running {
+			return t, nil
+		}
+		// A server that shuts down answers early: do not ask it in a tight loop.
+		if time.Since(asked) >= time.Second {
+			b.n = 0
+			continue
+		}
+		if err := sleep(ctx, b.next(nil)); err != nil {
+			return t, err
+		}
+	}
+}
+
+// ListOptions choose tasks.
+type ListOptions struct {
+	States []schemas.State   // any of these; all if empty
+	Labels map[string]string // all of these
+	Limit  int               // of a page; the server's default if 0
+	Cursor string            // of the page before
+}
+
+// List gives one page of tasks, newest first.
+func (c *Client) List(ctx context.Context, o ListOptions) (schemas.TaskList, error) {
+	q := url.Values{}
+	for _, s := range o.States {
+		q.Add("state", string(s))
+	}
+	for k, v := range o.Labels {
+		q.Add("label", k+"="+v)
+	}
+	slices.Sort(q["label"])
+	if o.Limit > 0 {
+		q.Set("limit", strconv.Itoa(o.Limit))
+	}
+	if o.Cursor != "" {
+		q.Set("cursor", o.Cursor)
+	}
+	var l schemas.TaskList
+	_, err := c.call(ctx, request{method: http.MethodGet, path: "/v1/tasks", query: q, repeatable: true}, &l)
+	return l, err
+}
+
+// All gives the tasks of all pages, newest first, fetching a page when it is needed.
+// It ends at the first error.
+func (c *Client) All(ctx context.Context, o ListOptions) iter.Seq2[schemas.Task, error] {
+	return func(yield func(schemas.Task, error) bool) {
+		for {
+			l, err := c.List(ctx, o)
+			if err != nil {
+				yield(schemas.Task{}, err)
+				return
+			}
+			for _, t := range l.Items {
+				if !yield(t, nil) {
+					return
+				}
+			}
+			if l.NextCursor == "" || l.NextCursor == o.Cursor {
+				return
+			}
+			o.Cursor = l.NextCursor
+		}
+	}
+}
+
+// Cancel asks for the task's end: TERM to its processes, and KILL after grace (the
+// task's own if nil). It does not wait for the end. A final task stays as it is.
+func (c *Client) Cancel(ctx context.Context, id schemas.TaskID, grace *time.Duration) (schemas.Task, error) {
+	q := url.Values{}
+	if grace != nil {
+		q.Set("grace", schemas.Duration(*grace).String())
+	}
+	var t schemas.Task
+	_, err := c.call(ctx, request{method: http.MethodDelete, path: taskPath(id, ""), query: q, repeatable: true}, &t)
+	return t, err
+}
+
+// Extend moves the task's deadline to ttl from now, never back. The task that comes
+// back has the new deadline; the worker may not have heard of it yet.
+func (c *Client) Extend(ctx context.Context, id schemas.TaskID, ttl time.Duration) (schemas.Task, error) {
+	body, err := schemas.Encode(schemas.ExtendRequest{TTL: schemas.Duration(ttl)})
+	if err != nil {
+		return schemas.Task{}, fmt.Errorf("encode extension: %w", err)
+	}
+	var t schemas.Task
+	// The deadline never moves back and never beyond now+ttl, so twice does no harm.
+	_, err = c.call(ctx, request{
+		method: http.MethodPost, path: taskPath(id, "/extend"), body: body, repeatable: true,
+	}, &t)
+	return t, err
+}
+
+// Workers gives all workers, by name.
+func (c *Client) Workers(ctx context.Context) (schemas.WorkerList, error) {
+	var l schemas.WorkerList
+	_, err := c.call(ctx, request{method: http.MethodGet, path: "/v1/workers", repeatable: true}, &l)
+	return l, err
+}
+
+func taskPath(id schemas.TaskID, rest string) string {
+	return "/v1/tasks/" + url.PathEscape(string(id)) + rest
+}

@@ -1,0 +1,320 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"dayfly.dev/client"
+	"dayfly.dev/schemas"
+)
+
+func (c *cli) runCommand() *cobra.Command {
+	var flags taskFlags
+	var detach bool
+	var key string
+	cmd := &cobra.Command{
+		Use:   "run [flags] IMAGE [COMMAND [ARG…]]",
+		Short: "Run a task, show its output, and end as it ends",
+		Long: `run asks for a task, shows what it writes while it runs, and exits with its exit
+code. Ctrl-C cancels the task and waits for its end; a second Ctrl-C leaves at once.
+With -d it only prints the task's id.
+
+Flags for dayfly stand before IMAGE; all after it belongs to the task.`,
+		Example: `  dayfly run busybox echo hi
+  dayfly run --ttl 5m -m 128MiB -e LANG=C --file sol.py python:3 python /task/input/sol.py
+  echo 1 2 3 | dayfly run -i busybox wc -w
+  id=$(dayfly run -d --ttl 2h nginx)`,
+		Args:              cobra.MinimumNArgs(1),
+		ValidArgsFunction: cobra.NoFileCompletions,
+	}
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		spec, err := flags.spec(cmd.Flags(), c.in, args[0], args[1:])
+		if err != nil {
+			return &usageError{err, cmd.CommandPath()}
+		}
+		body, err := json.Marshal(spec)
+		if err != nil {
+			return err
+		}
+		cl, err := c.client()
+		if err != nil {
+			return err
+		}
+		if detach {
+			return c.runDetached(cmd.Context(), cl, body, key)
+		}
+		r := &runner{cli: c, client: cl, body: body, key: key, stream: c.format == "table"}
+		return r.run(cmd.Context())
+	}
+	f := cmd.Flags()
+	f.SetInterspersed(false)
+	flags.register(f)
+	f.BoolVarP(&detach, "detach", "d", false, "print the task's id and leave it running")
+	f.StringVar(&key, "idempotency-key", "", "give the same task again when the same is asked for with the same key, for 24 h")
+	for flag, values := range map[string][]string{
+		"on-lost": {"requeue", "fail", "wait"}, "pull": {"missing", "always", "never"}, "priority": {"1", "5", "9"},
+	} {
+		_ = cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp))
+	}
+	return cmd
+}
+
+func (c *cli) runDetached(ctx context.Context, cl *client.Client, body []byte, key string) error {
+	ctx, stop := c.interruptible(ctx)
+	defer stop()
+	t, err := cl.CreateRaw(ctx, body, client.CreateOptions{IdempotencyKey: key})
+	if err != nil {
+		return err
+	}
+	if c.format == "json" {
+		return c.printJSON(t)
+	}
+	fmt.Fprintln(c.out, t.ID)
+	return nil
+}
+
+// runner is one `dayfly run` in the foreground. Several goroutines ask the server;
+// one loop, in run, hears what they found and the signals.
+type runner struct {
+	*cli
+	client *client.Client
+	body   []byte
+	key    string
+	stream bool // show the output; else the final task is printed as JSON or id
+}
+
+// queuedWhy is how long a task may wait for a worker before run says why.
+const queuedWhy = 2 * time.Second
+
+// logSlack is how long the rest of the output may take once the task has ended.
+const logSlack = 30 * time.Second
+
+func (r *runner) run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+
+	id, state, sig, err := r.create(ctx)
+	if err != nil {
+		return err
+	}
+	r.say("%s %s", id, state)
+	cl := patient(r.client)
+
+	output := make(chan error, 1)
+	if r.stream {
+		go func() { output <- r.copyLogs(ctx, cl, id) }()
+	} else {
+		output <- nil
+	}
+	type end struct {
+		task schemas.Task
+		err  error
+	}
+	ended := make(chan end, 1)
+	go func() {
+		t, err := cl.Wait(ctx, id)
+		ended <- end{t, err}
+	}()
+	progress := make(chan string)
+	go r.watch(ctx, cl, id, progress)
+	canceled := make(chan error, 1)
+	stop := func() {
+		r.tell("canceling %s; again to leave at once", id)
+		go func() {
+			_, err := cl.Cancel(ctx, id, nil)
+			canceled <- err
+		}()
+	}
+	if sig != nil {
+		stop()
+	}
+
+	var final *schemas.Task
+	var outputErr error
+	outputDone := false
+	var late <-chan time.Time
+	for final == nil || !outputDone {
+		select {
+		case s := <-r.signals:
+			if sig != nil || final != nil {
+				return r.leave(s, fmt.Sprintf("dayfly logs -f %s; it may still be ending", id))
+			}
+			sig = s
+			stop()
+		case err := <-canceled:
+			if err != nil {
+				message, _ := explain(err)
+				r.tell("could not cancel: %s", message)
+			}
+		case line := <-progress:
+			r.tell("  %s", line)
+		case e := <-ended:
+			if e.err != nil {
+				return &hintError{fmt.Errorf("lost sight of %s: %w", id, e.err), "dayfly wait " + string(id) + " once dayfly is back; the task goes on"}
+			}
+			final = &e.task
+			late = time.After(logSlack)
+		case outputErr = <-output:
+			outputDone = true
+			output = nil
+		case <-late:
+			outputErr, outputDone = errors.New("it did not come in time"), true
+		}
+	}
+	return r.finish(*final, sig, outputErr)
+}
+
+// create asks for the task. A signal meanwhile does not break the request off: it may
+// have been heard already, and then nobody would know the task. sig is that signal.
+func (r *runner) create(ctx context.Context) (id schemas.TaskID, state schemas.State, sig os.Signal, err error) {
+	type answer struct {
+		task schemas.Task
+		err  error
+	}
+	made := make(chan answer, 1)
+	go func() {
+		t, err := r.client.CreateRaw(ctx, r.body, client.CreateOptions{IdempotencyKey: r.key})
+		made <- answer{t, err}
+	}()
+	for {
+		select {
+		case s := <-r.signals:
+			if sig != nil {
+				return "", "", sig, r.leave(s, "dayfly ps; the task may have been accepted")
+			}
+			sig = s
+		case a := <-made:
+			return a.task.ID, a.task.State, sig, a.err
+		}
+	}
+}
+
+func (r *runner) leave(s os.Signal, next string) error {
+	return &exitError{signalCode(s), &hintError{errors.New("left before the end"), next}}
+}
+
+// finish turns the final task into the exit code.
+func (r *runner) finish(t schemas.Task, sig os.Signal, outputErr error) error {
+	if !r.stream {
+		if r.format == "json" {
+			if err := r.printJSON(t); err != nil {
+				return err
+			}
+		} else {
+			fmt.Fprintln(r.out, t.ID)
+		}
+	}
+	if t.Logs != nil && t.Logs.Truncated && r.stream {
+		r.tell("warning: %s", truncation(t.Logs))
+	}
+	if sig != nil {
+		return &exitError{code: signalCode(sig)}
+	}
+	err := verdict(t)
+	if outputErr == nil {
+		return err
+	}
+	message, _ := explain(outputErr)
+	broken := &hintError{fmt.Errorf("not all of the output is here: %s", message), "dayfly logs " + string(t.ID)}
+	var ee *exitError
+	if errors.As(err, &ee) {
+		return &exitError{ee.code, broken}
+	}
+	return broken
+}
+
+func truncation(l *schemas.LogSum) string {
+	switch l.Why {
+	case "limit":
+		return fmt.Sprintf("the output is cut off at the limit for logs; %s more were dropped", schemas.Size(l.Dropped))
+	case "worker_lost":
+		return "the end of the output was lost with its worker"
+	}
+	return "the output is not complete"
+}
+
+// watch tells how the task gets to run: on a terminal each step, and in any case why
+// it waits once that takes long. It ends when the task runs or has ended.
+func (r *runner) watch(ctx context.Context, cl *client.Client, id schemas.TaskID, progress chan<- string) {
+	began := time.Now()
+	send := func(format string, args ...any) {
+		select {
+		case progress <- fmt.Sprintf(format, args...):
+		case <-ctx.Done():
+		}
+	}
+	look := func(wait time.Duration) (schemas.Task, bool) {
+		t, err := cl.Get(ctx, id, client.GetOptions{Wait: client.UntilRunning, Timeout: wait})
+		return t, err == nil
+	}
+	chatty := !r.quiet && isTerminal(r.err)
+	t, ok := look(queuedWhy)
+	said := ""
+	for ok {
+		switch {
+		case t.State.Final():
+			return
+		case t.State == schemas.Running:
+			if chatty {
+				send("running on %s after %s", t.Worker, brief(t.Timings.Running.Sub(t.Timings.Accepted)))
+			}
+			return
+		}
+		if line := waits(t); line != said && (chatty || t.State == schemas.Queued) && !r.quiet {
+			send("%s", line)
+			said = line
+		}
+		// The server holds the answer back until the task runs; in between look at how
+		// things stand, more seldom as time goes by.
+		asked := time.Now()
+		pause := min(max(time.Second, time.Since(began)/4), 15*time.Second)
+		t, ok = look(pause)
+		if rest := pause - time.Since(asked); ok && rest > 0 && t.State != schemas.Running && !t.State.Final() {
+			select {
+			case <-time.After(rest):
+			case <-ctx.Done():
+				return
+			}
+		}
+	}
+}
+
+// waits says in a line what a task that does not run yet is waiting for.
+func waits(t schemas.Task) string {
+	switch {
+	case t.State == schemas.Queued && t.Why != nil:
+		return "waits: " + printable(t.Why.Summary)
+	case t.State == schemas.Queued:
+		return "waits for a worker"
+	case t.Progress != "":
+		return printable(t.Progress)
+	}
+	return fmt.Sprintf("%s on %s", t.State, t.Worker)
+}
+
+// copyLogs writes the task's output to ours, stream by stream, until it is complete.
+func (c *cli) copyLogs(ctx context.Context, cl *client.Client, id schemas.TaskID) error {
+	for l, err := range cl.Logs(ctx, id, client.LogOptions{Follow: true}) {
+		if err != nil {
+			return err
+		}
+		b, err := client.LineBytes(l)
+		if err != nil {
+			return err
+		}
+		w := c.out
+		if l.Stream == schemas.Stderr {
+			w = c.err
+		}
+		if _, err := w.Write(b); err != nil {
+			return fmt.Errorf("write output: %w", err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,275 @@
+package main
+
+import (
+	"bufio"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"github.com/spf13/pflag"
+
+	"dayfly.dev/schemas"
+)
+
+// taskFlags are the flags that say what a task is. Only those that are given are
+// sent: the server's defaults hold for the others, and the server alone says which
+// values it takes.
+type taskFlags struct {
+	ttl                                                   time.Duration
+	memory, disk                                          string
+	cpus                                                  float64
+	pids, priority, maxAttempts                           int
+	env, envFiles, entrypoint, labels, constraints, files []string
+	tmpfs                                                 []string
+	workdir, user, onLost, pull, stdin                    string
+	interactive                                           bool
+	timeoutQueue, timeoutPull, timeoutStart, timeoutStop  time.Duration
+}
+
+// specFlags says which flag sets which field, for errors about a field.
+var specFlags = []struct{ field, flag string }{
+	{"image", "IMAGE"}, {"command", "CMD"}, {"ttl", "--ttl"}, {"resources.memory", "--memory"}, {"resources.cpus", "--cpus"},
+	{"resources.pids", "--pids"}, {"resources.disk", "--disk"}, {"env", "--env"}, {"workdir", "--workdir"}, {"user", "--user"},
+	{"entrypoint", "--entrypoint"}, {"labels", "--label"}, {"constraints", "--constraint"}, {"priority", "--priority"},
+	{"on_lost", "--on-lost"}, {"max_attempts", "--max-attempts"}, {"tmpfs", "--tmpfs"}, {"files", "--file"}, {"stdin", "--stdin"},
+	{"pull", "--pull"}, {"timeouts.queue", "--timeout-queue"}, {"timeouts.pull", "--timeout-pull"},
+	{"timeouts.start", "--timeout-start"}, {"timeouts.stop", "--timeout-stop"},
+}
+
+func (t *taskFlags) register(f *pflag.FlagSet) {
+	f.DurationVar(&t.ttl, "ttl", 0, "how long it may live once it runs, such as 5m or 2h (default: the server's, 1h)")
+	f.StringVarP(&t.memory, "memory", "m", "", "memory, such as 128MiB or 1g, all its tmpfs and output counted in")
+	f.Float64Var(&t.cpus, "cpus", 0, "processors, such as 0.5")
+	f.IntVar(&t.pids, "pids", 0, "processes and threads at a time")
+	f.StringVar(&t.disk, "disk", "", "size of /task/output")
+	f.StringArrayVarP(&t.env, "env", "e", nil, "set an environment variable: K=V, or K to pass on one's own")
+	f.StringArrayVar(&t.envFiles, "env-file", nil, "read environment variables from a file, one K=V on a line")
+	f.StringVarP(&t.workdir, "workdir", "w", "", "folder to start in")
+	f.StringVar(&t.user, "user", "", `who it runs as: UID:GID, or "image"`)
+	f.StringArrayVar(&t.entrypoint, "entrypoint", nil, "replace the image's entrypoint; repeat for its arguments")
+	f.StringArrayVarP(&t.labels, "label", "l", nil, "attach K=V to the task")
+	f.StringArrayVar(&t.constraints, "constraint", nil, "run only on workers with the label K=V")
+	f.IntVar(&t.priority, "priority", 0, "1 (low) to 9 (high)")
+	f.StringVar(&t.onLost, "on-lost", "", "when its worker is lost: requeue, fail or wait")
+	f.IntVar(&t.maxAttempts, "max-attempts", 0, "how many workers may try to run it")
+	f.StringArrayVar(&t.tmpfs, "tmpfs", nil, "a further place to write, in memory: PATH=SIZE")
+	f.StringArrayVar(&t.files, "file", nil, "put a file into /task/input: LOCAL or LOCAL:PATH")
+	f.StringVar(&t.stdin, "stdin", "", "text for its standard input")
+	f.BoolVarP(&t.interactive, "interactive", "i", false, "send what is piped into dayfly as its standard input")
+	f.StringVar(&t.pull, "pull", "", "when to pull the image: missing, always or never")
+	f.DurationVar(&t.timeoutQueue, "timeout-queue", 0, "how long it may wait for a worker")
+	f.DurationVar(&t.timeoutPull, "timeout-pull", 0, "how long pulling the image may take")
+	f.DurationVar(&t.timeoutStart, "timeout-start", 0, "how long the start may take once the image is there")
+	f.DurationVar(&t.timeoutStop, "timeout-stop", 0, "how long it may take to end after TERM, before KILL")
+}
+
+// spec is the JSON to send, as a tree.
+func (t *taskFlags) spec(f *pflag.FlagSet, stdin io.Reader, image string, command []string) (map[string]any, error) {
+	s := map[string]any{"image": image}
+	resources, timeouts := map[string]any{}, map[string]any{}
+	if len(command) > 0 {
+		s["command"] = command
+	}
+	for _, g := range []struct {
+		flag  string
+		into  map[string]any
+		field string
+		value any
+	}{
+		{"ttl", s, "ttl", schemas.Duration(t.ttl).String()},
+		{"cpus", resources, "cpus", t.cpus},
+		{"pids", resources, "pids", t.pids},
+		{"workdir", s, "workdir", t.workdir},
+		{"user", s, "user", t.user},
+		{"priority", s, "priority", t.priority},
+		{"on-lost", s, "on_lost", t.onLost},
+		{"max-attempts", s, "max_attempts", t.maxAttempts},
+		{"pull", s, "pull", t.pull},
+		{"stdin", s, "stdin", t.stdin},
+		{"timeout-queue", timeouts, "queue", schemas.Duration(t.timeoutQueue).String()},
+		{"timeout-pull", timeouts, "pull", schemas.Duration(t.timeoutPull).String()},
+		{"timeout-start", timeouts, "start", schemas.Duration(t.timeoutStart).String()},
+		{"timeout-stop", timeouts, "stop", schemas.Duration(t.timeoutStop).String()},
+	} {
+		if f.Changed(g.flag) {
+			g.into[g.field] = g.value
+		}
+	}
+	for flag, text := range map[string]string{"memory": t.memory, "disk": t.disk} {
+		if !f.Changed(flag) {
+			continue
+		}
+		size, err := schemas.ParseSize(text)
+		if err != nil {
+			return nil, fmt.Errorf("--%s %w", flag, err)
+		}
+		resources[flag] = size
+	}
+	if f.Changed("entrypoint") {
+		words := t.entrypoint
+		if len(words) == 1 && words[0] == "" {
+			words = []string{} // none, as in docker run
+		}
+		s["entrypoint"] = words
+	}
+	env, err := t.environment()
+	if err != nil {
+		return nil, err
+	}
+	labels, err := pairs("label", t.labels)
+	if err != nil {
+		return nil, err
+	}
+	constraints, err := pairs("constraint", t.constraints)
+	if err != nil {
+		return nil, err
+	}
+	tmpfs := map[string]any{}
+	for _, p := range t.tmpfs {
+		where, text, ok := strings.Cut(p, "=")
+		size, err := schemas.ParseSize(text)
+		if !ok || err != nil {
+			return nil, errors.New("--tmpfs must be PATH=SIZE, such as /run=1MiB")
+		}
+		tmpfs[where] = size
+	}
+	files, err := t.readFiles()
+	if err != nil {
+		return nil, err
+	}
+	if t.interactive {
+		text, err := readStdin(stdin)
+		if err != nil {
+			return nil, err
+		}
+		if f.Changed("stdin") {
+			return nil, errors.New("give --stdin or -i, not both")
+		}
+		s["stdin"] = text
+	}
+	for field, m := range map[string]map[string]any{
+		"resources": resources, "timeouts": timeouts, "env": env, "labels": labels, "constraints": constraints, "tmpfs": tmpfs,
+	} {
+		if len(m) > 0 {
+			s[field] = m
+		}
+	}
+	if len(files) > 0 {
+		s["files"] = files
+	}
+	return s, nil
+}
+
+// readStdin takes what is piped in. A terminal is refused: a task's standard input
+// is complete before it starts.
+func readStdin(in io.Reader) (string, error) {
+	if isTerminal(in) {
+		return "", errors.New("-i sends what is piped in, and here is a terminal; a task has no console yet")
+	}
+	b, err := io.ReadAll(io.LimitReader(in, schemas.MaxBodyBytes+1))
+	if err != nil {
+		return "", fmt.Errorf("read standard input: %w", err)
+	}
+	if len(b) > schemas.MaxBodyBytes {
+		return "", fmt.Errorf("standard input is longer than the %s that a task can carry", schemas.Size(schemas.MaxBodyBytes))
+	}
+	if !utf8.Valid(b) {
+		return "", errors.New("standard input is not text in UTF-8; send it with --file")
+	}
+	return string(b), nil
+}
+
+func pairs(flag string, list []string) (map[string]any, error) {
+	m := map[string]any{}
+	for _, kv := range list {
+		k, v, ok := strings.Cut(kv, "=")
+		if !ok || k == "" {
+			return nil, fmt.Errorf("--%s must be K=V", flag)
+		}
+		m[k] = v
+	}
+	return m, nil
+}
+
+// environment reads --env-file and then --env over it. An entry without = is passed
+// on from our own environment if it is set there.
+func (t *taskFlags) environment() (map[string]any, error) {
+	env := map[string]any{}
+	add := func(entry string) {
+		k, v, ok := strings.Cut(entry, "=")
+		if !ok {
+			if v, ok = os.LookupEnv(k); !ok {
+				return
+			}
+		}
+		env[k] = v
+	}
+	for _, name := range t.envFiles {
+		f, err := os.Open(name)
+		if err != nil {
+			return nil, fmt.Errorf("--env-file: %w", err)
+		}
+		in := bufio.NewScanner(f)
+		in.Buffer(nil, schemas.MaxBodyBytes)
+		for in.Scan() {
+			line := strings.TrimSuffix(strings.TrimLeft(in.Text(), " \t"), "\r")
+			if line != "" && line[0] != '#' {
+				add(line)
+			}
+		}
+		f.Close()
+		if err := in.Err(); err != nil {
+			return nil, fmt.Errorf("--env-file %s: %w", name, err)
+		}
+	}
+	for _, e := range t.env {
+		if e == "" || e[0] == '=' {
+			return nil, errors.New("--env must be K=V or K")
+		}
+		add(e)
+	}
+	return env, nil
+}
+
+func (t *taskFlags) readFiles() ([]map[string]any, error) {
+	var files []map[string]any
+	total := int64(0)
+	for _, arg := range t.files {
+		local, name := arg, ""
+		if i := strings.LastIndexByte(arg, ':'); i > 0 {
+			local, name = arg[:i], arg[i+1:]
+		}
+		if name == "" {
+			name = filepath.Base(local)
+		}
+		info, err := os.Stat(local)
+		if err != nil {
+			return nil, fmt.Errorf("--file: %w", err)
+		}
+		if !info.Mode().IsRegular() {
+			return nil, fmt.Errorf("--file %s is no plain file; name its files one by one", strconv.Quote(local))
+		}
+		if total += info.Size(); total > schemas.MaxBodyBytes {
+			return nil, fmt.Errorf("the files are larger than the %s that a task can carry", schemas.Size(schemas.MaxBodyBytes))
+		}
+		b, err := os.ReadFile(local)
+		if err != nil {
+			return nil, fmt.Errorf("--file: %w", err)
+		}
+		f := map[string]any{"path": name}
+		if utf8.Valid(b) {
+			f["content"] = string(b)
+		} else {
+			f["base64"] = base64.StdEncoding.EncodeToString(b)
+		}
+		files = append(files, f)
+	}
+	return files, nil
+}
