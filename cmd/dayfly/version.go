@@ -26,14 +26,7 @@ func (c *cli) versionCommand() *cobra.Command {
 		Short: "Say which dayfly this is",
 		Args:  cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			v := versionInfo{Version: version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH}
-			if info, ok := debug.ReadBuildInfo(); ok {
-				for _, s := range info.Settings {
-					if s.Key == "vcs.revision" {
-						v.Commit = s.Value
-					}
-				}
-			}
+			v := versionInfo{Version: version, Commit: commit(), Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH}
 			switch {
 			case c.format == "json":
 				return c.printJSON(v)
@@ -45,6 +38,20 @@ func (c *cli) versionCommand() *cobra.Command {
 			return nil
 		},
 	}
+}
+
+// commit is the revision that this was built from, "" if the build did not see one.
+func commit() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return ""
+	}
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" {
+			return s.Value
+		}
+	}
+	return ""
 }
 
 func pairList(m map[string]string) []string {
