@@ -23,6 +23,7 @@ type Order struct {
 	TimeLeft   Duration `json:"time_left,omitzero"` // until the deadline; clocks of two machines are never compared
 	Counting   bool     `json:"counting,omitzero"`  // the deadline stands: TimeLeft counts from now, not from the start of the process
 	Grace      Duration `json:"grace,omitzero"`     // with stop
+	Expired    bool     `json:"expired,omitzero"`   // with stop: its time is over, and no client asked
 	Spec       *Spec    `json:"spec,omitzero"`      // with run
 
 	Unknown Unknown `json:",embed"`
@@ -41,7 +42,7 @@ func NewOrder(r Record, revision uint64, a Assignment, now time.Time) Order {
 	case r.Cancel != nil:
 		o.Want, o.Grace = WantStop, r.Cancel.Grace
 	case !r.ExpiresAt.IsZero() && !now.Before(r.ExpiresAt):
-		o.Want, o.Grace = WantStop, r.Spec.Timeouts.Stop
+		o.Want, o.Grace, o.Expired = WantStop, r.Spec.Timeouts.Stop, true
 	default:
 		o.Want, o.Spec = WantRun, &r.Spec
 		o.TimeLeft, o.Counting = Duration(r.TimeLeft(now)), !r.ExpiresAt.IsZero()

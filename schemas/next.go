@@ -377,6 +377,8 @@ func (r *Record) conclude(end End, ran bool, m Meta) {
 
 // giveBack puts the task back in the queue at no cost, since nothing of it ran.
 func (r *Record) giveBack(end End, m Meta) {
+	// Nothing of the attempt ran, so it has no log; its place is for one that has.
+	r.Holders = slices.DeleteFunc(r.Holders, func(h Holder) bool { return h.Attempt == r.Attempt })
 	back := backoffFirst << min(r.GiveBacks, 10)
 	r.GiveBacks++
 	r.Avoid = slices.DeleteFunc(r.Avoid, func(a Avoid) bool { return a.Worker == r.Worker || !m.At.Before(a.Until) })

@@ -529,7 +529,15 @@ func TestHistoryKeepsItsBeginning(t *testing.T) {
 	if len(r.History) != schemas.MaxHistory || r.History[0].Note != "accepted" || r.History[schemas.MaxHistory-1].Attempt != 100 {
 		t.Errorf("%d entries: %+v", len(r.History), r.History)
 	}
-	if len(r.Holders) != schemas.MaxHolders || !r.HeldBy("w1", 100) || r.HeldBy("w2", 100) || r.HeldBy("w1", 1) {
+	if len(r.Holders) != 0 {
+		t.Errorf("holders of attempts that never ran: %+v", r.Holders)
+	}
+	for range schemas.MaxHolders + 2 {
+		r.Tries = 0
+		r = must(t, r, schemas.Choose{Meta: meta(t0), Worker: "w1", Epoch: "e1"})
+		r = must(t, r, schemas.Lose{Meta: schemas.Meta{At: t0, By: "r", Op: "99"}, Worker: "w1", Epoch: "e1"})
+	}
+	if len(r.Holders) != schemas.MaxHolders || !r.HeldBy("w1", 100+schemas.MaxHolders+2) || r.HeldBy("w2", 118) || r.HeldBy("w1", 101) {
 		t.Errorf("%+v", r.Holders)
 	}
 	if len(r.LastOps) != schemas.MaxLastOps || !r.Wrote("99") || r.Wrote("0") || r.Wrote("") {
@@ -585,8 +593,8 @@ func TestNewOrder(t *testing.T) {
 		"starting":                 {accepted, me, half, schemas.Order{Want: "run", TimeLeft: schemas.Duration(time.Hour), Extensions: 2}},
 		"running":                  {run, me, half, schemas.Order{Want: "run", Counting: true, TimeLeft: schemas.Duration(30 * time.Minute), Extensions: 2, Restarts: 3}},
 		"running, its last moment": {run, me, late.Add(-1), schemas.Order{Want: "run", Counting: true, TimeLeft: 1, Extensions: 2, Restarts: 3}},
-		"its time is over":         {run, me, late, schemas.Order{Want: "stop", Grace: schemas.Duration(10 * time.Second), Extensions: 2, Restarts: 3}},
-		"assigned after its time":  {again, again.Assignment(), late, schemas.Order{Want: "stop", Grace: schemas.Duration(10 * time.Second), Extensions: 2}},
+		"its time is over":         {run, me, late, schemas.Order{Want: "stop", Expired: true, Grace: schemas.Duration(10 * time.Second), Extensions: 2, Restarts: 3}},
+		"assigned after its time":  {again, again.Assignment(), late, schemas.Order{Want: "stop", Expired: true, Grace: schemas.Duration(10 * time.Second), Extensions: 2}},
 		"canceled":                 {canceled, me, half, schemas.Order{Want: "stop", Grace: schemas.Duration(3 * time.Second), Extensions: 2, Restarts: 3}},
 		"canceled and over":        {canceled, me, late, schemas.Order{Want: "stop", Grace: schemas.Duration(3 * time.Second), Extensions: 2, Restarts: 3}},
 		"final":                    {final, me, half, schemas.Order{Want: "close"}},

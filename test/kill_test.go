@@ -56,10 +56,10 @@ func jobs(image string, rng *rand.Rand) []*job {
 			list = append(list, &job{class: "exit 0", spec: base("5m", "count", fmt.Sprint(n), "50ms"),
 				allowed: ends(schemas.Completed, schemas.ReasonExit, 0), log: countLog(n)})
 		case 1:
-			list = append(list, &job{class: "exit 7", spec: base("5m", "sh", "-c", "sleep 1; echo done; exit 7"),
+			list = append(list, &job{class: "exit 7", spec: base("5m", "exit", "7", "done"),
 				allowed: ends(schemas.Failed, schemas.ReasonExit, 7), log: "done\n"})
 		case 2:
-			list = append(list, &job{class: "OOM", spec: base("5m", "eat", "256MiB"),
+			list = append(list, &job{class: "OOM", spec: base("5m", "eat", "268435456"),
 				allowed: ends(schemas.Failed, schemas.ReasonOOM, 137)})
 		case 3:
 			list = append(list, &job{class: "ignores TERM, expires", spec: base("3s", "ignore-term"),

@@ -19,7 +19,6 @@ import (
 	"github.com/moby/moby/client"
 
 	"dayfly.dev/schemas"
-	"dayfly.dev/test/guest"
 	"dayfly.dev/test/harness"
 )
 
@@ -81,11 +80,11 @@ func newUp(t testing.TB, args ...string) *harness.Up {
 func testImage(t testing.TB) string {
 	t.Helper()
 	name := "dayfly-test:" + randomName()
-	if err := guest.ImportImage(t.Context(), name); err != nil {
+	if err := harness.MakeImage(t.Context(), name); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := guest.RemoveImage(context.Background(), name); err != nil {
+		if err := harness.RemoveImage(context.Background(), name); err != nil {
 			t.Error(err)
 		}
 	})
@@ -101,7 +100,13 @@ func countLog(n int) string {
 	return b.String()
 }
 
-func spamLog(bytes int) string { return string(guest.Spam(bytes)) }
+func spamLog(bytes int) string {
+	var b strings.Builder
+	for i := 0; b.Len() < bytes; i++ {
+		fmt.Fprintf(&b, "o%062d\n", i)
+	}
+	return b.String()[:bytes]
+}
 
 func history(t schemas.Task) string {
 	var b strings.Builder

@@ -27,6 +27,8 @@ import (
 	"dayfly.dev/schemas"
 	"dayfly.dev/services/agent"
 	"dayfly.dev/services/agent/docker"
+	"dayfly.dev/services/gateway"
+	"dayfly.dev/services/placer"
 	"dayfly.dev/services/reaper"
 )
 
@@ -41,7 +43,6 @@ import (
 type site struct {
 	cli      *cli
 	config   upConfig
-	identity identity
 	logger   func(service string) zerolog.Logger
 	log      zerolog.Logger // of the site itself
 	registry *prometheus.Registry
@@ -95,14 +96,7 @@ func interruptedIsFine(ctx context.Context, err error) error {
 	return err
 }
 
-// identity is what a data folder keeps of its own.
-type identity struct {
-	Cluster       string `json:"cluster"`
-	CorePassword  string `json:"core_password"`
-	AgentPassword string `json:"agent_password"`
-}
-
-// takeFolder makes the data folder ours alone and reads, or makes up, its identity.
+// takeFolder makes the data folder ours alone and finds the cluster's name in it.
 func (s *site) takeFolder() (unlock func(), err error) {
 	dir, err := filepath.Abs(s.config.data)
 	if err != nil {
@@ -138,36 +132,49 @@ func (s *site) takeFolder() (unlock func(), err error) {
 	if _, err := lock.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0); err != nil {
 		return nil, fmt.Errorf("lock the data folder: %w", err)
 	}
-	if s.identity, err = loadIdentity(filepath.Join(dir, "identity.json")); err != nil {
-		return nil, err
-	}
-	if s.config.cluster != "" {
-		s.identity.Cluster = s.config.cluster
+	if s.config.cluster == "" {
+		if s.config.cluster, err = clusterName(dir); err != nil {
+			return nil, err
+		}
 	}
 	return func() { lock.Close() }, nil // the lock goes with it
 }
 
-func loadIdentity(file string) (id identity, err error) {
-	b, err := os.ReadFile(file)
-	switch {
-	case err == nil:
-		if err := json.Unmarshal(b, &id); err != nil {
-			return id, fmt.Errorf("read %s: %w", file, err)
+// clusterName gives the name that tells this dayfly's containers from those of
+// others on the same Docker; it is made up once for a data folder.
+func clusterName(dir string) (string, error) {
+	path := filepath.Join(dir, "cluster")
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		b = []byte("dayfly-" + strings.ToLower(rand.Text()[:10]) + "\n")
+		err = writeFile(path, b, 0o600)
+	}
+	if err != nil {
+		return "", fmt.Errorf("name of the cluster: %w", err)
+	}
+	name := strings.TrimSpace(string(b))
+	if _, err := schemas.ParseWorkerID(name); err != nil {
+		return "", fmt.Errorf("%s does not hold a cluster's name (1 to 63 of a-z, 0-9, -)", path)
+	}
+	return name, nil
+}
+
+// dockerConfig is the Docker CLI's file with the logins of registries, if there is
+// one.
+func dockerConfig() string {
+	dir := os.Getenv("DOCKER_CONFIG")
+	if dir == "" {
+		home, err := os.UserHomeDir()
+		if err != nil {
+			return ""
 		}
-	case !errors.Is(err, fs.ErrNotExist):
-		return id, err
+		dir = filepath.Join(home, ".docker")
 	}
-	if id.Cluster != "" && id.CorePassword != "" && id.AgentPassword != "" {
-		return id, nil
+	path := filepath.Join(dir, "config.json")
+	if _, err := os.Stat(path); err != nil {
+		return ""
 	}
-	id = identity{
-		Cluster:      "c" + strings.ToLower(rand.Text()[:10]),
-		CorePassword: rand.Text(), AgentPassword: rand.Text(),
-	}
-	if b, err = json.MarshalIndent(id, "", "  "); err != nil {
-		return id, err
-	}
-	return id, writeFile(file, append(b, '\n'), 0o600)
+	return path
 }
 
 // writeFile replaces a file as a whole.
@@ -204,9 +211,10 @@ func (s *site) open(ctx context.Context) error {
 		}
 	}
 	worker := schemas.WorkerID(u.worker)
+	coreSecret, agentSecret := rand.Text(), rand.Text() // for this life of the server
 	nd := natsd.Config{
-		Dir: filepath.Join(u.data, "nats"), SyncAlways: u.sync == "always", CorePassword: s.identity.CorePassword,
-		Workers: map[schemas.WorkerID]string{worker: s.identity.AgentPassword}, Logger: s.logger("nats"),
+		Dir: filepath.Join(u.data, "nats"), SyncAlways: u.sync == "always", CorePassword: coreSecret,
+		Workers: map[schemas.WorkerID]string{worker: agentSecret}, Logger: s.logger("nats"),
 	}
 	if u.nats != "" {
 		host, port, err := net.SplitHostPort(u.nats)
@@ -228,7 +236,7 @@ func (s *site) open(ctx context.Context) error {
 	if s.server, err = natsd.Start(ctx, nd); err != nil {
 		return &hintError{err, "the log above; dayfly doctor looks deeper"}
 	}
-	setup, err := s.connect(ctx, bus.Config{Name: "setup", User: natsd.CoreUser, Password: s.identity.CorePassword})
+	setup, err := s.connect(ctx, bus.Config{Name: "setup", User: natsd.CoreUser, Password: coreSecret})
 	if err != nil {
 		return err
 	}
@@ -236,11 +244,11 @@ func (s *site) open(ctx context.Context) error {
 		return err
 	}
 	for _, name := range []string{"gateway", "placer", "reaper"} {
-		if _, err := s.connect(ctx, bus.Config{Name: name, User: natsd.CoreUser, Password: s.identity.CorePassword}); err != nil {
+		if _, err := s.connect(ctx, bus.Config{Name: name, User: natsd.CoreUser, Password: coreSecret}); err != nil {
 			return err
 		}
 	}
-	if _, err := s.connect(ctx, bus.Config{Name: "agent", User: u.worker, Password: s.identity.AgentPassword,
+	if _, err := s.connect(ctx, bus.Config{Name: "agent", User: u.worker, Password: agentSecret,
 		InboxPrefix: schemas.AgentInbox(worker), APIPrefix: schemas.AgentAPIPrefix}); err != nil {
 		return err
 	}
@@ -249,8 +257,8 @@ func (s *site) open(ctx context.Context) error {
 		return &usageError{err, "dayfly up"}
 	}
 	dc := docker.Config{
-		Cluster: s.identity.Cluster, Worker: worker, StateDir: filepath.Join(u.data, "docker"), InitPath: initPath,
-		Slots: u.slots, Labels: map[string]string{}, Logger: s.logger("docker"),
+		Cluster: s.config.cluster, Worker: worker, StateDir: filepath.Join(u.data, "agent"), InitPath: initPath,
+		Slots: u.slots, Labels: map[string]string{}, AuthFile: dockerConfig(), Logger: s.logger("agent"),
 	}
 	for k, v := range labels {
 		dc.Labels[k] = v.(string)
@@ -307,8 +315,22 @@ func (s *site) close() {
 // services are the parts in the order in which they are stopped.
 func (s *site) services() []service {
 	scale := func(d time.Duration) time.Duration { return time.Duration(float64(d) * s.config.scale) }
+	policy := schemas.DefaultPolicy()
+	policy.MaxTTL = schemas.Duration(s.config.maxTTL)
 	return []service{
+		{"gateway", "gateway: views", func(ctx context.Context) error {
+			return gateway.Run(ctx, gateway.Deps{Conn: s.conns["gateway"], Listener: s.http,
+				Logger: s.logger("gateway"), Metrics: s.registry, Health: s.health},
+				gateway.Config{Policy: policy, Retention: s.config.retention, Lease: scale(30 * time.Second)})
+		}},
 		{"ingress", "", func(ctx context.Context) error { return ops.Serve(ctx, s.ingress, http.HandlerFunc(noIngress)) }},
+		{"placer", "placer: views", func(ctx context.Context) error {
+			// Nobody else holds this data folder, so an earlier leader of this name is dead.
+			cfg := placer.DefaultConfig()
+			cfg.Identity, cfg.Lease = "up-"+s.config.cluster, scale(cfg.Lease)
+			return placer.Run(ctx, placer.Deps{Conn: s.conns["placer"],
+				Logger: s.logger("placer"), Metrics: s.registry, Health: s.health}, cfg)
+		}},
 		{"agent", "agent: lease", func(ctx context.Context) error {
 			cfg := agent.DefaultConfig(schemas.WorkerID(s.config.worker), filepath.Join(s.config.data, "agent"))
 			cfg.Version, cfg.Beat, cfg.Lease = version, scale(cfg.Beat), scale(cfg.Lease)
@@ -393,12 +415,48 @@ type addresses struct {
 	Ingress string `json:"ingress"`
 	Admin   string `json:"admin"`
 	NATS    string `json:"nats,omitempty"`
+	Worker  string `json:"worker"`
 	Cluster string `json:"cluster"`
 	PID     int    `json:"pid"`
 }
 
-// announce waits until all checks pass and tells where dayfly is.
+func (s *site) addresses() addresses {
+	return addresses{
+		HTTP: "http://" + s.http.Addr().String(), Ingress: "http://" + s.ingress.Addr().String(), Admin: "http://" + s.admin.Addr().String(),
+		NATS: s.server.URL(), Worker: s.config.worker, Cluster: s.config.cluster, PID: os.Getpid(),
+	}
+}
+
+// announce writes the addresses, for scripts: whoever comes early waits in the
+// listeners. It tells people once all checks pass.
 func (s *site) announce(ctx context.Context) error {
+	a := s.addresses()
+	if s.config.printAddrs != "" {
+		b, err := json.MarshalIndent(a, "", "  ")
+		if err == nil {
+			err = writeFile(s.config.printAddrs, append(b, '\n'), 0o600)
+		}
+		if err != nil {
+			return fmt.Errorf("--print-addrs: %w", err)
+		}
+	}
+	if !s.ready(ctx) {
+		return nil
+	}
+	s.cli.tell("dayfly is up: API %s, admin %s, worker %s, data in %s", a.HTTP, a.Admin, a.Worker, s.config.data)
+	s.cli.say("try: dayfly run%s busybox echo hi", urlFlag(a.HTTP))
+	return nil
+}
+
+func urlFlag(url string) string {
+	if url == defaultURL {
+		return ""
+	}
+	return " --url " + url
+}
+
+// ready waits until all checks pass, or ctx ends.
+func (s *site) ready(ctx context.Context) bool {
 	const remindAfter = 10 * time.Second
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
@@ -406,11 +464,8 @@ func (s *site) announce(ctx context.Context) error {
 	defer remind.Stop()
 	for {
 		ready, checks := s.health.Run(ctx)
-		if ctx.Err() != nil {
-			return nil
-		}
-		if ready {
-			break
+		if ctx.Err() != nil || ready {
+			return ready && ctx.Err() == nil
 		}
 		select {
 		case <-tick.C:
@@ -421,22 +476,7 @@ func (s *site) announce(ctx context.Context) error {
 				}
 			}
 		case <-ctx.Done():
-			return nil
+			return false
 		}
 	}
-	a := addresses{
-		HTTP: s.http.Addr().String(), Ingress: s.ingress.Addr().String(), Admin: s.admin.Addr().String(),
-		NATS: strings.TrimPrefix(s.server.URL(), "nats://"), Cluster: s.identity.Cluster, PID: os.Getpid(),
-	}
-	if s.config.printAddrs != "" {
-		b, err := json.Marshal(a)
-		if err != nil {
-			return err
-		}
-		if err := writeFile(s.config.printAddrs, append(b, '\n'), 0o644); err != nil {
-			return fmt.Errorf("--print-addrs: %w", err)
-		}
-	}
-	s.cli.tell("dayfly is up: API http://%s, ingress http://%s, admin http://%s", a.HTTP, a.Ingress, a.Admin)
-	return nil
 }

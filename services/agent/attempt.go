@@ -42,6 +42,7 @@ type attempt struct {
 	found    Attempt                 // under mu: once started
 	unstart  context.CancelCauseFunc // under mu: breaks off pulling and starting
 	stop     *time.Duration          // under mu: grace, once an order said stop
+	expired  bool                    // under mu: the stop said that its time is over
 	revision uint64                  // under mu: of the newest order handled
 	applied  int                     // under mu: extensions carried out
 	deadline deadline                // under mu: as the newest order says it
@@ -259,6 +260,11 @@ func (t *attempt) outcome(found Attempt, out Output) schemas.End {
 	o := found.Outcome()
 	end := schemas.End{By: o.By, Reason: o.Reason, Message: text(o.Message, 1024), Exit: o.Exit, Usage: o.Usage,
 		Stdout: head(out, schemas.Stdout), Stderr: head(out, schemas.Stderr)}
+	t.mu.Lock()
+	if end.By == schemas.EndedStop && t.expired {
+		end.By = schemas.EndedDeadline // whatever the deadline is by the time this is settled
+	}
+	t.mu.Unlock()
 	var dropped, more int64
 	end.Logs.StdoutBytes, dropped = out.Size(schemas.Stdout)
 	end.Logs.StderrBytes, more = out.Size(schemas.Stderr)
@@ -478,7 +484,7 @@ func (t *attempt) halt(o schemas.Order) {
 	defer t.mu.Unlock()
 	t.revision = o.Revision
 	grace := o.Grace.Std()
-	t.stop = &grace
+	t.stop, t.expired = &grace, o.Expired
 	switch {
 	case t.report.Phase == schemas.PhaseEnded:
 		t.send()

@@ -9,7 +9,6 @@ import (
 	"github.com/moby/moby/client"
 
 	"dayfly.dev/schemas"
-	"dayfly.dev/test/guest"
 	"dayfly.dev/test/harness"
 )
 
@@ -34,9 +33,9 @@ func cold(ctx context.Context, bin string, n int) (err error) {
 	defer func() {
 		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 		defer cancel()
-		err = errors.Join(err, up.Remove(clean), guest.RemoveImage(clean, image))
+		err = errors.Join(err, up.Remove(clean), harness.RemoveImage(clean, image))
 	}()
-	if err := guest.ImportImage(ctx, image); err != nil {
+	if err := harness.MakeImage(ctx, image); err != nil {
 		return err
 	}
 	if err := up.Start(ctx); err != nil {

@@ -16,7 +16,6 @@ import (
 	"time"
 
 	"dayfly.dev/schemas"
-	"dayfly.dev/test/guest"
 	"dayfly.dev/test/harness"
 )
 
@@ -79,7 +78,7 @@ func (d *demo) run(ctx context.Context, bin string) (err error) {
 			err = e
 		}
 		if d.image != "" {
-			if e := guest.RemoveImage(clean, d.image); err == nil {
+			if e := harness.RemoveImage(clean, d.image); err == nil {
 				err = e
 			}
 		}
@@ -109,7 +108,7 @@ func (d *demo) run(ctx context.Context, bin string) (err error) {
 
 func (d *demo) makeImage(ctx context.Context) (string, error) {
 	d.image = "dayfly-demo:" + d.up.Cluster
-	if err := guest.ImportImage(ctx, d.image); err != nil {
+	if err := harness.MakeImage(ctx, d.image); err != nil {
 		return "", err
 	}
 	return d.image, nil
@@ -135,7 +134,7 @@ func (d *demo) wait(ctx context.Context, id schemas.TaskID, until string) (schem
 }
 
 func (d *demo) job(ctx context.Context) (string, error) {
-	t, err := d.create(ctx, "?wait=done&timeout=30s", "1m", "sh", "-c", "echo hello from a sandbox; exit 7")
+	t, err := d.create(ctx, "?wait=done&timeout=30s", "1m", "exit", "7", "hello", "from", "a", "sandbox")
 	if err != nil {
 		return "", err
 	}

@@ -20,9 +20,11 @@ import (
 	"syscall"
 	"time"
 
+	cerrdefs "github.com/containerd/errdefs"
 	"github.com/moby/moby/client"
 
 	"dayfly.dev/schemas"
+	"dayfly.dev/services/agent/guest"
 )
 
 // Up is one `dayfly up`.
@@ -260,3 +262,32 @@ func Poll(ctx context.Context, fn func() error) error {
 
 // Fatal makes Poll give up.
 func Fatal(err error) error { return fatal{err} }
+
+// MakeImage makes the guest image (services/agent/guest) under a name.
+func MakeImage(ctx context.Context, name string) error {
+	engine, err := client.New(client.FromEnv)
+	if err != nil {
+		return err
+	}
+	defer engine.Close()
+	archive, err := guest.Build(ctx)
+	if err != nil {
+		return err
+	}
+	_, err = guest.ImportImage(ctx, engine, archive, name, guest.Entrypoint)
+	return err
+}
+
+// RemoveImage takes an image away. One that is not there is no error.
+func RemoveImage(ctx context.Context, name string) error {
+	engine, err := client.New(client.FromEnv)
+	if err != nil {
+		return err
+	}
+	defer engine.Close()
+	_, err = engine.ImageRemove(ctx, name, client.ImageRemoveOptions{Force: true})
+	if cerrdefs.IsNotFound(err) {
+		return nil
+	}
+	return err
+}

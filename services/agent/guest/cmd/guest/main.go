@@ -3,7 +3,7 @@
 // the outcome. Exit codes: 0 as said below, 1 it could not, 64 bad usage.
 //
 //	echo WORD…            prints the words
-//	exit N                exits with N
+//	exit N [WORD…]        prints the words, if any, and exits with N
 //	sleep D [N]           sleeps (a Go duration), then exits with N
 //	cat [PATH]            prints stdin or a file
 //	env [NAME…]           prints the environment, or the variables
@@ -69,8 +69,13 @@ func main() {
 
 func commands() map[string]func([]string) int {
 	return map[string]func([]string) int{
-		"echo":        func(a []string) int { fmt.Println(strings.Join(a, " ")); return 0 },
-		"exit":        func(a []string) int { return num(a, 0, 0) },
+		"echo": func(a []string) int { fmt.Println(strings.Join(a, " ")); return 0 },
+		"exit": func(a []string) int {
+			if len(a) > 1 {
+				fmt.Println(strings.Join(a[1:], " "))
+			}
+			return num(a, 0, 0)
+		},
 		"sleep":       func(a []string) int { time.Sleep(dur(a, 0, time.Second)); return num(a, 1, 0) },
 		"cat":         cat,
 		"env":         env,
