@@ -191,8 +191,6 @@ func TestEcho(t *testing.T) {
 	t.Logf("%+v", o)
 }
 
-func helper() {}
-
 func containersOf(t testing.TB, worker schemas.WorkerID) []string {
 	t.Helper()
 	list, err := site.docker.ContainerList(context.Background(), client.ContainerListOptions{

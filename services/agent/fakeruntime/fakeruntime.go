@@ -7,13 +7,19 @@
 //	exit N          ends at once with code N
 //	sleep D [N]     ends after the duration D with code N
 //	log BYTES [D]   writes numbered lines of that many bytes, then ends after D
-//	ignore-term [D] like sleep, but TERM does nothing
-//	oom             is killed for want of memory
+//	spam BYTES      the same
+//	echo WORD…      writes the words
+//	ignore-term [D] writes "ready"; like sleep, but TERM does nothing
+//	term-exit [N]   writes "ready"; ends with code N at TERM
+//	signal N        is killed by signal N, not by us
+//	oom, eat BYTES  is killed for want of memory
 //	fail image      the image does not exist
 //	fail start      the command is not there (127)
 //	refuse          the host cannot run it: an error that is not the task's fault
 //
-// Any other command, and none, is "exit 0".
+// Any other command, and none, is "exit 0". The entrypoint "/nowhere" is not there,
+// as with "fail start". The commands are also those of the program in package guest,
+// where it has them, so that one suite (package runtimetest) runs on both.
 package fakeruntime
 
 import (
@@ -22,12 +28,16 @@ import (
 	"fmt"
 	"io"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
 	"dayfly.dev/schemas"
 	"dayfly.dev/services/agent"
 )
+
+// MissingImage is an image that does not exist.
+const MissingImage = "missing"
 
 // Config of a fake host. The zero value is a large host that starts at once.
 type Config struct {
@@ -72,8 +82,8 @@ func (r *Runtime) Recover(context.Context) ([]agent.Attempt, error) {
 
 // Image implements agent.Runtime.
 func (r *Runtime) Image(_ context.Context, spec schemas.Spec, _ func(string)) (agent.Image, error) {
-	if is(spec, "fail", "image") {
-		return agent.Image{}, &agent.StartError{Reason: schemas.ReasonImage, Message: "no such image"}
+	if is(spec, "fail", "image") || spec.Image == MissingImage {
+		return agent.Image{}, &agent.StartError{Reason: schemas.ReasonImage, Message: "no such image: " + spec.Image}
 	}
 	return agent.Image{Ref: spec.Image, ID: "sha256:fake"}, nil
 }
@@ -97,8 +107,8 @@ func (r *Runtime) Start(ctx context.Context, req agent.StartRequest) (agent.Atte
 		}
 	}
 	switch {
-	case is(req.Spec, "fail", "start"):
-		return nil, &agent.StartError{Reason: schemas.ReasonNotFound, Exit: &schemas.Exit{Code: 127}, Message: "command not found"}
+	case is(req.Spec, "fail", "start"), len(req.Spec.Entrypoint) > 0 && req.Spec.Entrypoint[0] == "/nowhere":
+		return nil, &agent.StartError{Reason: schemas.ReasonNotFound, Exit: &schemas.Exit{Code: 127}, Message: "command not found: " + strings.Join(req.Spec.Entrypoint, " ")}
 	case is(req.Spec, "refuse"):
 		return nil, errors.New("the host refuses")
 	}
@@ -190,29 +200,45 @@ type attempt struct {
 	dropped  int64
 	ended    bool
 	outcome  agent.Outcome
-	deaf     bool        // to TERM
-	life     *time.Timer // until it ends by itself
-	kill     *time.Timer // after a grace
+	deaf     bool // to TERM
+	termCode int  // at TERM
+	termSig  int
+	stopping *agent.Outcome // who first asked for the end
+	killAt   time.Duration  // when the grace is over
+	life     *time.Timer    // until it ends by itself
+	kill     *time.Timer    // after a grace
 	deadline *time.Timer
 }
 
 // begin does what the command says. It runs under r.mu, like all small methods here.
 func (a *attempt) begin() {
 	c := append(append([]string(nil), a.req.Spec.Command...), "", "", "")
+	a.termCode, a.termSig = 143, 15
 	a.deadlineIn(a.req.TimeLeft)
 	switch c[0] {
 	case "sleep", "ignore-term":
-		a.deaf = c[0] == "ignore-term"
+		if a.deaf = c[0] == "ignore-term"; a.deaf {
+			a.print("ready\n")
+		}
 		d, err := time.ParseDuration(c[1])
 		if err != nil {
 			d = 1000 * time.Hour
 		}
 		a.endAfter(d, number(c[2]))
-	case "log":
+	case "term-exit":
+		a.print("ready\n")
+		a.termCode, a.termSig = number(c[1]), 0
+	case "echo":
+		a.print(strings.Join(a.req.Spec.Command[1:], " ") + "\n")
+		a.exit(0)
+	case "signal":
+		n := number(c[1])
+		a.end(agent.Outcome{By: schemas.EndedItself, Reason: schemas.ReasonSignal, Exit: &schemas.Exit{Code: 128 + n, Signal: n}})
+	case "log", "spam":
 		a.write(number(c[1]))
 		d, _ := time.ParseDuration(c[2])
 		a.endAfter(d, 0)
-	case "oom":
+	case "oom", "eat":
 		a.end(agent.Outcome{By: schemas.EndedItself, Reason: schemas.ReasonOOM, Exit: &schemas.Exit{Code: 137, Signal: 9, OOMKilled: true}})
 	case "exit":
 		a.exit(number(c[1]))
@@ -246,19 +272,20 @@ func (a *attempt) after(d time.Duration, fn func()) *time.Timer {
 	})
 }
 
-// write adds numbered lines, as many bytes as the log limit lets through.
+// write writes numbered lines, those of the guest's spam.
 func (a *attempt) write(n int) {
-	var b []byte
-	for i := 0; len(b) < n; i++ {
-		b = fmt.Appendf(b, "%09d\n", i)
+	keep := n
+	if limit := a.req.LogLimit; limit > 0 {
+		keep = int(min(int64(n), limit))
 	}
-	b = b[:n]
-	if limit := a.req.LogLimit; limit > 0 && int64(len(b)) > limit {
-		a.dropped = int64(len(b)) - limit
-		b = b[:limit]
+	b := make([]byte, 0, keep+64)
+	for i := 0; len(b) < keep; i++ {
+		b = fmt.Appendf(b, "o%062d\n", i)
 	}
-	a.out = b
+	a.out, a.dropped = b[:keep], int64(n-keep)
 }
+
+func (a *attempt) print(s string) { a.out = append(a.out, s...) }
 
 func (a *attempt) end(o agent.Outcome) {
 	if a.ended {
@@ -281,25 +308,41 @@ func (a *attempt) deadlineIn(left time.Duration) {
 		a.deadline.Stop()
 	}
 	a.deadline = a.after(left, func() {
-		a.stop(a.req.Grace, agent.Outcome{By: schemas.EndedDeadline, Exit: &schemas.Exit{Code: 143, Signal: 15, TimedOut: true}})
+		a.stop(a.req.Grace, agent.Outcome{By: schemas.EndedDeadline, Reason: schemas.ReasonExpired, Exit: &schemas.Exit{TimedOut: true}})
 	})
 }
 
+// stop is TERM now and KILL after grace. The first who asks is the one who ended it;
+// a later one may only make it sooner.
 func (a *attempt) stop(grace time.Duration, o agent.Outcome) {
 	if a.ended {
 		return
 	}
-	if !a.deaf || grace <= 0 {
-		a.end(o)
+	if a.stopping == nil {
+		a.stopping = &o
+	}
+	if !a.deaf && grace > 0 {
+		if a.termSig == 0 {
+			a.print("term\n") // as the guest does
+		}
+		a.stopping.Exit.Code, a.stopping.Exit.Signal = a.termCode, a.termSig
+		a.end(*a.stopping)
+		return
+	}
+	a.stopping.Exit.Code, a.stopping.Exit.Signal = 137, 9
+	if grace <= 0 {
+		a.end(*a.stopping)
+		return
+	}
+	at := a.r.Now() + grace
+	if a.kill != nil && at >= a.killAt {
 		return
 	}
 	if a.kill != nil {
 		a.kill.Stop()
 	}
-	if o.Exit != nil {
-		o.Exit.Code, o.Exit.Signal = 137, 9
-	}
-	a.kill = a.after(grace, func() { a.end(o) })
+	a.killAt = at
+	a.kill = a.after(grace, func() { a.end(*a.stopping) })
 }
 
 // Assignment implements agent.Attempt.
@@ -322,7 +365,7 @@ func (a *attempt) Outcome() agent.Outcome {
 func (a *attempt) Stop(grace time.Duration) {
 	a.r.mu.Lock()
 	defer a.r.mu.Unlock()
-	a.stop(grace, agent.Outcome{By: schemas.EndedStop, Exit: &schemas.Exit{Code: 143, Signal: 15}})
+	a.stop(grace, agent.Outcome{By: schemas.EndedStop, Exit: &schemas.Exit{}})
 }
 
 // SetDeadline implements agent.Attempt.

@@ -39,10 +39,14 @@ func main() {
 		fail(err)
 	}
 
-	signals := make(chan os.Signal, 64)
-	signal.Notify(signals, unix.SIGCHLD, unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGQUIT, unix.SIGUSR1, unix.SIGUSR2)
-	// Not Ignore: an ignored signal stays ignored through exec, and `yes | head` would hang.
-	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE)
+	// All signals, not those that are wanted. The Go runtime has handlers for most, so the
+	// kernel lets the task send them to PID 1, and without Notify a SIGSEGV or SIGABRT
+	// from there would crash it. Not Ignore: an ignored signal stays ignored through exec,
+	// and `yes | head` would hang. The two that matter have a channel of their own, which
+	// a flood of others cannot fill.
+	signals := make(chan os.Signal, 8)
+	signal.Notify(make(chan os.Signal, 1))
+	signal.Notify(signals, unix.SIGCHLD, unix.SIGTERM)
 
 	timer, err := newTimer()
 	if err != nil {

@@ -324,24 +324,16 @@ func (s *supervisor) kill() {
 }
 
 func (s *supervisor) signal(sig os.Signal) {
-	switch sig {
-	case unix.SIGCHLD:
-		s.reap()
-	case unix.SIGTERM:
-		s.reap()
-		if s.phase == initproto.PhaseRunning && s.by == "" {
-			// dockerd stops the container. It sends KILL itself when its patience ends.
-			s.by = initproto.ByOutside
-		}
-		if s.phase == initproto.PhaseIdle {
-			s.by = initproto.ByOutside
-		}
-		_ = unix.Kill(-1, unix.SIGTERM)
-	default:
-		if s.phase == initproto.PhaseRunning {
-			_ = unix.Kill(-1, sig.(unix.Signal))
-		}
+	s.reap()
+	if sig != unix.SIGTERM {
+		return
 	}
+	// dockerd stops the container, and sends KILL itself when its patience ends. A task
+	// can send this too: it gains no more than to be given another of its own attempts.
+	if s.phase != initproto.PhaseEnded && s.by == "" {
+		s.by = initproto.ByOutside
+	}
+	_ = unix.Kill(-1, unix.SIGTERM)
 }
 
 // reap takes every dead child. When the main process is among them the others are

@@ -100,7 +100,7 @@ func processVM() error {
 // killInit is denied if PID 1 is still there and not stopped after it was sent all
 // that a user can send.
 func killInit() error {
-	for _, s := range []unix.Signal{unix.SIGKILL, unix.SIGSTOP, unix.SIGSEGV} {
+	for _, s := range []unix.Signal{unix.SIGKILL, unix.SIGSTOP, unix.SIGSEGV, unix.SIGABRT, unix.SIGQUIT, unix.SIGILL, unix.SIGBUS, unix.SIGSYS, unix.SIGHUP, unix.SIGUSR1} {
 		_ = unix.Kill(1, s)
 	}
 	time.Sleep(200 * time.Millisecond)

@@ -24,7 +24,7 @@
 //	ls PATH               prints names
 //	write PATH [TEXT]     writes a file
 //	status                prints /proc/self/status
-//	fds                   prints its open descriptors
+//	fds                   prints its open descriptors, less those that its Go runtime opens
 //	reopen                writes to /dev/stdout and /dev/stderr by opening them
 //	read-dayfly           tries to write, dial and read what is of dayfly
 //	suid                  prints its effective uid (call /bin/suid)
@@ -331,7 +331,7 @@ func fds([]string) int {
 	var names []string
 	for _, e := range list {
 		to, err := os.Readlink("/proc/self/fd/" + e.Name())
-		if err == nil && !strings.Contains(to, "anon_inode") && !strings.Contains(to, "/proc/") {
+		if err == nil && !strings.Contains(to, "anon_inode") && !strings.Contains(to, "/proc/") && !strings.Contains(to, "/cgroup/") {
 			names = append(names, e.Name())
 		}
 	}
