@@ -46,6 +46,9 @@ type ConsumerSpec struct {
 	AckWait           time.Duration
 	MaxAckPending     int           // -1 is unlimited
 	InactiveThreshold time.Duration // 0: it stays while nobody pulls
+	// Memory keeps its state off the disk. A single server that restarts forgets the
+	// consumer then: whoever made it makes it again at each reconnect.
+	Memory bool
 }
 
 // EnsureConsumer makes a durable consumer or changes it to the spec. Only core
@@ -58,7 +61,7 @@ func (c *Conn) EnsureConsumer(ctx context.Context, s ConsumerSpec) error {
 		if err == nil {
 			_, err = c.JS.CreateOrUpdateConsumer(ctx, s.Stream, jetstream.ConsumerConfig{
 				Durable: s.Durable, FilterSubject: s.Filter, AckPolicy: jetstream.AckExplicitPolicy,
-				AckWait: s.AckWait, MaxAckPending: s.MaxAckPending, MaxDeliver: -1, InactiveThreshold: s.InactiveThreshold,
+				AckWait: s.AckWait, MaxAckPending: s.MaxAckPending, MaxDeliver: -1, InactiveThreshold: s.InactiveThreshold, MemoryStorage: s.Memory,
 			})
 		}
 		if err == nil {

@@ -38,6 +38,11 @@ func Provision(ctx context.Context, c *Conn, assets []schemas.Asset, replicas in
 				return fmt.Errorf("provision %s: %w", want.Name, err)
 			}
 		}
+		if a.Keep != "" {
+			if _, err := c.Publish(ctx, a.Keep, nil, []byte("keep")); err != nil {
+				return fmt.Errorf("provision %s: %w", want.Name, err)
+			}
+		}
 	}
 	return nil
 }

@@ -26,6 +26,11 @@ type Asset struct {
 	// KeepDeleted refuses the deletion of messages through the API.
 	KeepDeleted bool
 
+	// Keep is a subject with one message that nobody takes. A file store that becomes
+	// empty drops its file and makes another; with every order that would cost more than
+	// all the rest of placing it.
+	Keep string
+
 	MaxAge   time.Duration
 	MaxBytes int64
 }
@@ -97,7 +102,7 @@ func Assets(logAge time.Duration) []Asset {
 	for i := range WorkShards {
 		assets = append(assets, Asset{
 			Name: fmt.Sprintf("%s%d", streamWork, i), Subjects: []string{fmt.Sprintf("dayfly.work.%d.>", i)},
-			Queue: true, Hint: true, Latest: true,
+			Queue: true, Hint: true, Latest: true, Keep: fmt.Sprintf("dayfly.work.%d.keep", i),
 		})
 	}
 	return assets

@@ -303,15 +303,11 @@ func (p *Placer) sendAgain(ctx context.Context, l *lease, id schemas.TaskID) {
 	}
 }
 
-// makeQueues makes the queue of each worker that has registered.
+// makeQueues makes the queue of each worker that has registered, and all of them
+// anew when the server was away: it keeps them in memory.
 func (p *Placer) makeQueues(ctx context.Context) error {
-	p.mu.Lock()
-	for _, w := range p.book.fleet.list { // another leader may have died before it did
-		if !w.lost {
-			p.newly[w.id] = time.Time{}
-		}
-	}
-	p.mu.Unlock()
+	reconnected := p.conn.Reconnected()
+	p.enrollAll() // another leader may have died before it did
 	for {
 		now := time.Now()
 		var todo []schemas.WorkerID
@@ -341,6 +337,19 @@ func (p *Placer) makeQueues(ctx context.Context) error {
 			return nil
 		case <-p.enroll:
 		case <-again:
+		case <-reconnected:
+			reconnected = p.conn.Reconnected()
+			p.enrollAll()
+		}
+	}
+}
+
+func (p *Placer) enrollAll() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, w := range p.book.fleet.list {
+		if !w.lost {
+			p.newly[w.id] = time.Time{}
 		}
 	}
 }
@@ -354,6 +363,9 @@ func (p *Placer) makeQueue(ctx context.Context, w schemas.WorkerID) {
 	err := p.conn.EnsureConsumer(ctx, bus.ConsumerSpec{
 		Stream: schemas.WorkStream(w), Durable: schemas.WorkConsumer(w), Filter: schemas.OrderSubject(w, "*"),
 		AckWait: queueAckWait, MaxAckPending: -1,
+		// On disk the server would write a file ten times a second for each busy worker. An
+		// order that was acknowledged is gone from the stream, so nothing is lost with this.
+		Memory: true,
 	})
 	if err == nil {
 		p.log.Debug().Str("worker", string(w)).Msg("worker has its queue")

@@ -41,7 +41,7 @@ func controlRun(ctx context.Context, n int, always bool) error {
 		return err
 	}
 	defer os.RemoveAll(dir)
-	s, err := stack.Start(ctx, stack.Options{Dir: dir, SyncAlways: always, Agents: 50, Logger: zerolog.Nop()})
+	s, err := stack.Start(ctx, stack.Options{Dir: dir, SyncAlways: always, Agents: 50, Logger: zerolog.New(os.Stderr).Level(zerolog.WarnLevel)})
 	if err != nil {
 		return err
 	}

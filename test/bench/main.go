@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime/pprof"
 	"slices"
 	"time"
 )
@@ -19,6 +20,7 @@ import (
 func main() {
 	n := flag.Int("n", 0, "samples of each kind (0: the command's own default)")
 	bin := flag.String("bin", "bin/dayfly", "the dayfly binary, for cold")
+	profile := flag.String("cpuprofile", "", "write a CPU profile to this file")
 	flag.Usage = func() {
 		fmt.Fprintln(os.Stderr, "usage: bench [-n N] control|cold")
 		flag.PrintDefaults()
@@ -26,6 +28,17 @@ func main() {
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
+	if *profile != "" {
+		f, err := os.Create(*profile)
+		if err == nil {
+			err = pprof.StartCPUProfile(f)
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+			os.Exit(1)
+		}
+		defer pprof.StopCPUProfile()
+	}
 	var err error
 	switch flag.Arg(0) {
 	case "control":

@@ -98,7 +98,7 @@ func (s *Stack) start(ctx, run context.Context, o Options, password string, work
 		return gateway.Run(ctx, gateway.Deps{Conn: core[0], Logger: o.Logger, Metrics: prometheus.NewRegistry(), Health: health, Listener: ln}, gateway.Config{})
 	})
 	s.run(run, func(ctx context.Context) error {
-		return placer.Run(ctx, placer.Deps{Conn: core[1], Logger: o.Logger, Metrics: prometheus.NewRegistry(), Health: health}, placer.Config{})
+		return placer.Run(ctx, placer.Deps{Conn: core[1], Logger: o.Logger, Metrics: prometheus.NewRegistry(), Health: health}, placer.DefaultConfig())
 	})
 	s.run(run, func(ctx context.Context) error {
 		return reaper.Run(ctx, reaper.Deps{Conn: core[2], Logger: o.Logger, Metrics: prometheus.NewRegistry(), Health: health}, reaper.DefaultConfig())
