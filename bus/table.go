@@ -59,7 +59,7 @@ type WriteOption func(*writeOptions)
 // TTL lets the value expire after d, in whole seconds rounded up, at least one. A
 // later write without it clears it. The bucket must allow TTLs.
 func TTL(d time.Duration) WriteOption {
-	d = max(time.Second, (d+time.Second-1).Truncate(time.Second))
+	d = max(time.Second, (d + time.Second - 1).Truncate(time.Second))
 	return func(o *writeOptions) { o.ttl = d }
 }
 

@@ -1,0 +1,116 @@
+package bus
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// ReadOptions say what to read.
+type ReadOptions struct {
+	Stream       string
+	Filter       string // a subject, wildcards allowed; "" is the whole stream
+	FromSequence uint64 // 0 and 1: from the first
+	Follow       bool   // go on with what comes
+}
+
+// Read gives the messages of a stream to fn in order, each once, first what is stored
+// and then, with Follow, what comes until ctx ends. Without Follow it returns nil at
+// the end of what was stored when it began. An error of fn ends it and comes back. It
+// goes on by itself after the server was away.
+func (c *Conn) Read(ctx context.Context, o ReadOptions, fn func(Msg) error) error {
+	next := max(o.FromSequence, 1)
+	give := func(m jetstream.Msg, meta *jetstream.MsgMetadata) error {
+		if meta.Sequence.Stream < next {
+			return nil
+		}
+		next = meta.Sequence.Stream + 1
+		return fn(newMsg(m, meta))
+	}
+	f := &follower{c: c, stream: o.Stream, filter: o.Filter, next: func() uint64 { return next }, handle: give}
+	if o.Follow {
+		if err := f.run(ctx); err != nil {
+			return err
+		}
+		return context.Cause(ctx)
+	}
+	for {
+		err := f.stored(ctx)
+		var failed handleError
+		switch {
+		case errors.As(err, &failed):
+			return failed.error
+		case err == nil:
+			return nil
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case !transient(err) && !errors.Is(err, errRestart):
+			return fmt.Errorf("read %s: %w", o.Stream, err)
+		}
+		sleep(ctx, sessionPause)
+	}
+}
+
+// stored handles what is there and returns nil at its end. Messages may go while it
+// reads, so the end is where the server has no more rather than a count.
+func (f *follower) stored(ctx context.Context) error {
+	cons, err := f.make(ctx)
+	if err != nil {
+		return err
+	}
+	info := cons.CachedInfo()
+	defer f.drop(info.Name)
+	left, expect := info.NumPending, uint64(1)
+	for left > 0 {
+		batch, err := cons.FetchNoWait(int(min(left, 500)))
+		if err != nil {
+			return err
+		}
+		got := 0
+		for m := range batch.Messages() {
+			meta, err := m.Metadata()
+			if err == nil && meta.Sequence.Consumer != expect {
+				err = errRestart
+			}
+			if err != nil {
+				return err
+			}
+			expect++
+			got++
+			left--
+			if err := f.handle(m, meta); err != nil {
+				return handleError{err}
+			}
+			if meta.NumPending == 0 {
+				left = 0
+			}
+		}
+		if err := batch.Error(); err != nil {
+			return err
+		}
+		if got == 0 {
+			if !f.c.Connected() {
+				return errRestart
+			}
+			return nil
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+	}
+	return nil
+}
+
+// lag asks the server how many messages a consumer has still to deliver.
+func lag(ctx context.Context, cons jetstream.Consumer) (pending, delivered uint64, err error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	info, err := cons.Info(ctx)
+	if err != nil {
+		return 0, 0, err
+	}
+	return info.NumPending, info.Delivered.Stream, nil
+}

@@ -1,0 +1,555 @@
+package bus
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// Change is one key that got another value or went. Revision is that of the new
+// value or of the mark of the deletion; it is that of Old where a key went without a
+// mark. Header is nil when the change came by Observe.
+type Change[V any] struct {
+	Key             string
+	Old, New        V
+	HadOld, Deleted bool
+	Revision        uint64
+	Header          nats.Header
+}
+
+// ViewOptions of NewView; the zero value is fine.
+type ViewOptions[V any] struct {
+	// OnChange is called for each change in the order in which the view took them, from
+	// one goroutine of Run, outside locks. That is the order of revisions per key; over
+	// several keys an observed change may come before older ones of the consumer. It must be quick: the view waits for it once
+	// some thousand changes are queued. Get may already show a newer value.
+	OnChange func(Change[V])
+	// Prefix restricts the view to keys that begin with it. One that ends in "." spares
+	// the others the way over the wire.
+	Prefix string
+}
+
+// View is an in-memory copy of a bucket. Call Run once, wait for Ready, then ask.
+// Per key a view only goes forward. It resumes at the next message when the server
+// was away, and finds out which keys went meanwhile; where revisions may have been
+// lost with the server (a stream stored without waiting for the disk, a stream made
+// anew) it reads everything again and drops what is not there any more. Meanwhile it
+// answers from what it has.
+type View[V any] struct {
+	c      *Conn
+	bucket string
+	decode func(key string, h nats.Header, data []byte) (V, error)
+	opts   ViewOptions[V]
+	ready  chan struct{}
+
+	mu      sync.Mutex
+	entries map[string]viewEntry[V]
+	waiters map[string]map[chan struct{}]struct{}
+
+	gen      uint64 // number of the last rebuild; an entry of an older one is not confirmed yet
+	applied  uint64 // the consumer has passed this revision
+	pending  uint64 // messages until the session has caught up
+	caughtUp bool   // this session has
+	sessions int
+	rebuild  bool // the next session starts from the first message
+	async    bool // the stream is stored without waiting for the disk
+	whole    bool // next decided that the session starts from the first message
+	cons     jetstream.Consumer
+	created  time.Time // of the stream
+
+	queue   []viewEvent[V]
+	wake    chan struct{} // has one token while queue is not empty
+	space   *sync.Cond
+	stopped bool
+	passed  uint64 // OnChange has returned for everything up to here
+	passers map[*passer]struct{}
+}
+
+type viewEntry[V any] struct {
+	value    V
+	revision uint64
+	gen      uint64
+	stored   int64 // the server's time; 0 when observed
+}
+
+// viewEvent is a change to tell, or a step of the consumer.
+type viewEvent[V any] struct {
+	change *Change[V]
+	passed uint64
+	then   func()
+}
+
+type passer struct {
+	revision uint64
+	done     chan struct{}
+}
+
+const (
+	viewQueue     = 4096
+	smallView     = 2000 // up to here reading all again costs less than thinking
+	auditInterval = time.Minute
+	lagInterval   = 100 * time.Millisecond
+)
+
+// NewView makes a view of a bucket. decode turns a message into a value, which may be
+// less than the record: the header often has all that is needed. A message that does
+// not decode is logged and leaves its key as it was. decode must not keep data.
+func NewView[V any](c *Conn, bucket string, decode func(key string, h nats.Header, data []byte) (V, error), opts ViewOptions[V]) *View[V] {
+	v := &View[V]{
+		c: c, bucket: bucket, decode: decode, opts: opts, ready: make(chan struct{}),
+		entries: map[string]viewEntry[V]{}, waiters: map[string]map[chan struct{}]struct{}{},
+		wake: make(chan struct{}, 1), passers: map[*passer]struct{}{},
+	}
+	v.space = sync.NewCond(&v.mu)
+	return v
+}
+
+// Run keeps the view until ctx ends, then returns nil. It waits for a bucket that is
+// not there yet and for a server that is away.
+func (v *View[V]) Run(ctx context.Context) error {
+	var teller sync.WaitGroup
+	tellCtx, stop := context.WithCancel(context.WithoutCancel(ctx))
+	teller.Go(func() { v.tell(tellCtx) })
+	unblock := context.AfterFunc(ctx, func() {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		v.stopped = true
+		v.space.Broadcast()
+	})
+	defer func() { unblock(); stop(); teller.Wait() }()
+	filter := keySubject(v.bucket, ">")
+	if strings.HasSuffix(v.opts.Prefix, ".") {
+		filter = keySubject(v.bucket, v.opts.Prefix+">")
+	}
+	f := &follower{c: v.c, stream: StreamOf(v.bucket), filter: filter, next: v.next, started: v.started, handle: v.handle,
+		side: func(ctx context.Context, cons jetstream.Consumer) error { return v.watch(ctx, cons, filter) }}
+	return f.run(ctx)
+}
+
+// Ready is closed once everything that was there at the start has been seen and
+// told to OnChange, also for an empty bucket.
+func (v *View[V]) Ready() <-chan struct{} { return v.ready }
+
+// Get returns the value of a key and its revision.
+func (v *View[V]) Get(key string) (V, uint64, bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	e, ok := v.entries[key]
+	return e.value, e.revision, ok
+}
+
+// Len is the number of keys.
+func (v *View[V]) Len() int {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return len(v.entries)
+}
+
+// Range calls fn for each key as they were when it began, in no order, until fn
+// returns false. fn may use the view.
+func (v *View[V]) Range(fn func(key string, value V, revision uint64) bool) {
+	type item struct {
+		key string
+		viewEntry[V]
+	}
+	v.mu.Lock()
+	items := make([]item, 0, len(v.entries))
+	for k, e := range v.entries {
+		items = append(items, item{k, e})
+	}
+	v.mu.Unlock()
+	for _, it := range items {
+		if !fn(it.key, it.value, it.revision) {
+			return
+		}
+	}
+}
+
+// Observe folds in an own write or read, so that a service sees its own writes at
+// once. Of two revisions the newer wins; what the consumer has already passed and
+// does not have is not taken. A change goes to OnChange like any other, in line with
+// those of the consumer and from the same goroutine, so perhaps after Observe returns;
+// the consumer's copy of the same revision is then no change any more.
+func (v *View[V]) Observe(key string, value V, revision uint64) {
+	if !strings.HasPrefix(key, v.opts.Prefix) {
+		return
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	old, had := v.entries[key]
+	if had && revision <= old.revision || !had && revision <= v.applied {
+		return
+	}
+	v.put(key, viewEntry[V]{value: value, revision: revision, gen: v.gen}, nil)
+}
+
+// Wait returns nil when done says so of the key's value, which it asks at once and
+// after each change, or the cause of ctx's end. done is called outside locks.
+func (v *View[V]) Wait(ctx context.Context, key string, done func(value V, revision uint64, exists bool) bool) error {
+	changed := make(chan struct{}, 1)
+	v.mu.Lock()
+	if v.waiters[key] == nil {
+		v.waiters[key] = map[chan struct{}]struct{}{}
+	}
+	v.waiters[key][changed] = struct{}{}
+	v.mu.Unlock()
+	defer func() {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		delete(v.waiters[key], changed)
+		if len(v.waiters[key]) == 0 {
+			delete(v.waiters, key)
+		}
+	}()
+	for {
+		if done(v.Get(key)) {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// CaughtUp waits until the consumer has passed revision and OnChange has returned for
+// it, or there is nothing up to there that it has not passed.
+func (v *View[V]) CaughtUp(ctx context.Context, revision uint64) error {
+	p := &passer{revision: revision, done: make(chan struct{})}
+	v.mu.Lock()
+	if v.passed >= revision {
+		v.mu.Unlock()
+		return nil
+	}
+	v.passers[p] = struct{}{}
+	v.mu.Unlock()
+	defer func() {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		delete(v.passers, p)
+	}()
+	// The message may be gone already, replaced by a later one of its key that is gone
+	// too: then nothing comes, and only the server can tell.
+	tick := time.NewTicker(lagInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-p.done:
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-tick.C:
+		}
+		v.mu.Lock()
+		cons := v.cons
+		v.mu.Unlock()
+		if cons == nil {
+			continue
+		}
+		pending, delivered, err := lag(ctx, cons)
+		if err != nil || pending > 0 {
+			continue
+		}
+		v.mu.Lock()
+		nothing := v.cons == cons && v.passed >= delivered
+		v.mu.Unlock()
+		if nothing {
+			return nil
+		}
+	}
+}
+
+// put applies one change; v.mu is held.
+func (v *View[V]) put(key string, e viewEntry[V], h nats.Header) {
+	old, had := v.entries[key]
+	v.entries[key] = e
+	v.changed(Change[V]{Key: key, Old: old.value, New: e.value, HadOld: had, Revision: e.revision, Header: h})
+}
+
+// remove applies one deletion; v.mu is held.
+func (v *View[V]) remove(key string, revision uint64, h nats.Header) {
+	old, had := v.entries[key]
+	if !had {
+		return
+	}
+	delete(v.entries, key)
+	v.changed(Change[V]{Key: key, Old: old.value, HadOld: true, Deleted: true, Revision: max(revision, old.revision), Header: h})
+}
+
+func (v *View[V]) changed(c Change[V]) {
+	if v.opts.OnChange != nil {
+		v.enqueue(viewEvent[V]{change: &c})
+	}
+	for w := range v.waiters[c.Key] {
+		select {
+		case w <- struct{}{}:
+		default:
+		}
+	}
+}
+
+func (v *View[V]) enqueue(e viewEvent[V]) {
+	v.queue = append(v.queue, e)
+	select {
+	case v.wake <- struct{}{}:
+	default:
+	}
+}
+
+// tell calls OnChange until ctx ends and the queue is empty.
+func (v *View[V]) tell(ctx context.Context) {
+	var batch []viewEvent[V]
+	for {
+		v.mu.Lock()
+		batch, v.queue = v.queue, batch[:0]
+		v.space.Broadcast()
+		v.mu.Unlock()
+		for i, e := range batch {
+			switch {
+			case e.change != nil:
+				v.opts.OnChange(*e.change)
+			case e.then != nil:
+				e.then()
+			default:
+				v.pass(e.passed)
+			}
+			batch[i] = viewEvent[V]{}
+		}
+		if len(batch) > 0 {
+			continue
+		}
+		select {
+		case <-v.wake:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (v *View[V]) pass(revision uint64) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.passed = revision
+	for p := range v.passers {
+		if p.revision <= revision {
+			delete(v.passers, p)
+			close(p.done)
+		}
+	}
+}
+
+// next tells the follower where a session starts. A server that was killed may have
+// forgotten the end of an asynchronous stream and given its revisions to other
+// values since, so such a view never resumes in the middle.
+func (v *View[V]) next() uint64 {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.whole = v.rebuild || v.async || len(v.entries) <= smallView
+	if v.whole {
+		return 1
+	}
+	return v.applied + 1
+}
+
+// started begins a session; next has been asked before, perhaps more than once.
+func (v *View[V]) started(pending uint64) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.sessions > 0 && v.whole {
+		v.gen++
+		v.applied = 0
+	}
+	v.rebuild, v.cons = false, nil
+	v.sessions++
+	v.pending, v.caughtUp = pending, false
+	if pending == 0 {
+		v.catchUp()
+	}
+}
+
+// catchUp ends the first part of a session, when all that was there has come; v.mu is
+// held.
+func (v *View[V]) catchUp() {
+	if v.caughtUp {
+		return
+	}
+	v.caughtUp = true
+	for key, e := range v.entries {
+		if e.gen < v.gen {
+			v.remove(key, 0, nil)
+		}
+	}
+	select {
+	case <-v.ready:
+	default:
+		v.enqueue(viewEvent[V]{then: func() {
+			select {
+			case <-v.ready:
+			default:
+				close(v.ready)
+			}
+		}})
+	}
+}
+
+// handle takes one message of the consumer.
+func (v *View[V]) handle(m jetstream.Msg, meta *jetstream.MsgMetadata) error {
+	key, ok := strings.CutPrefix(m.Subject(), keySubject(v.bucket, ""))
+	ok = ok && strings.HasPrefix(key, v.opts.Prefix)
+	h, revision, stored := m.Headers(), meta.Sequence.Stream, meta.Timestamp.UnixNano()
+	gone := isMarker(h) || len(m.Data()) == 0
+	var value V
+	var err error
+	if ok && !gone && !v.has(key, revision, stored) {
+		value, err = v.decode(key, h, m.Data())
+		if err != nil {
+			v.c.log.Error().Err(err).Str("bucket", v.bucket).Str("key", key).Uint64("revision", revision).Msg("cannot decode, keeping what was there")
+		}
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for len(v.queue) > viewQueue && !v.stopped {
+		v.space.Wait()
+	}
+	if v.stopped {
+		return nil
+	}
+	old, had := v.entries[key]
+	newer := !had || revision > old.revision || old.gen < v.gen
+	same := had && revision == old.revision && (old.stored == 0 || old.stored == stored)
+	switch {
+	case !ok:
+	case same && !gone, err != nil && had:
+		old.gen = v.gen
+		if same {
+			old.stored = stored
+		}
+		v.entries[key] = old
+	case err != nil, !newer:
+	case gone:
+		v.remove(key, revision, h)
+	default:
+		v.put(key, viewEntry[V]{value: value, revision: revision, gen: v.gen, stored: stored}, h)
+	}
+	v.applied = revision
+	v.enqueue(viewEvent[V]{passed: revision})
+	if v.pending > 0 {
+		v.pending--
+	}
+	if v.pending == 0 || meta.NumPending == 0 {
+		v.catchUp()
+	}
+	return nil
+}
+
+// has spares decoding what is there already.
+func (v *View[V]) has(key string, revision uint64, stored int64) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	e, ok := v.entries[key]
+	return ok && e.revision == revision && (e.stored == 0 || e.stored == stored)
+}
+
+// watch runs beside a session: it sees to it that the session catches up, and after
+// the first one looks for what went or changed unseen.
+func (v *View[V]) watch(ctx context.Context, cons jetstream.Consumer, filter string) error {
+	v.mu.Lock()
+	v.cons = cons
+	resumed := v.sessions > 1
+	v.mu.Unlock()
+	for !v.isCaughtUp() {
+		if !sleep(ctx, lagInterval) {
+			return nil
+		}
+		pending, delivered, err := lag(ctx, cons)
+		v.mu.Lock()
+		if err == nil && pending == 0 && v.applied >= delivered {
+			v.catchUp() // the last messages went before they came
+		}
+		v.mu.Unlock()
+	}
+	for {
+		silent, err := v.audit(ctx, filter, resumed)
+		switch {
+		case errors.Is(err, errRestart):
+			return err
+		case ctx.Err() != nil:
+			return nil
+		case err != nil:
+			if !sleep(ctx, time.Second) {
+				return nil
+			}
+			continue
+		case !silent:
+			return nil
+		}
+		resumed = true
+		if !sleep(ctx, auditInterval) {
+			return nil
+		}
+	}
+}
+
+func (v *View[V]) isCaughtUp() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.caughtUp
+}
+
+// audit compares the view with the stream. silent says that keys of this bucket go
+// without a mark. errRestart means that everything must be read again.
+func (v *View[V]) audit(ctx context.Context, filter string, resumed bool) (silent bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	s, err := v.c.JS.Stream(ctx, StreamOf(v.bucket))
+	if err != nil {
+		return false, err
+	}
+	info := s.CachedInfo()
+	silent = info.Config.MaxAge > 0 && info.Config.SubjectDeleteMarkerTTL == 0
+	v.mu.Lock()
+	lost := !v.created.IsZero() && !v.created.Equal(info.Created) || info.State.LastSeq < v.applied
+	v.async = info.Config.PersistMode == jetstream.AsyncPersistMode
+	v.created = info.Created
+	if lost {
+		v.rebuild = true
+	}
+	complete := v.opts.Prefix == "" && uint64(len(v.entries)) == info.State.NumSubjects
+	v.mu.Unlock()
+	if lost {
+		return silent, errRestart
+	}
+	if !resumed || complete {
+		return silent, nil
+	}
+	if info, err = s.Info(ctx, jetstream.WithSubjectFilter(filter)); err != nil {
+		return silent, err
+	}
+	var absent []string
+	v.mu.Lock()
+	for key, e := range v.entries {
+		if _, there := info.State.Subjects[keySubject(v.bucket, key)]; !there && e.revision <= info.State.LastSeq {
+			absent = append(absent, key)
+		}
+	}
+	v.mu.Unlock()
+	for _, key := range absent { // the list was not made in one instant, so ask
+		_, revision, _ := v.Get(key)
+		_, err := v.c.leaderGet(ctx, StreamOf(v.bucket), keySubject(v.bucket, key))
+		if err != nil && !errors.Is(err, ErrNotFound) {
+			return silent, err
+		}
+		v.mu.Lock()
+		if e := v.entries[key]; err != nil && e.revision == revision {
+			v.remove(key, 0, nil)
+		}
+		v.mu.Unlock()
+	}
+	return silent, nil
+}
