@@ -58,7 +58,7 @@ func (b *book) changed(id schemas.TaskID, s seen, revision uint64, now time.Time
 		t.phase, t.queued = held, nil
 		if s.state != schemas.Assigned {
 			delete(b.unordered, id)
-		} else if was != schemas.Assigned && !t.writing {
+		} else if was != schemas.Assigned && !t.writing && revision != t.ordered {
 			b.unordered[id] = now // somebody else's choice: it may have died before it sent the order
 		}
 		return
@@ -245,6 +245,9 @@ func (b *book) wrote(d decision, o outcome, revision uint64, now time.Time) {
 		return
 	}
 	t.writing = false
+	if o == written {
+		t.ordered = revision
+	}
 	if t.phase == held {
 		if o != written && t.state == schemas.Assigned {
 			b.unordered[t.id] = now
