@@ -58,7 +58,7 @@ func (b *book) changed(id schemas.TaskID, s seen, revision uint64, now time.Time
 		t.phase, t.queued = held, nil
 		if s.state != schemas.Assigned {
 			delete(b.unordered, id)
-		} else if was != schemas.Assigned && !t.writing {
+		} else if was != schemas.Assigned && !t.writing && revision != t.ordered {
 			b.unordered[id] = now // somebody else's choice: it may have died before it sent the order
 		}
 		return
@@ -150,14 +150,20 @@ func (b *book) next(now time.Time, refused func(*task)) (d decision, ok bool) {
 		b.holdsAt = now
 		b.holdBack(now)
 	}
-	b.retry(now)
+	if len(b.fleet.better) > few {
+		b.retry(now)
+	}
 	for {
 		s := b.queue.next()
-		if s == nil {
+		t, w := b.rescue(s, now)
+		switch {
+		case t != nil:
+		case s == nil:
+			b.fleet.tried() // they have been tried for everything that waits
 			return decision{}, false
+		default:
+			t, w = s.head(), b.fleet.choose(s, b.by, now, slices.Values(b.fleet.list))
 		}
-		t := s.head()
-		w := b.fleet.choose(s, b.by, now)
 		if w == nil {
 			b.queue.block(s)
 			if refused != nil {
@@ -168,6 +174,7 @@ func (b *book) next(now time.Time, refused func(*task)) (d decision, ok bool) {
 		b.unqueue(t)
 		t.phase, t.worker, t.writing = chosen, w.id, true
 		b.fleet.take(w.id, t.need)
+		b.fleet.last = w.index
 		return decision{task: t.id, revision: t.revision, queued: t.queued, worker: w.id, epoch: w.epoch, since: t.since}, true
 	}
 }
@@ -175,25 +182,51 @@ func (b *book) next(now time.Time, refused func(*task)) (d decision, ok bool) {
 // holdsEvery is how often the holds are looked at.
 const holdsEvery = time.Second
 
-// retry lets blocked shapes have another turn that fit on a worker which has become
-// better since. The others are as blocked as before.
-func (b *book) retry(now time.Time) {
+// few workers that became better are tried for the blocked shapes one by one, so that
+// the end of one task does not bring all that waits into motion.
+const few = 4
+
+// rescue finds the first task of a blocked shape that fits on one of few workers which
+// have become better, if its turn is before that of the shape s.
+func (b *book) rescue(s *shape, now time.Time) (t *task, w *worker) {
 	if len(b.fleet.better) == 0 {
-		return
+		return nil, nil
 	}
-	for _, s := range b.queue.shapes {
-		if !s.blocked {
+	for _, r := range b.queue.shapes {
+		first := r.head()
+		if !r.blocked || t != nil && before(t, first) || s != nil && before(s.head(), first) {
 			continue
 		}
-		s.hopeless = false
-		for w := range b.fleet.better {
-			if w.known && b.fleet.refusal(w, s, now) == nil {
-				b.queue.unblock(s)
-				break
-			}
+		if b.fits(r, now) {
+			t = first
 		}
 	}
-	clear(b.fleet.better)
+	if t != nil {
+		w = b.fleet.choose(t.shape, b.by, now, slices.Values(b.fleet.better))
+	}
+	return t, w
+}
+
+// retry lets the blocked shapes have another turn that fit on a worker which has
+// become better. The others are as blocked as before.
+func (b *book) retry(now time.Time) {
+	for _, s := range b.queue.shapes {
+		if s.blocked && b.fits(s, now) {
+			b.queue.unblock(s)
+		}
+	}
+	b.fleet.tried()
+}
+
+func (b *book) fits(s *shape, now time.Time) bool {
+	s.hopeless = false
+	x := trial{shape: s, now: now, alive: now.Add(-b.fleet.lease), lease: b.fleet.lease}
+	for _, w := range b.fleet.better {
+		if w.known && x.takes(w) {
+			return true
+		}
+	}
+	return false
 }
 
 // outcome is what came of writing a decision.
@@ -212,6 +245,9 @@ func (b *book) wrote(d decision, o outcome, revision uint64, now time.Time) {
 		return
 	}
 	t.writing = false
+	if o == written {
+		t.ordered = revision
+	}
 	if t.phase == held {
 		if o != written && t.state == schemas.Assigned {
 			b.unordered[t.id] = now

@@ -10,12 +10,24 @@ import (
 	"dayfly.dev/schemas"
 )
 
+// trial is a shape that is tried on workers at one moment.
+type trial struct {
+	shape *shape
+	now   time.Time
+	alive time.Time // whose newest beat is older is silent
+	lease time.Duration
+}
+
+func (f *fleet) trial(s *shape, now time.Time) *trial {
+	return &trial{shape: s, now: now, alive: now.Add(-f.lease), lease: f.lease}
+}
+
 // filter is one reason for which a worker cannot take a task. refuses decides;
 // explain says it in a sentence and is asked only of a worker that was refused.
 type filter struct {
 	name    string
-	refuses func(f *fleet, w *worker, s *shape, now time.Time) bool
-	explain func(f *fleet, w *worker, s *shape, now time.Time) string
+	refuses func(*trial, *worker) bool
+	explain func(*trial, *worker) string
 }
 
 // Constraints on these keys are about the host itself, not about its labels.
@@ -27,98 +39,91 @@ const (
 // filters are asked in this order, and the first that refuses explains: what is
 // wrong with the worker first, then what can never fit, then what may change.
 var filters = []filter{
-	{
-		name:    "lost",
-		refuses: func(_ *fleet, w *worker, _ *shape, _ time.Time) bool { return w.lost },
-		explain: func(*fleet, *worker, *shape, time.Time) string { return "is lost: its agent has to register again" },
-	},
-	{
-		name:    "silent",
-		refuses: func(f *fleet, w *worker, _ *shape, now time.Time) bool { return f.silence(w, now) > f.lease },
-		explain: func(f *fleet, w *worker, _ *shape, now time.Time) string {
-			return fmt.Sprintf("no beat for %s, the limit is %s", ago(now.Sub(w.seen)), ago(f.lease))
-		},
-	},
-	{
-		name:    "draining",
-		refuses: func(_ *fleet, w *worker, _ *shape, _ time.Time) bool { return w.draining },
-		explain: func(*fleet, *worker, *shape, time.Time) string { return "is draining and takes nothing new" },
-	},
-	{
-		name:    "arch",
-		refuses: func(_ *fleet, w *worker, s *shape, _ time.Time) bool { return platformRefused(w, s) != "" },
-		explain: func(_ *fleet, w *worker, s *shape, _ time.Time) string { return platformRefused(w, s) },
-	},
-	{
-		name:    "constraints",
-		refuses: func(_ *fleet, w *worker, s *shape, _ time.Time) bool { return labelRefused(w, s) != "" },
-		explain: func(_ *fleet, w *worker, s *shape, _ time.Time) string {
-			k := labelRefused(w, s)
-			if have, ok := w.host.Labels[k]; ok {
-				return fmt.Sprintf("asks the label %s=%s, it has %s=%s", k, s.constraints[k], k, have)
+	{"lost", isLost, func(*trial, *worker) string { return "is lost: its agent has to register again" }},
+	{"silent", isSilent, func(x *trial, w *worker) string {
+		return fmt.Sprintf("no beat for %s, the limit is %s", ago(x.now.Sub(w.seen)), ago(x.lease))
+	}},
+	{"draining", isDraining, func(*trial, *worker) string { return "is draining and takes nothing new" }},
+	{"arch", otherPlatform, func(x *trial, w *worker) string {
+		for _, c := range []struct{ key, have string }{{constraintArch, w.host.Arch}, {constraintOS, w.host.OS}} {
+			if want, ok := x.shape.constraints[c.key]; ok && want != c.have {
+				return fmt.Sprintf("asks for %s, it is %s", want, c.have)
 			}
-			return fmt.Sprintf("asks the label %s=%s, it has no such label", k, s.constraints[k])
-		},
-	},
-	{
-		name: "kind",
-		refuses: func(_ *fleet, w *worker, s *shape, _ time.Time) bool {
-			return s.kind != "" && !slices.Contains(w.host.Kinds, s.kind)
-		},
-		explain: func(_ *fleet, _ *worker, s *shape, _ time.Time) string { return "does not run the kind " + s.kind },
-	},
-	{
-		name:    "avoid",
-		refuses: func(_ *fleet, w *worker, s *shape, _ time.Time) bool { return slices.Contains(s.avoid, w.id) },
-		explain: func(*fleet, *worker, *shape, time.Time) string {
-			return "gave the task back and is skipped for a while"
-		},
-	},
-	{
-		name: "gpus",
-		refuses: func(_ *fleet, w *worker, s *shape, _ time.Time) bool {
-			return s.need.gpus > 0 && s.need.gpus > w.free().gpus
-		},
-		explain: func(_ *fleet, w *worker, s *shape, _ time.Time) string {
-			return fmt.Sprintf("asks %d GPUs, %d of %d are free", s.need.gpus, max(0, w.free().gpus), w.total.gpus)
-		},
-	},
-	{
-		name: "slots",
-		refuses: func(_ *fleet, w *worker, _ *shape, _ time.Time) bool {
-			return w.host.Slots > 0 && w.tasks >= w.host.Slots
-		},
-		explain: func(_ *fleet, w *worker, _ *shape, _ time.Time) string {
-			return fmt.Sprintf("all %d slots are taken", w.host.Slots)
-		},
-	},
-	{
-		name:    "cpus",
-		refuses: func(_ *fleet, w *worker, s *shape, _ time.Time) bool { return s.need.cpus > w.free().cpus },
-		explain: func(_ *fleet, w *worker, s *shape, _ time.Time) string {
-			return fmt.Sprintf("asks %s CPUs, %s of %s are free", cpus(s.need.cpus), cpus(w.free().cpus), cpus(w.total.cpus))
-		},
-	},
-	{
-		name:    "memory",
-		refuses: func(_ *fleet, w *worker, s *shape, _ time.Time) bool { return s.need.memory > w.free().memory },
-		explain: func(_ *fleet, w *worker, s *shape, _ time.Time) string {
-			return fmt.Sprintf("asks %s memory, %s of %s is free", size(s.need.memory), size(w.free().memory), size(w.total.memory))
-		},
-	},
-	{
-		name:    "held back",
-		refuses: func(_ *fleet, w *worker, s *shape, _ time.Time) bool { return w.hold != nil && !w.hold.lets(s) },
-		explain: func(_ *fleet, w *worker, _ *shape, now time.Time) string {
-			return fmt.Sprintf("is kept free for %s, which has waited %s", w.hold.task.id, ago(now.Sub(w.hold.task.since)))
-		},
-	},
+		}
+		return ""
+	}},
+	{"constraints", otherLabels, func(x *trial, w *worker) string {
+		k := labelMissed(x, w)
+		want := x.shape.constraints[k]
+		if have, ok := w.host.Labels[k]; ok {
+			return fmt.Sprintf("asks the label %s=%s, it has %s=%s", k, want, k, have)
+		}
+		return fmt.Sprintf("asks the label %s=%s, it has no such label", k, want)
+	}},
+	{"kind", otherKind, func(x *trial, _ *worker) string { return "does not run the kind " + x.shape.kind }},
+	{"avoid", isAvoided, func(*trial, *worker) string { return "gave the task back and is skipped for a while" }},
+	{"gpus", lacksGPUs, func(x *trial, w *worker) string {
+		return fmt.Sprintf("asks %d GPUs, %d of %d are free", x.shape.need.gpus, max(0, w.free().gpus), w.total.gpus)
+	}},
+	{"slots", lacksSlots, func(_ *trial, w *worker) string { return fmt.Sprintf("all %d slots are taken", w.host.Slots) }},
+	{"cpus", lacksCPUs, func(x *trial, w *worker) string {
+		return fmt.Sprintf("asks %s CPUs, %s of %s are free", cpus(x.shape.need.cpus), cpus(w.free().cpus), cpus(w.total.cpus))
+	}},
+	{"memory", lacksMemory, func(x *trial, w *worker) string {
+		return fmt.Sprintf("asks %s memory, %s of %s is free", size(x.shape.need.memory), size(w.free().memory), size(w.total.memory))
+	}},
+	{"held back", isHeldBack, func(x *trial, w *worker) string {
+		return fmt.Sprintf("is kept free for %s, which has waited %s", w.hold.task.id, ago(x.now.Sub(w.hold.task.since)))
+	}},
+}
+
+// takes says whether no filter refuses the worker. It is the list above once more,
+// spelled out, since this is where a placer of a thousand workers spends its time.
+func (x *trial) takes(w *worker) bool {
+	return !isLost(x, w) && !isSilent(x, w) && !isDraining(x, w) &&
+		!lacksGPUs(x, w) && !lacksSlots(x, w) && !lacksCPUs(x, w) && !lacksMemory(x, w) &&
+		(len(x.shape.constraints) == 0 || !otherPlatform(x, w) && !otherLabels(x, w)) &&
+		(x.shape.kind == "" || !otherKind(x, w)) && (len(x.shape.avoid) == 0 || !isAvoided(x, w)) &&
+		(w.hold == nil || !isHeldBack(x, w))
+}
+
+func isLost(_ *trial, w *worker) bool     { return w.lost }
+func isSilent(x *trial, w *worker) bool   { return w.seen.Before(x.alive) }
+func isDraining(_ *trial, w *worker) bool { return w.draining }
+func lacksGPUs(x *trial, w *worker) bool {
+	return x.shape.need.gpus > 0 && x.shape.need.gpus > w.total.gpus-w.used.gpus
+}
+func lacksSlots(_ *trial, w *worker) bool  { return w.host.Slots > 0 && w.tasks >= w.host.Slots }
+func lacksCPUs(x *trial, w *worker) bool   { return x.shape.need.cpus > w.total.cpus-w.used.cpus }
+func lacksMemory(x *trial, w *worker) bool { return x.shape.need.memory > w.total.memory-w.used.memory }
+func isHeldBack(x *trial, w *worker) bool  { return w.hold != nil && !w.hold.lets(x.shape) }
+func isAvoided(x *trial, w *worker) bool   { return slices.Contains(x.shape.avoid, w.id) }
+func otherKind(x *trial, w *worker) bool {
+	return x.shape.kind != "" && !slices.Contains(w.host.Kinds, x.shape.kind)
+}
+func otherLabels(x *trial, w *worker) bool { return labelMissed(x, w) != "" }
+
+func otherPlatform(x *trial, w *worker) bool {
+	arch, a := x.shape.constraints[constraintArch]
+	os, o := x.shape.constraints[constraintOS]
+	return a && arch != w.host.Arch || o && os != w.host.OS
+}
+
+// labelMissed names the first constraint that the worker's labels do not meet.
+func labelMissed(x *trial, w *worker) string {
+	first := ""
+	for k, want := range x.shape.constraints {
+		if have, ok := w.host.Labels[k]; k != constraintArch && k != constraintOS && (!ok || have != want) && (first == "" || k < first) {
+			first = k
+		}
+	}
+	return first
 }
 
 // refusal is the filter that keeps the shape from the worker, nil if none does.
-func (f *fleet) refusal(w *worker, s *shape, now time.Time) *filter {
+func (x *trial) refusal(w *worker) *filter {
 	for i := range filters {
-		if filters[i].refuses(f, w, s, now) {
+		if filters[i].refuses(x, w) {
 			return &filters[i]
 		}
 	}
@@ -128,9 +133,10 @@ func (f *fleet) refusal(w *worker, s *shape, now time.Time) *filter {
 // whyNot lists every worker that refuses the shape, each with its filter, by name.
 func (f *fleet) whyNot(s *shape, now time.Time) []schemas.WhyNotWorker {
 	var list []schemas.WhyNotWorker
+	x := f.trial(s, now)
 	for _, w := range f.list {
-		if r := f.refusal(w, s, now); r != nil {
-			list = append(list, schemas.WhyNotWorker{Worker: w.id, Filter: r.name, Detail: r.explain(f, w, s, now)})
+		if r := x.refusal(w); r != nil {
+			list = append(list, schemas.WhyNotWorker{Worker: w.id, Filter: r.name, Detail: r.explain(x, w)})
 		}
 	}
 	return list
@@ -140,28 +146,7 @@ func (f *fleet) whyNot(s *shape, now time.Time) []schemas.WhyNotWorker {
 func (f *fleet) couldHold(w *worker, s *shape, now time.Time) bool {
 	empty := *w
 	empty.used, empty.tasks, empty.hold = resources{}, 0, nil
-	return f.refusal(&empty, s, now) == nil
-}
-
-func platformRefused(w *worker, s *shape) string {
-	if want, ok := s.constraints[constraintArch]; ok && want != w.host.Arch {
-		return fmt.Sprintf("asks for %s, it is %s", want, w.host.Arch)
-	}
-	if want, ok := s.constraints[constraintOS]; ok && want != w.host.OS {
-		return fmt.Sprintf("asks for %s, it is %s", want, w.host.OS)
-	}
-	return ""
-}
-
-// labelRefused names the first constraint that the worker's labels do not meet.
-func labelRefused(w *worker, s *shape) string {
-	first := ""
-	for k, want := range s.constraints {
-		if have, ok := w.host.Labels[k]; k != constraintArch && k != constraintOS && (!ok || have != want) && (first == "" || k < first) {
-			first = k
-		}
-	}
-	return first
+	return f.trial(s, now).takes(&empty)
 }
 
 // canonical is a map of pairs as one comparable string.

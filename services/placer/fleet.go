@@ -35,10 +35,12 @@ type worker struct {
 	host     schemas.Host
 	total    resources
 	images   []string
+	imageSet map[string]struct{}
 
-	used  resources
-	tasks int
-	hold  *hold // it is kept free for a task that has waited long
+	used   resources
+	tasks  int
+	better bool  // it is in fleet.better
+	hold   *hold // it is kept free for a task that has waited long
 }
 
 // free is what is left, possibly less than nothing.
@@ -54,12 +56,12 @@ type fleet struct {
 
 	// better are the workers that can take more than they could when the blocked
 	// shapes were last tried on them.
-	better map[*worker]struct{}
+	better []*worker
 	last   int // round robin: index of the worker chosen last
 }
 
 func newFleet(lease time.Duration) *fleet {
-	return &fleet{byID: map[schemas.WorkerID]*worker{}, lease: lease, better: map[*worker]struct{}{}, last: -1}
+	return &fleet{byID: map[schemas.WorkerID]*worker{}, lease: lease, last: -1}
 }
 
 func (f *fleet) get(id schemas.WorkerID) *worker {
@@ -84,8 +86,14 @@ func (f *fleet) beat(b schemas.Beat, now time.Time) (registered bool) {
 		f.list = slices.Insert(f.list, at, w)
 		f.reindex()
 	}
-	w.epoch, w.lost, w.seen, w.host, w.images = b.Epoch, b.Lost(), now, b.Host, b.Images
+	w.epoch, w.lost, w.seen, w.host = b.Epoch, b.Lost(), now, b.Host
 	w.total = resources{cpus: b.Host.CPUs.Nano(), memory: int64(b.Host.Memory), gpus: b.Host.GPUs}
+	if !slices.Equal(w.images, b.Images) {
+		w.images, w.imageSet = b.Images, make(map[string]struct{}, len(b.Images))
+		for _, image := range b.Images {
+			w.imageSet[image] = struct{}{}
+		}
+	}
 	registered = !w.lost && (!was.known || was.epoch != w.epoch || was.lost)
 	if registered || f.silence(&was, now) > f.lease || !sameHost(was.host, w.host) {
 		f.improved(w)
@@ -119,7 +127,6 @@ func (f *fleet) gone(id schemas.WorkerID) {
 	w.known = false
 	f.list = slices.Delete(f.list, w.index, w.index+1)
 	f.reindex()
-	delete(f.better, w)
 	f.tidy(w)
 }
 
@@ -171,9 +178,18 @@ func (f *fleet) give(id schemas.WorkerID, need resources) {
 }
 
 func (f *fleet) improved(w *worker) {
-	if w.known {
-		f.better[w] = struct{}{}
+	if w.known && !w.better {
+		w.better = true
+		f.better = append(f.better, w)
 	}
+}
+
+// tried ends what improved began.
+func (f *fleet) tried() {
+	for i, w := range f.better {
+		w.better, f.better[i] = false, nil
+	}
+	f.better = f.better[:0]
 }
 
 // tidy drops a worker of which nothing is left to know.

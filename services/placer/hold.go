@@ -1,6 +1,9 @@
 package placer
 
-import "time"
+import (
+	"slices"
+	"time"
+)
 
 // hold keeps a worker free for a task that fits nowhere and has waited long.
 //
@@ -33,15 +36,26 @@ func (b *book) holdBack(now time.Time) {
 	if b.cfg.HoldAfter <= 0 {
 		return
 	}
+	var late []*task
+	for _, s := range b.queue.shapes {
+		if t := s.head(); s.blocked && !s.hopeless && t.hold == nil && now.Sub(t.since) >= b.cfg.HoldAfter {
+			late = append(late, t)
+		}
+	}
+	slices.SortFunc(late, func(x, y *task) int {
+		if before(x, y) {
+			return -1
+		}
+		return 1
+	})
 	most := max(1, len(b.fleet.list)/4)
-	for len(b.holds) < most {
-		t := b.longest(now)
-		if t == nil {
+	for _, t := range late[:min(len(late), holdTries)] {
+		if len(b.holds) >= most {
 			return
 		}
 		w := b.nearest(t.shape, now)
 		if w == nil {
-			t.shape.hopeless = true // until the fleet changes
+			t.shape.hopeless = true // until a worker becomes better
 			continue
 		}
 		h := &hold{task: t, worker: w}
@@ -49,18 +63,8 @@ func (b *book) holdBack(now time.Time) {
 	}
 }
 
-// longest is the first task in the queue that fits nowhere, has waited long enough
-// and has no worker held back for it.
-func (b *book) longest(now time.Time) *task {
-	var first *task
-	for _, s := range b.queue.shapes {
-		t := s.head()
-		if s.blocked && !s.hopeless && t.hold == nil && now.Sub(t.since) >= b.cfg.HoldAfter && (first == nil || before(t, first)) {
-			first = t
-		}
-	}
-	return first
-}
+// holdTries bounds how many tasks one pass looks for a worker for.
+const holdTries = 64
 
 // nearest is the worker that misses least for the shape, of those that could hold it
 // empty and are not held back.

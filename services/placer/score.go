@@ -2,8 +2,8 @@ package placer
 
 import (
 	"fmt"
+	"iter"
 	"math"
-	"slices"
 	"time"
 )
 
@@ -76,23 +76,21 @@ func share(used, total int64) float64 {
 	return float64(used) / float64(total)
 }
 
-func (w *worker) hasImage(image string) bool { return slices.Contains(w.images, image) }
+func (w *worker) hasImage(image string) bool { _, ok := w.imageSet[image]; return ok }
 
-// choose gives the worker that takes the shape, nil if none does. Of equal scores the
-// first name wins, so that the same state gives the same choice.
-func (f *fleet) choose(s *shape, by score, now time.Time) *worker {
+// choose gives the worker that takes the shape, of those in among, nil if none does.
+// Of equal scores the first name wins, so that the same state gives the same choice.
+func (f *fleet) choose(s *shape, by score, now time.Time, among iter.Seq[*worker]) *worker {
 	var best *worker
-	lowest := math.Inf(1)
-	for _, w := range f.list {
-		if f.refusal(w, s, now) != nil {
+	var lowest float64
+	x := f.trial(s, now)
+	for w := range among {
+		if !w.known || !x.takes(w) {
 			continue
 		}
-		if v := by(f, w, s); v < lowest {
+		if v := by(f, w, s); best == nil || v < lowest || v == lowest && w.index < best.index {
 			best, lowest = w, v
 		}
-	}
-	if best != nil {
-		f.last = best.index
 	}
 	return best
 }

@@ -158,6 +158,7 @@ type task struct {
 	since    time.Time        // when it was first seen queued, the last time
 
 	writing bool      // a goroutine writes its assignment
+	ordered uint64    // the revision of the assignment that this placer wrote and sent the order of
 	until   time.Time // resting: until then; zero: until it changes
 	wake    int       // generation of its timer
 	shape   *shape

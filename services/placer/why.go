@@ -83,7 +83,7 @@ func (b *book) refused(s *shape, list []schemas.WhyNotWorker, now time.Time) str
 			break
 		}
 	}
-	text := b.lack(main, s, list, now)
+	text := b.lack(main, b.fleet.trial(s, now), list)
 	var others []string
 	for _, name := range closeness {
 		if n := by[name]; n > 0 && name != main {
@@ -97,7 +97,8 @@ func (b *book) refused(s *shape, list []schemas.WhyNotWorker, now time.Time) str
 }
 
 // lack says what the workers that are nearest lack.
-func (b *book) lack(name string, s *shape, list []schemas.WhyNotWorker, now time.Time) string {
+func (b *book) lack(name string, x *trial, list []schemas.WhyNotWorker) string {
+	s := x.shape
 	var near []*worker
 	for _, n := range list {
 		if n.Filter == name {
@@ -115,7 +116,7 @@ func (b *book) lack(name string, s *shape, list []schemas.WhyNotWorker, now time
 	switch name {
 	case "held back":
 		w := near[0]
-		return fmt.Sprintf("waits: %s %s", w.id, b.fleet.refusal(w, s, now).explain(b.fleet, w, s, now))
+		return fmt.Sprintf("waits: %s %s", w.id, x.refusal(w).explain(x, w))
 	case "memory":
 		return amount("memory", s.need.memory, func(w *worker) int64 { return w.free().memory }, func(w *worker) int64 { return w.total.memory }, size)
 	case "cpus":
@@ -129,7 +130,7 @@ func (b *book) lack(name string, s *shape, list []schemas.WhyNotWorker, now time
 		return "waits: every worker that could take it has just given it back"
 	case "constraints", "arch", "kind":
 		w := near[0]
-		return fmt.Sprintf("no worker meets its constraints: %s on %s", b.fleet.refusal(w, s, now).explain(b.fleet, w, s, now), w.id)
+		return fmt.Sprintf("no worker meets its constraints: %s on %s", x.refusal(w).explain(x, w), w.id)
 	case "draining":
 		return "waits: every worker is draining"
 	case "silent":

@@ -1,0 +1,402 @@
+package placer
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"dayfly.dev/bus"
+	"dayfly.dev/bus/natsd"
+	"dayfly.dev/bus/natstest"
+	"dayfly.dev/ops"
+	"dayfly.dev/schemas"
+)
+
+// world is a bus with all assets, and what a test does to it as gateway and agents.
+type world struct {
+	t      testing.TB
+	server *natsd.Server
+	conn   *bus.Conn
+	tasks  *bus.Table[schemas.Record]
+	beats  *bus.Table[schemas.Beat]
+
+	mu     sync.Mutex
+	orders map[schemas.TaskID][]schemas.Order // under mu, as they were sent
+}
+
+func jsonCodec[T any]() bus.Codec[T] {
+	return bus.Codec[T]{
+		Encode: func(v T) ([]byte, nats.Header, error) {
+			b, err := schemas.Encode(v)
+			return b, nil, err
+		},
+		Decode: func(b []byte) (v T, err error) { return v, schemas.Decode(b, &v) },
+	}
+}
+
+func newWorld(t testing.TB) *world {
+	t.Helper()
+	w := &world{t: t, server: natstest.Server(t), orders: map[schemas.TaskID][]schemas.Order{}}
+	w.conn = natstest.Connect(t, w.server)
+	if err := bus.Provision(t.Context(), w.conn, schemas.Assets(time.Hour), 1); err != nil {
+		t.Fatal(err)
+	}
+	records := jsonCodec[schemas.Record]()
+	records.Encode = func(r schemas.Record) ([]byte, nats.Header, error) {
+		b, err := schemas.Encode(r)
+		return b, r.Headers(), err
+	}
+	records.Wrote = schemas.Record.Wrote
+	w.tasks = bus.NewTable(w.conn, schemas.BucketTasks, records)
+	w.beats = bus.NewTable(w.conn, schemas.BucketWorkers, jsonCodec[schemas.Beat]())
+	sub, err := w.conn.NC.Subscribe("dayfly.work.>", func(m *nats.Msg) {
+		var o schemas.Order
+		if err := schemas.Decode(m.Data, &o); err != nil {
+			t.Error(err)
+			return
+		}
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.orders[o.Task] = append(w.orders[o.Task], o)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := sub.SetPendingLimits(-1, -1); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.conn.NC.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	return w
+}
+
+// quick is a configuration in which leadership changes hands within half a second.
+func quick(identity string) Config {
+	c := DefaultConfig()
+	c.Identity, c.Leadership, c.WriteTimeout = identity, 300*time.Millisecond, 200*time.Millisecond
+	return c
+}
+
+type replica struct {
+	conn *bus.Conn
+	reg  *prometheus.Registry
+	stop func()
+}
+
+// placer starts a placer; stop ends it and waits.
+func (w *world) placer(cfg Config) *replica {
+	w.t.Helper()
+	r := &replica{conn: natstest.Connect(w.t, w.server), reg: prometheus.NewRegistry()}
+	ctx, cancel := context.WithCancel(context.WithoutCancel(w.t.Context()))
+	done := make(chan error, 1)
+	go func() {
+		done <- Run(ctx, Deps{Conn: r.conn, Logger: natstest.Logger(w.t), Metrics: r.reg, Health: ops.NewHealth()}, cfg)
+	}()
+	var once sync.Once
+	r.stop = func() {
+		once.Do(func() {
+			cancel()
+			if err := <-done; err != nil {
+				w.t.Error(err)
+			}
+		})
+	}
+	w.t.Cleanup(r.stop)
+	return r
+}
+
+// kill cuts the replica off from the bus for ever: it cannot even give up its lease.
+func (r *replica) kill() { r.conn.NC.Close() }
+
+func (r *replica) leads() bool {
+	n, err := testutil.GatherAndCount(r.reg, "dayfly_pending_oldest_seconds")
+	return err == nil && n == 1
+}
+
+func (w *world) beat(id schemas.WorkerID, h schemas.Host) {
+	w.t.Helper()
+	_, err := w.beats.Create(w.t.Context(), string(id), schemas.Beat{Worker: id, Epoch: "e1", Host: h}, "")
+	if err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+func taskID(n int) schemas.TaskID { return schemas.TaskID(fmt.Sprintf("t-01jd%022d", n)) }
+
+// post creates a queued record as a gateway does.
+func (w *world) post(n int, change func(*schemas.Spec)) bus.Entry[schemas.Record] {
+	w.t.Helper()
+	spec := schemas.DefaultSpec()
+	spec.Image, spec.OnLost = "busybox", schemas.OnLostRequeue
+	if change != nil {
+		change(&spec)
+	}
+	m := schemas.Meta{At: time.Now().UTC(), By: "gateway", Op: op()}
+	e, err := w.tasks.Create(w.t.Context(), string(taskID(n)), schemas.NewRecord(taskID(n), spec, schemas.Policy{MaxTTL: schemas.Duration(time.Hour)}, m), m.Op)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return e
+}
+
+func (w *world) posts(from, to int) {
+	w.t.Helper()
+	var work sync.WaitGroup
+	next := make(chan int)
+	for range 32 {
+		work.Go(func() {
+			for n := range next {
+				w.post(n, nil)
+			}
+		})
+	}
+	for n := from; n < to; n++ {
+		next <- n
+	}
+	close(next)
+	work.Wait()
+}
+
+func (w *world) ordersOf(id schemas.TaskID) []schemas.Order {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Clone(w.orders[id])
+}
+
+// eventually waits for a fact.
+func eventually(t testing.TB, what string, fact func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(20 * time.Second)
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for !fact() {
+		if time.Now().After(deadline) {
+			t.Fatalf("never came true: %s", what)
+		}
+		<-tick.C
+	}
+}
+
+// allPlaced checks that each task is assigned exactly once, and that each has orders
+// of just that revision.
+func (w *world) allPlaced(from, to int, atMost int) {
+	w.t.Helper()
+	for n := from; n < to; n++ {
+		eventually(w.t, fmt.Sprintf("task %d has an order", n), func() bool { return len(w.ordersOf(taskID(n))) > 0 })
+		e, err := w.tasks.Get(w.t.Context(), string(taskID(n)))
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		if e.Value.State != schemas.Assigned || e.Value.Attempt != 1 {
+			w.t.Fatalf("task %d is %s, attempt %d", n, e.Value.State, e.Value.Attempt)
+		}
+		orders := w.ordersOf(taskID(n))
+		for _, o := range orders {
+			if o.Revision != e.Revision || o.Assignment != e.Value.Assignment() || o.Want != schemas.WantRun {
+				w.t.Fatalf("task %d is at revision %d with %v, its order is for %d, %s, %v", n, e.Revision, e.Value.Assignment(), o.Revision, o.Want, o.Assignment)
+			}
+		}
+		if len(orders) > atMost {
+			w.t.Fatalf("task %d has %d orders", n, len(orders))
+		}
+	}
+}
+
+func TestAQueuedRecordIsAssignedAndOrdered(t *testing.T) {
+	w := newWorld(t)
+	r := w.placer(quick("a"))
+	w.beat("w1", host(4, 8*gib, 0))
+	w.post(1, nil)
+	w.allPlaced(1, 2, 1)
+	o := w.ordersOf(taskID(1))[0]
+	if o.Spec == nil || o.Spec.Image != "busybox" || o.TimeLeft != schemas.Duration(time.Hour) || o.Epoch != "e1" || o.Worker != "w1" {
+		t.Errorf("the order is %+v", o)
+	}
+	eventually(t, "the stream has the order", func() bool {
+		s, err := w.conn.JS.Stream(t.Context(), schemas.WorkStream("w1"))
+		return err == nil && s.CachedInfo().State.Msgs == 1
+	})
+	want := `
+		# HELP dayfly_placements_total Tries to place a task: placed; no_capacity and constraint, no worker takes it now; conflict, its record had changed; error.
+		# TYPE dayfly_placements_total counter
+		dayfly_placements_total{result="conflict"} 0
+		dayfly_placements_total{result="constraint"} 0
+		dayfly_placements_total{result="error"} 0
+		dayfly_placements_total{result="no_capacity"} 0
+		dayfly_placements_total{result="placed"} 1
+		# HELP dayfly_tasks Records by state. The leader's.
+		# TYPE dayfly_tasks gauge
+		dayfly_tasks{state="assigned"} 1
+		`
+	eventually(t, "the metrics", func() bool {
+		return testutil.GatherAndCompare(r.reg, strings.NewReader(want), "dayfly_placements_total", "dayfly_tasks") == nil
+	})
+}
+
+func TestTheFirstBeatMakesTheWorkersQueue(t *testing.T) {
+	w := newWorld(t)
+	w.placer(quick("a"))
+	w.beat("w1", host(4, 8*gib, 0))
+	eventually(t, "the consumer is there", func() bool {
+		c, err := w.conn.JS.Consumer(t.Context(), schemas.WorkStream("w1"), schemas.WorkConsumer("w1"))
+		if err != nil {
+			return false
+		}
+		cfg := c.CachedInfo().Config
+		return cfg.FilterSubject == schemas.OrderSubject("w1", "*") && cfg.AckWait == 30*time.Second && cfg.MaxAckPending == -1 && cfg.MaxDeliver == -1
+	})
+}
+
+func TestWhyIsAnsweredByTheLeader(t *testing.T) {
+	w := newWorld(t)
+	w.placer(quick("a"))
+	w.placer(quick("b"))
+	w.beat("w1", host(4, 8*gib, 0))
+	w.post(1, func(s *schemas.Spec) { s.Resources.Memory = 64 * gib })
+	w.post(2, func(s *schemas.Spec) { s.Resources.Memory = 32 * gib })
+	var why schemas.Why
+	eventually(t, "why is answered", func() bool {
+		m, err := w.conn.NC.Request(schemas.PlacerWhySubject, []byte(taskID(2)), time.Second)
+		return err == nil && schemas.Decode(m.Data, &why) == nil && len(why.Workers) == 1
+	})
+	if why.Task != taskID(2) || why.Position != 2 || why.Workers[0].Filter != "memory" ||
+		why.Summary != "no worker is large enough: asks 32GiB memory, the largest has 8GiB (w1)" {
+		t.Errorf("says %+v", why)
+	}
+}
+
+func TestTwoPlacersShareAQueueAndAssignOnce(t *testing.T) {
+	w := newWorld(t)
+	w.placer(quick("a"))
+	w.placer(quick("b"))
+	for n := range 5 {
+		w.beat(schemas.WorkerID(fmt.Sprintf("w%d", n)), host(1000, 1000*gib, 0))
+	}
+	w.posts(0, 500)
+	w.allPlaced(0, 500, 1)
+}
+
+func TestAnotherTakesOverWhenTheLeaderIsKilled(t *testing.T) {
+	w := newWorld(t)
+	a := w.placer(quick("a"))
+	eventually(t, "a leads", a.leads)
+	b := w.placer(quick("b"))
+	w.posts(0, 1000) // no worker is there
+	eventually(t, "b has seen them", func() bool { return b.conn.Connected() })
+	w.beat("w1", host(1000, 1000*gib, 0))
+	eventually(t, "some are placed", func() bool { return len(w.ordersOf(taskID(0))) > 0 })
+	a.kill()
+	killed := time.Now()
+	w.posts(1000, 1100)
+	eventually(t, "b leads", b.leads)
+	t.Logf("taken over after %s", time.Since(killed).Round(time.Millisecond))
+	w.allPlaced(0, 1100, 2)
+}
+
+func TestALeaderThatStopsHandsOverAtOnce(t *testing.T) {
+	w := newWorld(t)
+	cfg := quick("a")
+	cfg.Leadership, cfg.WriteTimeout = time.Second, time.Hour
+	a := w.placer(cfg)
+	eventually(t, "a leads", a.leads)
+	cfg.Identity = "b"
+	b := w.placer(cfg)
+	a.stop()
+	eventually(t, "b leads", b.leads)
+}
+
+func TestWhatADeadPlacerAssignedIsOrderedAgain(t *testing.T) {
+	w := newWorld(t)
+	w.beat("w1", host(4, 8*gib, 0))
+	e := w.post(1, nil)
+	choose := schemas.Choose{Meta: schemas.Meta{At: time.Now(), By: "placer", Op: "dead"}, Worker: "w1", Epoch: "e1"}
+	next, err := schemas.Next(e.Value, choose)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.tasks.Replace(t.Context(), e, next, "dead"); err != nil {
+		t.Fatal(err)
+	}
+	w.placer(quick("a"))
+	w.allPlaced(1, 2, 1)
+
+	// And one that is assigned by a deposed leader while this one leads.
+	e = w.post(2, func(s *schemas.Spec) { s.Constraints = map[string]string{"zone": "none"} })
+	if next, err = schemas.Next(e.Value, choose); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.tasks.Replace(t.Context(), e, next, "dead"); err != nil {
+		t.Fatal(err)
+	}
+	w.allPlaced(2, 3, 1)
+}
+
+func TestPlacingGoesOnAfterARestartOfNATS(t *testing.T) {
+	w := newWorld(t)
+	w.placer(quick("a"))
+	w.beat("w1", host(1000, 1000*gib, 0))
+	w.posts(0, 100)
+	w.allPlaced(0, 100, 1)
+	natstest.Restart(t, w.server)
+	w.posts(100, 200)
+	w.allPlaced(100, 200, 2)
+}
+
+func TestDrainedWorkersTakeNothingNew(t *testing.T) {
+	w := newWorld(t)
+	drains := bus.NewTable(w.conn, schemas.BucketDrains, jsonCodec[schemas.Drain]())
+	d, err := drains.Create(t.Context(), "w1", schemas.Drain{Since: time.Now(), By: "test"}, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.placer(quick("a"))
+	w.beat("w1", host(4, 8*gib, 0))
+	w.post(1, nil)
+	var why schemas.Why
+	eventually(t, "it waits because the worker is draining", func() bool {
+		m, err := w.conn.NC.Request(schemas.PlacerWhySubject, []byte(taskID(1)), time.Second)
+		return err == nil && schemas.Decode(m.Data, &why) == nil && len(why.Workers) == 1 && why.Workers[0].Filter == "draining"
+	})
+	if err := drains.Delete(t.Context(), "w1", d.Revision); err != nil {
+		t.Fatal(err)
+	}
+	w.allPlaced(1, 2, 1)
+}
+
+func BenchmarkPlaceThroughNATS(b *testing.B) {
+	for _, workers := range []int{50, 1000} {
+		b.Run(fmt.Sprintf("10000 tasks/%d workers", workers), func(b *testing.B) {
+			for b.Loop() {
+				b.StopTimer()
+				w := newWorld(b)
+				for n := range workers - 1 {
+					w.beat(schemas.WorkerID(fmt.Sprintf("w%d", n)), host(1000, 1000*gib, 0))
+				}
+				const tasks = 10_000
+				w.posts(0, tasks)
+				r := w.placer(quick("a"))
+				eventually(b, "the placer leads", r.leads)
+				b.StartTimer()
+				start := time.Now()
+				eventually(b, "all are placed", func() bool {
+					w.mu.Lock()
+					defer w.mu.Unlock()
+					return len(w.orders) == tasks
+				})
+				b.ReportMetric(tasks/time.Since(start).Seconds(), "tasks/s")
+				b.StopTimer()
+				r.stop()
+				b.StartTimer()
+			}
+		})
+	}
+}
