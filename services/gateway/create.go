@@ -1,0 +1,228 @@
+package gateway
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net/http"
+	"time"
+
+	"dayfly.dev/bus"
+	"dayfly.dev/schemas"
+)
+
+// keyGrace is how long a key may be without its task: until then the request that
+// brought the key may still be at work, and whoever repeats it finishes its work.
+const keyGrace = time.Minute
+
+// create is POST /v1/tasks.
+func (g *Gateway) create(w *response, r *http.Request) error {
+	err := g.createTask(w, r)
+	var e *schemas.Error
+	switch {
+	case errors.As(err, &e):
+		g.metrics.rejected.WithLabelValues(string(e.Code)).Inc()
+	case err != nil:
+		g.metrics.rejected.WithLabelValues(string(schemas.CodeInternal)).Inc()
+	}
+	return err
+}
+
+func (g *Gateway) createTask(w *response, r *http.Request) error {
+	q, err := parseQuery(r, "wait", "timeout")
+	if err != nil {
+		return err
+	}
+	wait, err := g.parsePatience(q)
+	if err != nil {
+		return err
+	}
+	key, err := idempotencyKey(r.Header)
+	if err != nil {
+		return err
+	}
+	body, err := readBody(w, r)
+	if err != nil {
+		return err
+	}
+	spec, err := schemas.ParseSpec(body, g.cfg.Policy)
+	if err != nil {
+		return err
+	}
+	if err := g.reach(r.Context()); err != nil {
+		return err
+	}
+	ctx, cancel := g.operation(r)
+	e, replayed, err := g.createOnce(ctx, key, spec)
+	cancel()
+	if err != nil {
+		return err
+	}
+	if replayed {
+		g.metrics.replays.Inc()
+		w.Header().Set("Idempotency-Replayed", "true")
+	}
+	if wait.until != "" {
+		w.route += "?wait"
+		// What was accepted is answered with 201 whatever happens while we wait.
+		if later, err := g.await(r, schemas.TaskID(e.Key), wait); err == nil {
+			e = later
+		}
+	}
+	w.Header().Set("Location", "/v1/tasks/"+e.Key)
+	w.Header().Set("ETag", etag(e.Revision))
+	return answer(w, http.StatusCreated, e.Value.View(e.Revision, time.Now()))
+}
+
+// createOnce accepts a task, or gives the one that the key made before.
+func (g *Gateway) createOnce(ctx context.Context, key string, spec schemas.Spec) (e bus.Entry[record], replayed bool, err error) {
+	misfit := g.fleet.misfit(spec)
+	id, err := schemas.NewTaskID(time.Now(), rand.Reader)
+	if err != nil {
+		return e, false, err
+	}
+	if key == "" {
+		if misfit != nil {
+			return e, false, misfit
+		}
+		e, err = g.accept(ctx, id, spec)
+		return e, false, busError(err, id)
+	}
+
+	print, err := fingerprint(spec)
+	if err != nil {
+		return e, false, err
+	}
+	var made bus.Entry[schemas.IdempotencyEntry]
+	if misfit == nil {
+		op := meta("gateway").Op
+		made, err = g.keys.Create(ctx, key, schemas.IdempotencyEntry{Fingerprint: print, Task: id, At: time.Now().UTC()}, op)
+	} else {
+		err = bus.ErrConflict // a new task is refused, one that was made before is shown
+	}
+	first := err == nil
+	if errors.Is(err, bus.ErrConflict) {
+		made, err = g.keys.Get(ctx, key)
+		if misfit != nil && errors.Is(err, bus.ErrNotFound) {
+			return e, false, misfit
+		}
+	}
+	if err != nil {
+		if errors.Is(err, bus.ErrUnknownOutcome) || errors.Is(err, bus.ErrNotFound) {
+			err = bus.ErrUnavailable // no record was made
+		}
+		return e, false, busError(err, "")
+	}
+	id = made.Value.Task
+	if !first {
+		if made.Value.Fingerprint != print {
+			return e, false, &schemas.Error{Status: http.StatusUnprocessableEntity, Code: schemas.CodeKeyReused, Field: "Idempotency-Key",
+				Detail: "this key came before with another task; use a new key for a new task"}
+		}
+		e, err = g.records.Get(ctx, string(id))
+		if err == nil {
+			g.fold(e)
+			return e, true, nil
+		}
+		if !errors.Is(err, bus.ErrNotFound) {
+			return e, false, readError(err)
+		}
+		if misfit != nil {
+			return e, false, misfit
+		}
+		if time.Since(made.Created) >= keyGrace {
+			return e, false, &schemas.Error{Status: http.StatusGone, Code: schemas.CodeKeyExpired, Field: "Idempotency-Key",
+				Detail: "the task of this key was never made, or is gone; use a new key"}
+		}
+	}
+	e, err = g.accept(ctx, id, spec)
+	if errors.Is(err, bus.ErrConflict) { // somebody with the same key was quicker
+		if e, err = g.records.Get(ctx, string(id)); err == nil {
+			g.fold(e)
+			return e, true, nil
+		}
+		return e, false, readError(err)
+	}
+	return e, false, busError(err, id)
+}
+
+// accept stores the record: from then on the task exists. The request to the placer
+// is a hint, and nobody waits for it.
+func (g *Gateway) accept(ctx context.Context, id schemas.TaskID, spec schemas.Spec) (bus.Entry[record], error) {
+	m := meta("gateway")
+	rec, err := sealRecord(schemas.NewRecord(id, spec, g.cfg.Policy, m))
+	if err != nil {
+		return bus.Entry[record]{}, err
+	}
+	e, err := g.records.Create(ctx, string(id), rec, m.Op)
+	if err != nil {
+		return e, err
+	}
+	g.fold(e)
+	g.conn.PublishAsync(schemas.RequestSubject(id), nil, []byte(id), func(err error) {
+		if err != nil {
+			g.log.Debug().Err(err).Str("task", string(id)).Msg("request not sent; the placer finds the record by itself")
+		}
+	})
+	g.metrics.submitted.Inc()
+	g.log.Info().Str("task", string(id)).Str("state", string(schemas.Queued)).Msg("task")
+	return e, nil
+}
+
+// idempotencyKey gives the key under which the bucket knows the request, "" if it
+// has none. The client's own word is not stored.
+func idempotencyKey(h http.Header) (string, error) {
+	given := h.Values("Idempotency-Key")
+	if len(given) == 0 {
+		return "", nil
+	}
+	ok := len(given) == 1 && len(given[0]) >= 1 && len(given[0]) <= 255
+	if ok {
+		for _, c := range []byte(given[0]) {
+			ok = ok && c > ' ' && c < 0x7f
+		}
+	}
+	if !ok {
+		return "", badHeader("Idempotency-Key", "must be 1 to 255 visible ASCII characters")
+	}
+	sum := sha256.Sum256([]byte("tasks\x00" + given[0]))
+	return hex.EncodeToString(sum[:]), nil
+}
+
+// fingerprint tells equal requests: of the spec with its defaults filled in, so that
+// spaces, the order of fields and spelt-out defaults make no difference.
+func fingerprint(spec schemas.Spec) (string, error) {
+	b, err := schemas.Encode(spec)
+	if err != nil {
+		return "", fmt.Errorf("encode spec: %w", err)
+	}
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:]), nil
+}
+
+// await waits until the task has come as far as p says, or p's time is over, and
+// gives it as it is then.
+func (g *Gateway) await(r *http.Request, id schemas.TaskID, p patience) (bus.Entry[record], error) {
+	open := g.metrics.streams.WithLabelValues("wait")
+	open.Inc()
+	defer open.Dec()
+	ctx, cancel := context.WithTimeout(r.Context(), p.timeout)
+	defer cancel()
+	var at *item
+	var revision uint64
+	err := g.tasks.Wait(ctx, string(id), func(it *item, rev uint64, exists bool) bool {
+		at, revision = it, rev
+		return !exists || p.satisfied(it.state)
+	})
+	if err == nil && at != nil {
+		if rec, ok := at.whole(); ok {
+			return bus.Entry[record]{Key: string(id), Value: rec, Revision: revision}, nil
+		}
+	}
+	ctx, cancel = g.operation(r)
+	defer cancel()
+	return g.fetch(ctx, id)
+}

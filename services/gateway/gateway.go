@@ -1,0 +1,237 @@
+package gateway
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/rs/zerolog"
+	"golang.org/x/sync/errgroup"
+
+	"dayfly.dev/bus"
+	"dayfly.dev/ops"
+	"dayfly.dev/schemas"
+)
+
+// Config of a gateway. The zero value works; withDefaults says what it means.
+type Config struct {
+	Policy schemas.Policy // what tasks may ask for; zero: schemas.DefaultPolicy
+
+	WaitMax      time.Duration // longest ?wait=, 60 s
+	MaxFollowers int           // log readers at a time, 512; one more is answered with 429
+	CacheBytes   int           // whole records kept in memory beside the short ones, 32 MiB
+
+	// Retention is how long the record of a task is kept that was canceled while it was
+	// queued: that write is its last, so nobody else can say it. 24 h.
+	Retention time.Duration
+	// Lease is how long a worker may be without a beat before it shows as silent. 30 s.
+	Lease time.Duration
+
+	Unavailable time.Duration // how long a request waits for NATS to come back, 500 ms
+	OpTimeout   time.Duration // longest operation on the bus, 3 s
+	ExtendWait  time.Duration // how long extend waits for the worker, 2 s
+	KeepAlive   time.Duration // between signs of life on a quiet log, 15 s
+	LogGap      time.Duration // how long a missing piece of a log is waited for, 2 s
+	WriteStall  time.Duration // how long a reader of a log may take for one piece, 30 s
+}
+
+func (c Config) withDefaults() Config {
+	if c.Policy == (schemas.Policy{}) {
+		c.Policy = schemas.DefaultPolicy()
+	}
+	c.WaitMax = cmp.Or(c.WaitMax, time.Minute)
+	c.MaxFollowers = cmp.Or(c.MaxFollowers, 512)
+	c.CacheBytes = cmp.Or(c.CacheBytes, 32<<20)
+	c.Retention = cmp.Or(c.Retention, 24*time.Hour)
+	c.Lease = cmp.Or(c.Lease, 30*time.Second)
+	c.Unavailable = cmp.Or(c.Unavailable, 500*time.Millisecond)
+	c.OpTimeout = cmp.Or(c.OpTimeout, 3*time.Second)
+	c.ExtendWait = cmp.Or(c.ExtendWait, 2*time.Second)
+	c.KeepAlive = cmp.Or(c.KeepAlive, 15*time.Second)
+	c.LogGap = cmp.Or(c.LogGap, 2*time.Second)
+	c.WriteStall = cmp.Or(c.WriteStall, 30*time.Second)
+	return c
+}
+
+// Deps are what a gateway stands on.
+type Deps struct {
+	Conn     *bus.Conn
+	Logger   zerolog.Logger
+	Metrics  prometheus.Registerer // may be nil
+	Health   *ops.Health           // may be nil
+	Listener net.Listener          // of Run
+}
+
+// Gateway is one replica.
+type Gateway struct {
+	cfg     Config
+	conn    *bus.Conn
+	log     zerolog.Logger
+	metrics *metrics
+
+	records *bus.Table[record]
+	keys    *bus.Table[schemas.IdempotencyEntry]
+	tasks   *bus.View[*item]
+	recent  *recent
+	index   index
+	fleet   *fleet
+
+	followers chan struct{} // one per open log
+}
+
+// Run serves the API on deps.Listener until ctx ends.
+func Run(ctx context.Context, deps Deps, cfg Config) error {
+	g := New(deps, cfg)
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return g.KeepViews(ctx) })
+	group.Go(func() error { return ops.Serve(ctx, deps.Listener, g.Handler()) })
+	if err := group.Wait(); err != nil && ctx.Err() == nil {
+		return fmt.Errorf("gateway: %w", err)
+	}
+	return nil
+}
+
+// New makes a gateway. It answers once KeepViews runs.
+func New(deps Deps, cfg Config) *Gateway {
+	cfg = cfg.withDefaults()
+	g := &Gateway{
+		cfg: cfg, conn: deps.Conn, log: deps.Logger, metrics: newMetrics(deps.Metrics),
+		records: bus.NewTable(deps.Conn, schemas.BucketTasks, bus.Codec[record]{
+			Encode: func(r record) ([]byte, nats.Header, error) { return r.raw, r.Headers(), nil },
+			Decode: openRecord,
+			Wrote:  func(r record, op string) bool { return r.Wrote(op) },
+		}),
+		keys: bus.NewTable(deps.Conn, schemas.BucketIdempotency, bus.Codec[schemas.IdempotencyEntry]{
+			Encode: func(e schemas.IdempotencyEntry) ([]byte, nats.Header, error) {
+				b, err := schemas.Encode(e)
+				return b, nil, err
+			},
+			Decode: func(b []byte) (e schemas.IdempotencyEntry, err error) { return e, schemas.Decode(b, &e) },
+		}),
+		fleet:     newFleet(deps.Conn, cfg.Lease),
+		recent:    newRecent(cfg.CacheBytes),
+		followers: make(chan struct{}, cfg.MaxFollowers),
+	}
+	g.tasks = bus.NewView(deps.Conn, schemas.BucketTasks, decodeItem, bus.ViewOptions[*item]{OnChange: g.taskChanged})
+	if deps.Health != nil {
+		deps.Health.Add("gateway: nats", func(context.Context) error {
+			if !g.conn.Connected() {
+				return errors.New("not connected")
+			}
+			return nil
+		})
+		deps.Health.Add("gateway: views", func(context.Context) error {
+			if !g.ready() {
+				return errors.New("the copies of tasks and workers are not complete yet")
+			}
+			return nil
+		})
+	}
+	return g
+}
+
+// KeepViews keeps the in-memory copies up to date until ctx ends.
+func (g *Gateway) KeepViews(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return g.tasks.Run(ctx) })
+	group.Go(func() error { return g.fleet.beats.Run(ctx) })
+	group.Go(func() error { return g.fleet.drains.Run(ctx) })
+	return group.Wait()
+}
+
+func (g *Gateway) views() []<-chan struct{} {
+	return []<-chan struct{}{g.tasks.Ready(), g.fleet.beats.Ready(), g.fleet.drains.Ready()}
+}
+
+func (g *Gateway) ready() bool {
+	for _, ready := range g.views() {
+		select {
+		case <-ready:
+		default:
+			return false
+		}
+	}
+	return true
+}
+
+// taskChanged keeps what is derived from the view of tasks. The view calls it from
+// one goroutine.
+func (g *Gateway) taskChanged(c bus.Change[*item]) {
+	if c.Deleted {
+		g.index.remove(c.Key)
+	} else {
+		g.index.add(c.Key)
+	}
+	g.fleet.count(c.Old, c.New)
+	g.recent.changed(c.Old, c.New)
+}
+
+// meta is that of one write: by says who wants it.
+func meta(by string) schemas.Meta {
+	return schemas.Meta{At: time.Now().UTC(), By: by, Op: rand.Text()}
+}
+
+// reach waits a moment for NATS to be there.
+func (g *Gateway) reach(ctx context.Context) error {
+	again := g.conn.Reconnected()
+	if g.conn.Connected() {
+		return nil
+	}
+	timer := time.NewTimer(g.cfg.Unavailable)
+	defer timer.Stop()
+	select {
+	case <-again:
+		return nil
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+	return unavailable()
+}
+
+// operation gives the context of work on the bus. The client's leaving does not end
+// it: an accepted key shall get its task.
+func (g *Gateway) operation(r *http.Request) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(r.Context()), g.cfg.OpTimeout)
+}
+
+func unavailable() *schemas.Error {
+	return &schemas.Error{Status: http.StatusServiceUnavailable, Code: schemas.CodeUnavailable,
+		Detail: "dayfly cannot reach its store at the moment; nothing was done, try again", RetryAfter: schemas.Duration(time.Second)}
+}
+
+// busError is what a client hears of a failed operation. What it does not know stays
+// as it is, and becomes a 500.
+func busError(err error, id schemas.TaskID) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, bus.ErrNotFound):
+		return noTask()
+	case errors.Is(err, bus.ErrUnknownOutcome):
+		return &schemas.Error{Status: http.StatusServiceUnavailable, Code: schemas.CodeUnknownOutcome, Task: id,
+			Detail: "it may have been done; ask for the task, or repeat the request with the same Idempotency-Key", RetryAfter: schemas.Duration(time.Second)}
+	case errors.Is(err, bus.ErrUnavailable), errors.Is(err, bus.ErrConflict),
+		errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
+		return unavailable()
+	}
+	return err
+}
+
+// readError is busError for a read, which leaves nothing unknown.
+func readError(err error) error {
+	if errors.Is(err, bus.ErrUnknownOutcome) {
+		return unavailable()
+	}
+	return busError(err, "")
+}
+
+func noTask() *schemas.Error {
+	return &schemas.Error{Status: http.StatusNotFound, Code: schemas.CodeNotFound, Detail: "there is no such task; it may be over for longer than records are kept"}
+}

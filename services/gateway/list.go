@@ -1,0 +1,191 @@
+package gateway
+
+import (
+	"bytes"
+	"encoding/base64"
+	"encoding/binary"
+	"fmt"
+	"hash/fnv"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"dayfly.dev/schemas"
+)
+
+// Limits of a list.
+const (
+	listDefault = 100
+	listMax     = 1000
+)
+
+// list is GET /v1/tasks: newest first, from the view.
+func (g *Gateway) list(w *response, r *http.Request) error {
+	q, err := parseQuery(r, "state*", "label*", "worker", "limit", "cursor")
+	if err != nil {
+		return err
+	}
+	f, err := parseFilter(q)
+	if err != nil {
+		return err
+	}
+	limit, err := q.number("limit", listDefault, 1, listMax)
+	if err != nil {
+		return err
+	}
+	after := ""
+	if q.has("cursor") {
+		if after, err = f.openCursor(q.get("cursor")); err != nil {
+			return err
+		}
+	}
+	if err := g.upToDate(r.Context()); err != nil {
+		return err
+	}
+	page := schemas.TaskList{Items: []schemas.Task{}}
+	now := time.Now()
+	for {
+		ids := g.index.before(after, 256)
+		for _, id := range ids {
+			t, ok, err := g.listed(id, f, now)
+			if err != nil {
+				return err
+			}
+			if !ok {
+				continue
+			}
+			if len(page.Items) == limit {
+				page.NextCursor = f.cursor(string(page.Items[limit-1].ID))
+				return answer(w, http.StatusOK, page)
+			}
+			page.Items = append(page.Items, t)
+		}
+		if len(ids) < 256 || r.Context().Err() != nil {
+			return answer(w, http.StatusOK, page)
+		}
+		after = ids[len(ids)-1]
+	}
+}
+
+// listed gives one task as lists show it, if the filter takes it.
+func (g *Gateway) listed(id string, f filter, now time.Time) (t schemas.Task, ok bool, err error) {
+	for {
+		it, revision, exists := g.tasks.Get(id)
+		if !exists || !f.takesState(it.state) {
+			return t, false, nil
+		}
+		b := it.body.Load()
+		if b == nil {
+			continue // a newer revision is in the view already
+		}
+		if !f.mayTake(b.raw) {
+			return t, false, nil
+		}
+		rec, err := b.listed()
+		if err != nil {
+			return t, false, fmt.Errorf("list %s: %w", id, err)
+		}
+		if !f.takes(rec) {
+			return t, false, nil
+		}
+		return rec.View(revision, now), true, nil
+	}
+}
+
+// filter says which tasks a list shows.
+type filter struct {
+	states []schemas.State
+	labels [][2]string
+	worker schemas.WorkerID
+	// needles stand in the bytes of every record that the filter takes, so most others
+	// are not decoded.
+	needles [][]byte
+}
+
+func parseFilter(q query) (f filter, err error) {
+	for _, list := range q.values["state"] {
+		for word := range strings.SplitSeq(list, ",") {
+			s := schemas.State(word)
+			if !slices.Contains(schemas.States(), s) {
+				return f, badQuery("state", "must be of queued, assigned, starting, running, completed, failed, canceled, expired, with commas between")
+			}
+			f.states = append(f.states, s)
+		}
+	}
+	if len(q.values["label"]) > schemas.MaxLabels {
+		return f, badQuery("label", fmt.Sprintf("must be at most %d", schemas.MaxLabels))
+	}
+	for _, pair := range q.values["label"] {
+		k, v, ok := strings.Cut(pair, "=")
+		if !ok || k == "" || len(k) > 63 || len(v) > 256 {
+			return f, badQuery("label", "must be name=value")
+		}
+		needle, err := schemas.Encode(map[string]string{k: v})
+		if err != nil {
+			return f, badQuery("label", "must be name=value")
+		}
+		f.labels = append(f.labels, [2]string{k, v})
+		f.needles = append(f.needles, needle[1:len(needle)-1])
+	}
+	if q.has("worker") {
+		if f.worker, err = schemas.ParseWorkerID(q.get("worker")); err != nil {
+			return f, badQuery("worker", "must be 1 to 63 of a-z, 0-9 and -")
+		}
+		f.needles = append(f.needles, []byte(`"worker":"`+string(f.worker)+`"`))
+	}
+	return f, nil
+}
+
+func (f filter) takesState(s schemas.State) bool {
+	return len(f.states) == 0 || slices.Contains(f.states, s)
+}
+
+func (f filter) mayTake(raw []byte) bool {
+	for _, needle := range f.needles {
+		if !bytes.Contains(raw, needle) {
+			return false
+		}
+	}
+	return true
+}
+
+func (f filter) takes(r schemas.Record) bool {
+	if f.worker != "" && r.Worker != f.worker || !f.takesState(r.State) {
+		return false
+	}
+	for _, l := range f.labels {
+		if v, ok := r.Spec.Labels[l[0]]; !ok || v != l[1] {
+			return false
+		}
+	}
+	return true
+}
+
+// cursor is the place after a task in the list of this filter, opaque to clients.
+func (f filter) cursor(id string) string {
+	return base64.RawURLEncoding.EncodeToString(binary.BigEndian.AppendUint32([]byte(id), f.sum(id)))
+}
+
+func (f filter) openCursor(c string) (id string, err error) {
+	refused := badQuery("cursor", "must be next_cursor of the page before, with the same filters")
+	if len(c) > 64 {
+		return "", refused
+	}
+	b, err := base64.RawURLEncoding.Strict().DecodeString(c)
+	if err != nil || len(b) < 4 {
+		return "", refused
+	}
+	id = string(b[:len(b)-4])
+	if _, err := schemas.ParseTaskID(id); err != nil || binary.BigEndian.Uint32(b[len(b)-4:]) != f.sum(id) {
+		return "", refused
+	}
+	return id, nil
+}
+
+// sum tells a cursor of this filter from any other text. It is no secret.
+func (f filter) sum(id string) uint32 {
+	h := fnv.New32a()
+	fmt.Fprintf(h, "list 1 %s %q %q %q", id, f.states, f.labels, f.worker)
+	return h.Sum32()
+}

@@ -1,0 +1,37 @@
+package gateway
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+
+	"dayfly.dev/ops"
+)
+
+type metrics struct {
+	requests  *prometheus.HistogramVec
+	inFlight  prometheus.Gauge
+	submitted prometheus.Counter
+	rejected  *prometheus.CounterVec
+	replays   prometheus.Counter
+	streams   *prometheus.GaugeVec
+	panics    prometheus.Counter
+	foreign   prometheus.Counter
+}
+
+func newMetrics(reg prometheus.Registerer) *metrics {
+	m := &metrics{
+		requests: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "dayfly_http_request_duration_seconds",
+			Help: "Answered requests. Those that wait for a task have a route of their own; logs count when they end.", Buckets: ops.BucketsFast},
+			[]string{"route", "method", "code_class"}),
+		inFlight:  prometheus.NewGauge(prometheus.GaugeOpts{Name: "dayfly_http_requests_in_flight", Help: "Requests being answered."}),
+		submitted: prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_tasks_submitted_total", Help: "Tasks accepted."}),
+		rejected:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_tasks_rejected_total", Help: "Tasks not accepted, by the code of the error."}, []string{"code"}),
+		replays:   prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_idempotent_replays_total", Help: "Requests answered with the task that an earlier one with the same key made."}),
+		streams:   prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "dayfly_streams_open", Help: "Answers that stay open, by kind."}, []string{"kind"}),
+		panics:    prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_http_panics_total", Help: "Requests that ended in a panic: each is a bug."}),
+		foreign:   prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_log_chunks_foreign_total", Help: "Log chunks of workers that did not hold the attempt."}),
+	}
+	if reg != nil {
+		reg.MustRegister(m.requests, m.inFlight, m.submitted, m.rejected, m.replays, m.streams, m.panics, m.foreign)
+	}
+	return m
+}

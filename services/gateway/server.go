@@ -1,0 +1,238 @@
+package gateway
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net/http"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"time"
+
+	"dayfly.dev/schemas"
+)
+
+// handler answers one request. What it returns as an error is answered as a problem.
+type handler func(w *response, r *http.Request) error
+
+// methods are the handlers of one path. GET brings HEAD with it.
+type methods map[string]handler
+
+// response is the answer under way.
+type response struct {
+	http.ResponseWriter
+	id     string // of the request
+	route  string // for metrics: the pattern, never the path
+	status int
+	wrote  bool
+}
+
+// Unwrap is for http.ResponseController.
+func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+func (w *response) WriteHeader(status int) {
+	if !w.wrote {
+		w.wrote, w.status = true, status
+	}
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *response) Write(b []byte) (int, error) {
+	if !w.wrote {
+		w.wrote, w.status = true, http.StatusOK
+	}
+	return w.ResponseWriter.Write(b)
+}
+
+// Handler is the API.
+func (g *Gateway) Handler() http.Handler {
+	mux := http.NewServeMux()
+	for pattern, m := range map[string]methods{
+		"/v1/tasks":             {"GET": g.list, "POST": g.create},
+		"/v1/tasks/{id}":        {"GET": g.get, "DELETE": g.cancel},
+		"/v1/tasks/{id}/extend": {"POST": g.extend},
+		"/v1/tasks/{id}/logs":   {"GET": g.logs},
+		"/v1/workers":           {"GET": g.listWorkers},
+		"/v1/workers/{id}":      {"GET": g.getWorker},
+	} {
+		mux.Handle(pattern, g.route(pattern, m))
+	}
+	mux.Handle("/", g.route("none", nil))
+	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		w := &response{ResponseWriter: rw, id: requestID(r), route: "none"}
+		h := w.Header()
+		h.Set("X-Request-Id", w.id)
+		h.Set("Cache-Control", "no-store")
+		h.Set("X-Content-Type-Options", "nosniff")
+		start := time.Now()
+		g.metrics.inFlight.Inc()
+		defer func() {
+			g.metrics.inFlight.Dec()
+			p := recover()
+			if p != nil {
+				p = g.panicked(w, r, p)
+			}
+			g.metrics.requests.WithLabelValues(w.route, methodLabel(r.Method), codeClass(w.status)).Observe(time.Since(start).Seconds())
+			if p != nil {
+				panic(p)
+			}
+		}()
+		switch {
+		case r.Method == http.MethodOptions && r.URL.Path == "*":
+			h.Set("Allow", "DELETE, GET, HEAD, OPTIONS, POST")
+			w.WriteHeader(http.StatusNoContent)
+		case !plainPath(r.URL.EscapedPath()):
+			g.fail(w, r, noPath())
+		default:
+			mux.ServeHTTP(w, r)
+		}
+	})
+}
+
+// route sends a request to the handler of its method.
+func (g *Gateway) route(pattern string, m methods) http.Handler {
+	allow := []string{http.MethodOptions}
+	for method := range m {
+		allow = append(allow, method)
+	}
+	if m["GET"] != nil {
+		allow = append(allow, http.MethodHead)
+	}
+	slices.Sort(allow)
+	allowed := strings.Join(allow, ", ")
+	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		w := rw.(*response)
+		w.route = pattern
+		method := r.Method
+		if method == http.MethodHead {
+			method = http.MethodGet
+		}
+		h := m[method]
+		var err error
+		switch {
+		case m == nil:
+			err = noPath()
+		case h != nil:
+			err = h(w, r)
+		case method == http.MethodOptions:
+			w.Header().Set("Allow", allowed)
+			w.WriteHeader(http.StatusNoContent)
+		default:
+			w.Header().Set("Allow", allowed)
+			err = &schemas.Error{Status: http.StatusMethodNotAllowed, Code: schemas.CodeMethod, Detail: "this path takes " + allowed}
+		}
+		if err != nil {
+			g.fail(w, r, err)
+		}
+	})
+}
+
+// plainPath refuses what ServeMux would redirect: empty segments, "." and "..".
+func plainPath(path string) bool {
+	if !strings.HasPrefix(path, "/") {
+		return false
+	}
+	if path == "/" {
+		return true
+	}
+	for segment := range strings.SplitSeq(path[1:], "/") {
+		if segment == "" || segment == "." || segment == ".." {
+			return false
+		}
+	}
+	return true
+}
+
+// requestID takes the client's id, if that is a plain word, or makes one.
+func requestID(r *http.Request) string {
+	id := r.Header.Get("X-Request-Id")
+	if len(id) == 0 || len(id) > 64 || strings.Trim(id, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.") != "" {
+		return "r-" + strings.ToLower(rand.Text()[:16])
+	}
+	return id
+}
+
+// panicked turns a panic into a 500, or gives back what must go on to the server so
+// that it cuts the connection. The value of the panic may hold what a client sent,
+// so only what the runtime itself says is logged.
+func (g *Gateway) panicked(w *response, r *http.Request, p any) any {
+	if p == http.ErrAbortHandler {
+		return p
+	}
+	what := fmt.Sprintf("%T", p)
+	if e, ok := p.(runtime.Error); ok {
+		what = e.Error()
+	}
+	g.metrics.panics.Inc()
+	g.log.Error().Str("route", w.route).Str("request", w.id).Str("panic", what).Bytes("stack", debug.Stack()).Msg("request panicked")
+	if w.wrote {
+		return http.ErrAbortHandler
+	}
+	g.fail(w, r, &schemas.Error{Status: http.StatusInternalServerError, Code: schemas.CodeInternal,
+		Detail: "something went wrong on our side; the request id finds it in the log"})
+	return nil
+}
+
+func methodLabel(method string) string {
+	switch method {
+	case "GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS":
+		return method
+	}
+	return "other"
+}
+
+func codeClass(status int) string {
+	if status < 100 || status > 599 {
+		return "none"
+	}
+	return string(rune('0'+status/100)) + "xx"
+}
+
+// upToDate waits a moment for the views to be complete after the start.
+func (g *Gateway) upToDate(ctx context.Context) error {
+	if err := g.reach(ctx); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, g.cfg.OpTimeout)
+	defer cancel()
+	for _, ready := range g.views() {
+		select {
+		case <-ready:
+		case <-ctx.Done():
+			return unavailable()
+		}
+	}
+	return nil
+}
+
+// readBody takes a JSON body of bounded size within bounded time.
+func readBody(w *response, r *http.Request) ([]byte, error) {
+	if err := checkContentType(r.Header); err != nil {
+		return nil, err
+	}
+	tooLarge := &schemas.Error{Status: http.StatusRequestEntityTooLarge, Code: schemas.CodeTooLarge,
+		Detail: fmt.Sprintf("the body must be at most %s", schemas.Size(schemas.MaxBodyBytes))}
+	if r.ContentLength > schemas.MaxBodyBytes {
+		return nil, tooLarge
+	}
+	control := http.NewResponseController(w)
+	_ = control.SetReadDeadline(time.Now().Add(bodyTimeout))
+	body, err := readAll(http.MaxBytesReader(w, r.Body, schemas.MaxBodyBytes), r.ContentLength)
+	_ = control.SetReadDeadline(time.Time{})
+	var over *http.MaxBytesError
+	var timeout interface{ Timeout() bool }
+	switch {
+	case err == nil:
+		return body, nil
+	case errors.As(err, &over):
+		return nil, tooLarge
+	case errors.As(err, &timeout) && timeout.Timeout():
+		return nil, &schemas.Error{Status: http.StatusRequestTimeout, Code: schemas.CodeInvalidJSON, Detail: "the body did not come in time"}
+	}
+	return nil, &schemas.Error{Status: http.StatusBadRequest, Code: schemas.CodeInvalidJSON, Detail: "the body could not be read to its end"}
+}
+
+const bodyTimeout = 20 * time.Second

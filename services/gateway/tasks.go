@@ -1,0 +1,213 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"time"
+
+	"dayfly.dev/bus"
+	"dayfly.dev/schemas"
+)
+
+// taskID takes the id from the path. What is no id names no task.
+func taskID(r *http.Request) (schemas.TaskID, error) {
+	id, err := schemas.ParseTaskID(r.PathValue("id"))
+	if err != nil {
+		return "", noTask()
+	}
+	return id, nil
+}
+
+// get is GET /v1/tasks/{id}.
+func (g *Gateway) get(w *response, r *http.Request) error {
+	id, err := taskID(r)
+	if err != nil {
+		return err
+	}
+	q, err := parseQuery(r, "wait", "timeout")
+	if err != nil {
+		return err
+	}
+	wait, err := g.parsePatience(q)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := g.operation(r)
+	defer cancel()
+	e, err := g.fetch(ctx, id)
+	if err != nil {
+		return err
+	}
+	if wait.until != "" {
+		w.route += "?wait"
+		if !wait.satisfied(e.Value.State) {
+			if e, err = g.await(r, id, wait); err != nil {
+				return err
+			}
+		}
+	}
+	tag := etag(e.Revision)
+	w.Header().Set("ETag", tag)
+	if matches(r.Header, tag) {
+		w.WriteHeader(http.StatusNotModified)
+		return nil
+	}
+	t := e.Value.View(e.Revision, time.Now())
+	if t.State == schemas.Queued && r.Method == http.MethodGet {
+		t.Why = g.why(r.Context(), id)
+	}
+	return answer(w, http.StatusOK, t)
+}
+
+const whyTimeout = 250 * time.Millisecond
+
+// why asks the leading placer why a task waits; nil if nobody says so in time.
+func (g *Gateway) why(ctx context.Context, id schemas.TaskID) *schemas.Why {
+	ctx, cancel := context.WithTimeout(ctx, whyTimeout)
+	defer cancel()
+	m, err := g.conn.NC.RequestWithContext(ctx, schemas.PlacerWhySubject, []byte(id))
+	if err != nil {
+		return nil
+	}
+	var why schemas.Why
+	if err := schemas.Decode(m.Data, &why); err != nil || why.Task != id {
+		return nil
+	}
+	return &why
+}
+
+// cancel is DELETE /v1/tasks/{id}.
+func (g *Gateway) cancel(w *response, r *http.Request) error {
+	id, err := taskID(r)
+	if err != nil {
+		return err
+	}
+	q, err := parseQuery(r, "grace")
+	if err != nil {
+		return err
+	}
+	grace, err := q.duration("grace", -1, 24*time.Hour)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := g.operation(r)
+	defer cancel()
+	e, err := g.change(ctx, id, func(rec schemas.Record, m schemas.Meta) schemas.Event {
+		ask := schemas.AskCancel{Meta: m, Grace: schemas.Duration(grace)}
+		if grace < 0 {
+			ask.Grace = rec.Spec.Timeouts.Stop
+		}
+		return ask
+	})
+	switch {
+	case err == nil:
+		g.order(e)
+	case errors.Is(err, schemas.ErrFinal), errors.Is(err, schemas.ErrUnchanged):
+	default:
+		return err
+	}
+	return show(w, http.StatusOK, e)
+}
+
+// extend is POST /v1/tasks/{id}/extend: 200 once the worker has carried it out, 202
+// while it has not said so, 409 where the task's state or time forbids it, and 422
+// where the ttl is above what the site allows or the task has all it may have.
+func (g *Gateway) extend(w *response, r *http.Request) error {
+	id, err := taskID(r)
+	if err != nil {
+		return err
+	}
+	if _, err := parseQuery(r); err != nil {
+		return err
+	}
+	body, err := readBody(w, r)
+	if err != nil {
+		return err
+	}
+	var ask schemas.ExtendRequest
+	if err := schemas.DecodeStrict(body, &ask); err != nil {
+		return err
+	}
+	refuse := func(status int, code schemas.Code, detail string) *schemas.Error {
+		return &schemas.Error{Status: status, Code: code, Field: "ttl", Detail: detail}
+	}
+	switch {
+	case ask.TTL.Std() < time.Second:
+		return refuse(http.StatusUnprocessableEntity, schemas.CodeInvalidValue, `must be at least "1s"`)
+	case ask.TTL > g.cfg.Policy.MaxTTL:
+		return refuse(http.StatusUnprocessableEntity, schemas.CodeInvalidValue, "must be at most "+g.cfg.Policy.MaxTTL.String()+" here")
+	}
+	ctx, cancel := g.operation(r)
+	defer cancel()
+	e, err := g.change(ctx, id, func(_ schemas.Record, m schemas.Meta) schemas.Event {
+		return schemas.AskExtend{Meta: m, TTL: ask.TTL}
+	})
+	conflict := func(code schemas.Code, detail string) *schemas.Error {
+		return &schemas.Error{Status: http.StatusConflict, Code: code, Detail: detail, Task: id, State: e.Value.State}
+	}
+	switch {
+	case err == nil:
+		g.order(e)
+	case errors.Is(err, schemas.ErrUnchanged): // it has that much time already
+	case errors.Is(err, schemas.ErrFinal):
+		return conflict(schemas.CodeStateConflict, "the task is over; create a new one")
+	case errors.Is(err, schemas.ErrState):
+		return conflict(schemas.CodeStateConflict, "the task is being canceled")
+	case errors.Is(err, schemas.ErrTooLate):
+		return conflict(schemas.CodeTooLate, "less than "+schemas.Duration(schemas.ExtendLeast).String()+" of its time is left; create a new task")
+	case errors.Is(err, schemas.ErrLimit):
+		return refuse(http.StatusUnprocessableEntity, schemas.CodeNotAllowed, "the task has the longest lifetime that it may have")
+	default:
+		return err
+	}
+
+	want := e.Value.Extensions
+	heard := func(rec schemas.Record) bool {
+		return !rec.State.Held() || rec.Applied >= want
+	}
+	if !heard(e.Value.Record) {
+		wait, done := context.WithTimeout(r.Context(), g.cfg.ExtendWait)
+		defer done()
+		_ = g.tasks.Wait(wait, string(id), func(it *item, revision uint64, exists bool) bool {
+			if !exists {
+				return true
+			}
+			if rec, ok := it.whole(); ok && revision > e.Revision {
+				e.Value, e.Revision = rec, revision
+			}
+			return heard(e.Value.Record)
+		})
+	}
+	switch {
+	case e.Value.State.Final():
+		return conflict(schemas.CodeStateConflict, "the task ended before its worker heard of the extension")
+	case !heard(e.Value.Record):
+		return show(w, http.StatusAccepted, e)
+	}
+	return show(w, http.StatusOK, e)
+}
+
+func show(w *response, status int, e bus.Entry[record]) error {
+	w.Header().Set("ETag", etag(e.Revision))
+	return answer(w, status, e.Value.View(e.Revision, time.Now()))
+}
+
+// order sends the worker what follows from an own write. It is not waited for: the
+// reaper sends it again if it is lost.
+func (g *Gateway) order(e bus.Entry[record]) {
+	rec := e.Value.Record
+	if !rec.State.Held() {
+		return
+	}
+	body, err := schemas.Encode(schemas.NewOrder(rec, e.Revision, rec.Assignment(), time.Now()))
+	if err != nil {
+		g.log.Error().Err(err).Str("task", e.Key).Msg("encode order")
+		return
+	}
+	g.conn.PublishAsync(schemas.OrderSubject(rec.Worker, rec.ID), nil, body, func(err error) {
+		if err != nil {
+			g.log.Debug().Err(err).Str("task", e.Key).Str("worker", string(rec.Worker)).Msg("order not sent; the reaper sends it again")
+		}
+	})
+}
