@@ -8,6 +8,8 @@ require (
 	dayfly.dev/ops v0.0.0
 	dayfly.dev/schemas v0.0.0
 	dayfly.dev/services/agent v0.0.0-00010101000000-000000000000
+	dayfly.dev/services/gateway v0.0.0-00010101000000-000000000000
+	dayfly.dev/services/placer v0.0.0-00010101000000-000000000000
 	dayfly.dev/services/reaper v0.0.0-00010101000000-000000000000
 	github.com/google/go-cmp v0.7.0
 	github.com/moby/moby/client v0.6.2
@@ -17,7 +19,7 @@ require (
 	github.com/rs/zerolog v1.35.1
 	github.com/spf13/cobra v1.10.2
 	github.com/spf13/pflag v1.0.10
-	golang.org/x/sync v0.22.0
+	golang.org/x/sync v0.24.0
 	golang.org/x/sys v0.49.0
 	golang.org/x/term v0.47.0
 )
