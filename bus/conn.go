@@ -5,7 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -44,8 +46,9 @@ type Conn struct {
 	replies   *replies
 	closed    chan struct{}
 
-	mu          sync.Mutex
-	reconnected chan struct{}
+	mu           sync.Mutex
+	reconnected  chan struct{}
+	onDisconnect map[*func()]struct{}
 }
 
 // Connect dials and waits for the server until ctx ends. Only a refused login is
@@ -54,6 +57,7 @@ func Connect(ctx context.Context, c Config) (*Conn, error) {
 	conn := &Conn{
 		log: c.Logger, apiPrefix: c.APIPrefix + ".", core: c.APIPrefix == "",
 		closed: make(chan struct{}), reconnected: make(chan struct{}),
+		onDisconnect: map[*func()]struct{}{},
 	}
 	if conn.core {
 		conn.apiPrefix = jetstream.DefaultAPIPrefix
@@ -73,6 +77,7 @@ func Connect(ctx context.Context, c Config) (*Conn, error) {
 		nats.ErrorHandler(conn.onError),
 		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {
 			conn.replies.failAll(fmt.Errorf("%w: connection lost", ErrUnknownOutcome))
+			conn.tellDisconnected()
 			conn.log.Warn().Err(err).Msg("nats disconnected")
 		}),
 		nats.ReconnectHandler(func(*nats.Conn) {
@@ -166,6 +171,28 @@ func (c *Conn) Close() {
 	}
 	<-c.closed
 	c.replies.stop()
+}
+
+// whenDisconnected calls fn, which must be quick, at each disconnect, before the next
+// reconnect is tried, until forget is called.
+func (c *Conn) whenDisconnected(fn func()) (forget func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.onDisconnect[&fn] = struct{}{}
+	return func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		delete(c.onDisconnect, &fn)
+	}
+}
+
+func (c *Conn) tellDisconnected() {
+	c.mu.Lock()
+	fns := slices.Collect(maps.Keys(c.onDisconnect))
+	c.mu.Unlock()
+	for _, fn := range fns {
+		(*fn)()
+	}
 }
 
 // waitConnected returns at once while connected.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"sync"
 	"time"
 
@@ -34,7 +35,6 @@ func newMsg(m jetstream.Msg, meta *jetstream.MsgMetadata) Msg {
 	return Msg{
 		Subject: m.Subject(), Header: m.Headers(), Data: m.Data(),
 		Sequence: meta.Sequence.Stream, Time: meta.Timestamp, Delivered: meta.NumDelivered,
-		Ack: m.Ack, Nak: m.NakWithDelay, Term: m.Term, InProgress: m.InProgress,
 	}
 }
 
@@ -106,10 +106,11 @@ func (c *Conn) Consume(ctx context.Context, o ConsumeOptions, handle func(contex
 		o.Key = func(m Msg) string { return m.Subject }
 	}
 	lanes := newLanes(ctx, o, handle)
-	defer lanes.wait()
+	p := &puller{c: c, o: o, lanes: lanes, kick: make(chan struct{}, 1)}
+	lanes.freed = p.poke
 	quiet := false
 	for ctx.Err() == nil {
-		err := c.consume(ctx, o, lanes, func() { quiet = false })
+		err := p.session(ctx, func() { quiet = false })
 		if errors.Is(err, errRestart) || ctx.Err() != nil {
 			continue
 		}
@@ -119,49 +120,193 @@ func (c *Conn) Consume(ctx context.Context, o ConsumeOptions, handle func(contex
 		}
 		sleep(ctx, sessionPause)
 	}
+	lanes.wait()
 	return nil
 }
 
-func (c *Conn) consume(ctx context.Context, o ConsumeOptions, lanes *lanes, bound func()) error {
-	if err := c.waitConnected(ctx); err != nil {
+const (
+	pullExpiry    = 30 * time.Second // the answers to an agent's request are let through for two minutes
+	pullHeartbeat = 2 * time.Second
+	pullSilence   = 5 * time.Second // without a message or heartbeat
+)
+
+// puller asks a durable consumer for messages, in sessions that last until the
+// connection goes.
+//
+// Each session has an inbox of its own that is given up at once when the connection
+// goes, before the client library subscribes to it again. Across accounts the server
+// forgets at a disconnect how the answers to a pull lead to the agent, but keeps the
+// pull while anyone listens to its inbox: messages for it would be missing until
+// AckWait. The library's own Consume has that fault.
+type puller struct {
+	c     *Conn
+	o     ConsumeOptions
+	lanes *lanes
+	kick  chan struct{} // something changed: look whether to pull
+
+	mu    sync.Mutex
+	inbox string    // under mu: of this session
+	asked int       // under mu: messages pulled for and not come
+	heard time.Time // under mu
+	fault error     // under mu: ends the session
+}
+
+func (p *puller) poke() {
+	select {
+	case p.kick <- struct{}{}:
+	default:
+	}
+}
+
+// receive takes what comes to the inbox, messages and the words about pulls.
+func (p *puller) receive(m *nats.Msg) {
+	status := ""
+	if len(m.Data) == 0 {
+		status = m.Header.Get("Status")
+	}
+	p.mu.Lock()
+	if m.Sub.Subject != p.inbox { // of a session before: a message is good, the rest is past
+		p.mu.Unlock()
+		if status == "" {
+			p.take(m)
+		}
+		return
+	}
+	p.heard = time.Now()
+	switch status {
+	case "":
+		p.asked = max(0, p.asked-1)
+	case "100": // heartbeat
+	case "404", "408": // a pull ran out
+		left, _ := strconv.Atoi(m.Header.Get("Nats-Pending-Messages"))
+		p.asked = max(0, p.asked-left)
+	default: // the consumer was deleted, the server stops, nobody listens
+		p.fault = fmt.Errorf("%s %s", status, m.Header.Get("Description"))
+	}
+	p.mu.Unlock()
+	if status == "" {
+		p.take(m)
+	}
+	p.poke()
+}
+
+func (p *puller) take(m *nats.Msg) {
+	meta, err := m.Metadata()
+	if err != nil {
+		p.c.log.Error().Err(err).Str("subject", m.Subject).Msg("cannot read where a message comes from")
+		return
+	}
+	p.lanes.add(p.msg(m, meta))
+}
+
+func (p *puller) msg(m *nats.Msg, meta *nats.MsgMetadata) Msg {
+	say := func(word string) error {
+		if err := p.c.NC.Publish(m.Reply, []byte(word)); err != nil {
+			return sendError(err)
+		}
+		return nil
+	}
+	return Msg{
+		Subject: m.Subject, Header: m.Header, Data: m.Data,
+		Sequence: meta.Sequence.Stream, Time: meta.Timestamp, Delivered: meta.NumDelivered,
+		Ack:        func() error { return say("+ACK") },
+		Nak:        func(delay time.Duration) error { return say(fmt.Sprintf(`-NAK {"delay": %d}`, delay)) },
+		Term:       func() error { return say("+TERM") },
+		InProgress: func() error { return say("+WPI") },
+	}
+}
+
+// session pulls until ctx ends, the connection was away or something is wrong.
+func (p *puller) session(ctx context.Context, bound func()) error {
+	if err := p.c.waitConnected(ctx); err != nil {
 		return err
 	}
-	reconnected := c.Reconnected()
-	// Across accounts nobody says that a subject has no listener, so ask again soon.
-	bindCtx, cancel := context.WithTimeout(ctx, time.Second)
-	cons, err := c.JS.Consumer(bindCtx, o.Stream, o.Durable)
-	cancel()
-	if err != nil {
+	reconnected := p.c.Reconnected()
+	if err := p.c.bind(ctx, p.o); err != nil {
 		return err
+	}
+	p.mu.Lock()
+	p.inbox, p.asked, p.heard, p.fault = p.c.NC.NewInbox(), 0, time.Now(), nil
+	inbox := p.inbox
+	p.mu.Unlock()
+	sub, err := p.c.NC.Subscribe(inbox, p.receive)
+	if err != nil {
+		return sendError(err)
+	}
+	forget := p.c.whenDisconnected(func() {
+		sub.Unsubscribe()
+		p.fail(errRestart)
+	})
+	defer func() {
+		forget()
+		sub.Unsubscribe()
+	}()
+	if !p.c.Connected() {
+		return errRestart // it went before we could be told
 	}
 	bound()
-	ended := make(chan error, 1)
-	end := func(err error) {
+	tick := time.NewTicker(pullHeartbeat)
+	defer tick.Stop()
+	for {
+		if err := p.pull(); err != nil {
+			return err
+		}
 		select {
-		case ended <- err:
-		default:
+		case <-ctx.Done():
+			return nil
+		case <-reconnected:
+			return errRestart
+		case <-p.kick:
+		case <-tick.C:
 		}
 	}
-	cc, err := cons.Consume(func(m jetstream.Msg) {
-		meta, err := m.Metadata()
-		if err != nil {
-			end(err)
-			return
-		}
-		lanes.add(newMsg(m, meta))
-	}, jetstream.PullMaxMessages(o.MaxMessages), jetstream.PullExpiry(30*time.Second), jetstream.PullHeartbeat(5*time.Second),
-		jetstream.ConsumeErrHandler(func(_ jetstream.ConsumeContext, err error) { end(err) }))
-	if err != nil {
-		return err
+}
+
+func (p *puller) fail(err error) {
+	p.mu.Lock()
+	p.fault = err
+	p.mu.Unlock()
+	p.poke()
+}
+
+// pull asks for more when half of the room is free.
+func (p *puller) pull() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.fault != nil {
+		return p.fault
 	}
-	defer cc.Stop()
-	select {
-	case <-ctx.Done():
+	if p.asked > 0 && time.Since(p.heard) > pullSilence {
+		return fmt.Errorf("no heartbeat of %s", p.o.Durable)
+	}
+	want := p.o.MaxMessages - p.lanes.load() - p.asked
+	if want < (p.o.MaxMessages+1)/2 {
 		return nil
-	case <-reconnected:
-		return errRestart
-	case err := <-ended:
-		return err
+	}
+	if p.asked == 0 {
+		p.heard = time.Now()
+	}
+	body := fmt.Sprintf(`{"batch":%d,"expires":%d,"idle_heartbeat":%d}`, want, pullExpiry, pullHeartbeat)
+	subject := p.c.apiPrefix + "CONSUMER.MSG.NEXT." + p.o.Stream + "." + p.o.Durable
+	if err := p.c.NC.PublishRequest(subject, p.inbox, []byte(body)); err != nil {
+		return sendError(err)
+	}
+	p.asked += want
+	return nil
+}
+
+// bind looks for the consumer. A server that is just starting loses requests, and
+// across accounts nobody says that a subject has no listener, so it asks again soon.
+func (c *Conn) bind(ctx context.Context, o ConsumeOptions) error {
+	ctx, cancel := context.WithTimeout(ctx, OpTimeout)
+	defer cancel()
+	for patience := 50 * time.Millisecond; ; patience = min(2*patience, 2*time.Second) {
+		tryCtx, done := context.WithTimeout(ctx, patience)
+		_, err := c.JS.Consumer(tryCtx, o.Stream, o.Durable)
+		done()
+		if err == nil || !transient(err) || !sleep(ctx, sessionPause) {
+			return err
+		}
 	}
 }
 
@@ -170,32 +315,37 @@ type lanes struct {
 	ctx    context.Context
 	o      ConsumeOptions
 	handle func(context.Context, Msg)
-	room   chan struct{} // one per message that waits or is handled
+	freed  func() // a message is done
 	work   sync.WaitGroup
 
 	mu      sync.Mutex
+	held    int              // under mu: messages that wait or are handled
 	queues  map[string][]Msg // under mu: keys with a message, the first being handled or ready
 	ready   []string         // under mu: keys whose first message waits for a worker
 	running int              // under mu
 }
 
 func newLanes(ctx context.Context, o ConsumeOptions, handle func(context.Context, Msg)) *lanes {
-	return &lanes{ctx: ctx, o: o, handle: handle, room: make(chan struct{}, o.MaxMessages), queues: map[string][]Msg{}}
+	return &lanes{ctx: ctx, o: o, handle: handle, queues: map[string][]Msg{}}
 }
 
-// add waits for room; what comes after the end of ctx is left to be delivered again.
+func (l *lanes) load() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.held
+}
+
+// add never blocks; what is pulled bounds it. What comes after the end of ctx is given
+// back.
 func (l *lanes) add(m Msg) {
-	select {
-	case l.room <- struct{}{}:
-	case <-l.ctx.Done():
-		return
-	}
 	key := l.o.Key(m)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.ctx.Err() != nil {
+		m.Nak(0)
 		return
 	}
+	l.held++
 	l.queues[key] = append(l.queues[key], m)
 	if len(l.queues[key]) > 1 {
 		return
@@ -216,8 +366,9 @@ func (l *lanes) worker() {
 		m := l.queues[key][0]
 		l.mu.Unlock()
 		l.handle(l.ctx, m)
-		<-l.room
 		l.mu.Lock()
+		l.held--
+		l.freed()
 		if rest := l.queues[key][1:]; len(rest) > 0 {
 			l.queues[key] = rest
 			l.ready = append(l.ready, key)
@@ -228,11 +379,20 @@ func (l *lanes) worker() {
 	l.running--
 }
 
-// wait returns when the running handlers have.
+// wait returns when the running handlers have, after the end of ctx, and gives back
+// what was not begun.
 func (l *lanes) wait() {
-	<-l.ctx.Done()
-	l.mu.Lock() // no add after this starts a worker
-	//lint:ignore SA2001 it only orders the last add before the wait
+	l.mu.Lock() // orders the last add before the wait
+	running := l.running > 0
 	l.mu.Unlock()
-	l.work.Wait()
+	if running {
+		l.work.Wait()
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, queue := range l.queues {
+		for _, m := range queue {
+			m.Nak(0) // if that is lost, it comes again after AckWait
+		}
+	}
 }

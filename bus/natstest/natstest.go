@@ -98,5 +98,5 @@ func Restart(t testing.TB, s *natsd.Server) {
 	}
 }
 
-// Logger is silent; it is a place to look closer from.
+// Logger is silent; make it write to t to look closer.
 func Logger(testing.TB) zerolog.Logger { return zerolog.Nop() }
