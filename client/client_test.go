@@ -291,6 +291,48 @@ func TestResumeReadsTheSamePiecesSplitElsewhere(t *testing.T) {
 	}
 }
 
+func TestResumeFinishesTheAttemptThatBrokeOff(t *testing.T) {
+	t.Parallel()
+	s, c := start(t)
+	id := schemas.TaskID("t-01jd6q0t000000000000000000")
+	r := schemas.NewRecord(id, schemas.DefaultSpec(), schemas.DefaultPolicy(), schemas.Meta{At: time.Now(), By: "gateway"})
+	r.State, r.Attempt, r.Logs = schemas.Completed, 3, &schemas.LogSum{StdoutBytes: 2}
+	s.Seed(r)
+	var asked []string
+	s.Intercept(func(w http.ResponseWriter, r *http.Request) bool {
+		if !strings.HasSuffix(r.URL.Path, "/logs") {
+			return false
+		}
+		q := r.URL.Query()
+		asked = append(asked, q.Get("attempt")+"/"+q.Get("follow"))
+		line := func(attempt, offset int, data string) {
+			fmt.Fprintf(w, "{\"attempt\":%d,\"stream\":\"stdout\",\"offset\":%d,\"data\":%q}\n", attempt, offset, data)
+		}
+		switch {
+		case len(asked) == 1: // attempt 1 is the newest yet, and the connection breaks
+			line(1, 0, "on")
+			fmt.Fprint(w, "{")
+		case q.Get("attempt") == "1":
+			line(1, 0, "one,")
+		case q.Get("attempt") == "2":
+			line(2, 0, "two,")
+		default:
+			line(3, 0, "3.")
+		}
+		return true
+	})
+	got := ""
+	for l, err := range c.Logs(t.Context(), id, client.LogOptions{Follow: true}) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		got += l.Data
+	}
+	if got != "one,two,3." || strings.Join(asked, " ") != "/true 1/ 2/ /true" {
+		t.Errorf("got %q by %q", got, asked)
+	}
+}
+
 func TestTailStaysATailAfterACut(t *testing.T) {
 	t.Parallel()
 	s, c := start(t)

@@ -24,7 +24,7 @@ type LogOptions struct {
 	Tail    int            // only about the last so many lines of what there is; all if negative or 0
 	Since   time.Time      // only what was written since then
 	Stream  schemas.Stream // one of the two; both if empty
-	Attempt int            // one attempt; all if 0
+	Attempt int            // one attempt; the newest, and with Follow those after it, if 0
 }
 
 // maxLogLine bounds one line of NDJSON: a chunk of 64 KiB, escaped, has room in it.
@@ -89,13 +89,14 @@ type logReader struct {
 	next    map[logKey]int64 // offset of the next byte to hand out
 	began   time.Time        // when the first piece handed out was written
 	first   int              // attempt of the first piece
+	last    int              // attempt of the last piece
 }
 
 func (r *logReader) read(ctx context.Context, yield func(schemas.LogLine, error) bool) error {
 	b := backoff{first: r.client.backoffFirst, most: r.client.backoffMost}
 	began := time.Now()
 	for resumed := false; ; resumed = true {
-		some, err := r.connection(ctx, resumed, yield)
+		some, err := r.round(ctx, resumed, yield)
 		if err == nil {
 			var complete bool
 			if complete, err = r.complete(ctx); complete {
@@ -126,10 +127,32 @@ func (r *logReader) read(ctx context.Context, yield func(schemas.LogLine, error)
 	}
 }
 
-// connection reads over one connection until it ends. some says whether anything new
-// came.
-func (r *logReader) connection(ctx context.Context, resumed bool, yield func(schemas.LogLine, error) bool) (some bool, err error) {
-	o := r.options
+// round reads until a connection ends. The server begins with the newest attempt, so
+// what is left of the one that broke off, and of those since, is read first. some
+// says whether anything new came.
+func (r *logReader) round(ctx context.Context, resumed bool, yield func(schemas.LogLine, error) bool) (some bool, err error) {
+	if resumed && r.options.Attempt == 0 && r.last > 0 {
+		t, err := r.client.With(WithRetryFor(0)).Get(ctx, r.id, GetOptions{})
+		if err != nil {
+			return false, err
+		}
+		for r.last < t.Attempt {
+			earlier := r.options
+			earlier.Attempt, earlier.Follow = r.last, false
+			more, err := r.connection(ctx, earlier, true, yield)
+			some = some || more
+			if err != nil {
+				return some, err
+			}
+			r.last++
+		}
+	}
+	more, err := r.connection(ctx, r.options, resumed, yield)
+	return some || more, err
+}
+
+// connection reads over one connection until it ends.
+func (r *logReader) connection(ctx context.Context, o LogOptions, resumed bool, yield func(schemas.LogLine, error) bool) (some bool, err error) {
 	q := url.Values{}
 	if o.Follow {
 		q.Set("follow", "true")
@@ -220,6 +243,7 @@ func (r *logReader) take(l *schemas.LogLine, resumed bool) (bool, error) {
 		r.began, r.first = l.At, l.Attempt
 	}
 	r.next[k] = l.Offset + int64(len(b))
+	r.last = max(r.last, l.Attempt)
 	return true, nil
 }
 

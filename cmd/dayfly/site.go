@@ -236,17 +236,13 @@ func (s *site) open(ctx context.Context) error {
 	if s.server, err = natsd.Start(ctx, nd); err != nil {
 		return &hintError{err, "the log above; dayfly doctor looks deeper"}
 	}
-	setup, err := s.connect(ctx, bus.Config{Name: "setup", User: natsd.CoreUser, Password: coreSecret})
-	if err != nil {
-		return err
-	}
-	if err := bus.Provision(ctx, setup, schemas.Assets(u.logAge), 1); err != nil {
-		return err
-	}
 	for _, name := range []string{"gateway", "placer", "reaper"} {
 		if _, err := s.connect(ctx, bus.Config{Name: name, User: natsd.CoreUser, Password: coreSecret}); err != nil {
 			return err
 		}
+	}
+	if err := bus.Provision(ctx, s.conns["gateway"], schemas.Assets(u.logAge), 1); err != nil {
+		return err
 	}
 	if _, err := s.connect(ctx, bus.Config{Name: "agent", User: u.worker, Password: agentSecret,
 		InboxPrefix: schemas.AgentInbox(worker), APIPrefix: schemas.AgentAPIPrefix}); err != nil {
