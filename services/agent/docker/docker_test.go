@@ -8,13 +8,13 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"strings"
-	"sync/atomic"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/moby/moby/client"
 	"github.com/rs/zerolog"
+	"go.uber.org/goleak"
 
 	"dayfly.dev/schemas"
 	"dayfly.dev/services/agent"
@@ -31,7 +31,6 @@ var site struct {
 	imageID  string
 	initPath string
 	archive  []byte
-	tasks    atomic.Int64
 }
 
 func TestMain(m *testing.M) {
@@ -44,8 +43,13 @@ func TestMain(m *testing.M) {
 			fmt.Fprintln(os.Stderr, "docker tests need an Engine:", err)
 			return 1
 		}
-		defer tearDown()
-		return m.Run()
+		code := m.Run()
+		tearDown()
+		if err := goleak.Find(); err != nil && code == 0 {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		return code
 	}())
 }
 
@@ -81,6 +85,7 @@ func tearDown() {
 		_, _ = site.docker.ContainerRemove(ctx, c, client.ContainerRemoveOptions{Force: true, RemoveVolumes: true})
 	}
 	_, _ = site.docker.ImageRemove(ctx, site.image, client.ImageRemoveOptions{})
+	_ = site.docker.Close()
 }
 
 func containers(ctx context.Context) (ids []string) {
@@ -103,12 +108,7 @@ func config(t testing.TB, dir string, worker schemas.WorkerID) docker.Config {
 	}
 }
 
-// open makes a runtime with a permit for a minute.
-func open(t testing.TB) *docker.Runtime {
-	t.Helper()
-	return openIn(t, t.TempDir(), "w-"+schemas.WorkerID(strings.ToLower(randomID())))
-}
-
+// openIn makes a runtime with a permit for a minute.
 func openIn(t testing.TB, dir string, worker schemas.WorkerID) *docker.Runtime {
 	t.Helper()
 	rt, err := docker.New(config(t, dir, worker))
@@ -188,7 +188,42 @@ func TestEcho(t *testing.T) {
 	if got := output(t, a, schemas.Stdout); got != "hi\n" || o.By != schemas.EndedItself || o.Exit == nil || o.Exit.Code != 0 {
 		t.Fatalf("%q %+v %+v", got, o, o.Exit)
 	}
-	t.Logf("%+v", o)
+}
+
+// Many at once, of which some are stopped and all removed at once.
+func TestBurst(t *testing.T) {
+	rt := openIn(t, t.TempDir(), "w-burst")
+	var wg sync.WaitGroup
+	for i := range 16 {
+		req := request(t, rt, "w-burst", "term-exit", fmt.Sprint(i))
+		wg.Go(func() {
+			a, err := rt.Start(t.Context(), req)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			_ = a.SetDeadline(time.Hour)
+			for {
+				changed := a.Output().Changed() // before the look, or a change is missed
+				if kept, _ := a.Output().Size(schemas.Stdout); kept > 0 {
+					break
+				}
+				<-changed
+			}
+			a.Stop(10 * time.Second)
+			<-a.Done()
+			if o := a.Outcome(); o.By != schemas.EndedStop || o.Exit.Code != i {
+				t.Errorf("%d: %+v %+v", i, o, o.Exit)
+			}
+			if err := a.Remove(context.Background()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if n := len(containersOf(t, "w-burst")); n > 0 {
+		t.Errorf("%d containers are left", n)
+	}
 }
 
 func containersOf(t testing.TB, worker schemas.WorkerID) []string {

@@ -114,21 +114,6 @@ func (d *doomed) reopen(t *testing.T) (*docker.Runtime, agent.Attempt) {
 	return rt, list[0]
 }
 
-// gone waits until the container does not run, and gives its exit code.
-func gone(t *testing.T, name string) int {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
-	defer cancel()
-	w := site.docker.ContainerWait(ctx, name, client.ContainerWaitOptions{Condition: container.WaitConditionNotRunning})
-	select {
-	case r := <-w.Result:
-		return int(r.StatusCode)
-	case err := <-w.Error:
-		t.Fatal(err)
-		return 0
-	}
-}
-
 func (d *doomed) name() string { return "dayfly-" + string(d.task) + "-1" }
 
 func checkSpam(t *testing.T, got string, letter byte, bytes int) {

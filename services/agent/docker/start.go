@@ -69,6 +69,9 @@ func (r *Runtime) box(ctx context.Context, req agent.StartRequest) (*box, error)
 		dir: r.folder(ContainerName(req.Assignment)), init: r.initPath,
 		permit: filepath.Join(r.cfg.StateDir, "permit"), seccomp: r.seccomp, cpus: float64(r.cpus), v2: r.v2,
 	}
+	if field := unsupported(req.Spec); field != "" {
+		return nil, &agent.StartError{Reason: schemas.ReasonStart, Message: field + " is not available on this worker; leave it out"}
+	}
 	if argv := b.argv(); len(argv) == 0 || argv[0] == "" {
 		return nil, &agent.StartError{Reason: schemas.ReasonStart, Message: fmt.Sprintf("image %q names no command to run; give one in command", req.Spec.Image)}
 	}
@@ -78,6 +81,31 @@ func (r *Runtime) box(ctx context.Context, req agent.StartRequest) (*box, error)
 		}
 	}
 	return b, nil
+}
+
+// unsupported names a field of the spec that this runtime would have to ignore. It is
+// refused: a sandbox must not differ from what was asked for without a word.
+func unsupported(s schemas.Spec) string {
+	switch {
+	case s.Network != "" && s.Network != schemas.NetworkNone:
+		return "network " + string(s.Network)
+	case len(s.CapAdd) > 0:
+		return "cap_add"
+	case s.ReadOnly != nil && !*s.ReadOnly:
+		return "read_only: false"
+	case s.Runtime != "":
+		return "runtime"
+	case s.Mounts != nil:
+		return "mounts"
+	case s.Resources.GPUs > 0:
+		return "resources.gpus"
+	}
+	for _, f := range s.Files {
+		if f.Blob != "" {
+			return "files with a blob"
+		}
+	}
+	return ""
 }
 
 // prepare makes the folder and the attempt.
@@ -129,9 +157,6 @@ func (r *Runtime) create(ctx context.Context, a *attempt, b *box) error {
 			a.mu.Lock()
 			a.container = id // for abandon
 			a.mu.Unlock()
-		}
-		if client.IsErrConnectionFailed(err) || cerrdefs.IsConflict(err) || try > 0 {
-			return err
 		}
 		return err
 	}
