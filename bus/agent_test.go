@@ -77,9 +77,9 @@ func TestAgentTakesItsOrders(t *testing.T) {
 		until(t, want, got.has(want))
 	}
 	until(t, "hold was acknowledged", held.Load)
-	until(t, "the queue is empty", func() bool {
+	until(t, "only the kept message is in the queue", func() bool {
 		s, err := core.JS.Stream(testContext(t), orders.Stream)
-		return err == nil && s.CachedInfo().State.Msgs == 0
+		return err == nil && s.CachedInfo().State.Msgs == 1
 	})
 	for _, bad := range []string{"hold/2", "term/2", "plain/2"} {
 		if got.has(bad)() {

@@ -89,7 +89,7 @@ func (d *demo) run(ctx context.Context, bin string) (err error) {
 	}{
 		{"make a tiny image, offline", func() (string, error) { return d.makeImage(ctx) }},
 		{"start dayfly: NATS, gateway, placer, agent, reaper", func() (string, error) {
-			return "the API answers at " + "loopback", d.up.Start(ctx)
+			return "the API answers", d.up.Start(ctx)
 		}},
 		{"run a job that exits with 7", func() (string, error) { return d.job(ctx) }},
 		{"start a long task and extend it", func() (string, error) { return d.extend(ctx) }},
