@@ -6,6 +6,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -168,6 +169,17 @@ func (d *demo) cancel(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	err = harness.Poll(ctx, func() error { // it says so once it ignores TERM
+		var log string
+		err := d.up.Call(ctx, "GET", "/v1/tasks/"+string(t.ID)+"/logs", nil, &log)
+		if err == nil && !strings.Contains(log, "ready") {
+			err = errors.New("the task did not get ready")
+		}
+		return err
+	})
+	if err != nil {
+		return "", err
+	}
 	if err := d.up.Call(ctx, "DELETE", "/v1/tasks/"+string(t.ID)+"?grace=500ms", nil, nil); err != nil {
 		return "", err
 	}
@@ -210,11 +222,11 @@ func (d *demo) expire(ctx context.Context) (string, error) {
 	if t.State != schemas.Expired {
 		return "", fmt.Errorf("state %s (%s)", t.State, t.Message)
 	}
-	return fmt.Sprintf("expired %d ms after its 2 s", t.Timings.Ended.Sub(t.ExpiresAt).Milliseconds()), nil
+	return fmt.Sprintf("expired %d ms after its 2 s", max(0, t.Timings.Ended.Sub(t.ExpiresAt).Milliseconds())), nil
 }
 
 func (d *demo) refuse(ctx context.Context) (string, error) {
-	err := d.up.Call(ctx, "POST", "/v1/tasks", map[string]any{"image": d.image, "resources": map[string]any{"memory": "900TiB"}}, nil)
+	err := d.up.Call(ctx, "POST", "/v1/tasks", map[string]any{"image": d.image, "resources": map[string]any{"memory": "4TiB"}}, nil)
 	if err == nil {
 		return "", fmt.Errorf("it was accepted")
 	}
