@@ -43,7 +43,7 @@ func (p *Placer) reign(ctx context.Context, l *lease) error {
 		defer func() { _ = why.Unsubscribe() }()
 		p.leading.Store(true)
 		defer p.leading.Store(false)
-		p.log.Info().Uint64("term", l.entry.Value.Term).Msg("leading")
+		p.log.Info().Uint64("term", l.Held().Term).Msg("leading")
 		leader, leaderCtx := errgroup.WithContext(gctx)
 		leader.Go(func() error { return p.decide(leaderCtx, l) })
 		leader.Go(func() error { return p.resend(leaderCtx, l) })
@@ -138,9 +138,9 @@ func (p *Placer) decide(ctx context.Context, l *lease) error {
 
 // refused counts a task that fits nowhere; p.mu is held.
 func (p *Placer) refused(t *task) {
-	result := "constraint"
+	result, now := "constraint", time.Now()
 	for _, w := range p.book.fleet.list {
-		if p.book.fleet.couldHold(w, t.shape, time.Now()) {
+		if p.book.fleet.couldHold(w, t.shape, now) {
 			result = "no_capacity"
 			break
 		}

@@ -54,6 +54,13 @@ func (l *lease) Until() time.Time {
 	return l.until
 }
 
+// Held is the lease as it was last written.
+func (l *lease) Held() schemas.Leadership {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.entry.Value
+}
+
 // Valid says whether this placer surely leads.
 func (l *lease) Valid() bool { return time.Now().Before(l.Until()) }
 

@@ -108,8 +108,8 @@ func TestTheFirstLeadsAtOnceAndKeepsOnLeading(t *testing.T) {
 			t.Errorf("it stopped leading: %v", err)
 		default:
 		}
-		if !l.Valid() || l.entry.Value.Term != 1 || l.entry.Value.Beat < 55 {
-			t.Errorf("the lease is %+v", l.entry.Value)
+		if !l.Valid() || l.Held().Term != 1 || l.Held().Beat < 55 {
+			t.Errorf("the lease is %+v", l.Held())
 		}
 	})
 }
@@ -127,8 +127,8 @@ func TestADeadLeadersLeaseIsWaitedOut(t *testing.T) {
 		if waited := time.Since(died); waited < testLength+testWrite || waited > testLength+testWrite+testLength/5 {
 			t.Errorf("took over after %s", waited)
 		}
-		if old.Valid() || !l.Valid() || l.entry.Value.Term != 2 {
-			t.Errorf("old leader valid: %v, new lease %+v", old.Valid(), l.entry.Value)
+		if old.Valid() || !l.Valid() || l.Held().Term != 2 {
+			t.Errorf("old leader valid: %v, new lease %+v", old.Valid(), l.Held())
 		}
 	})
 }
@@ -179,8 +179,8 @@ func TestTheSameIdentityAndAReleasedLeaseAreTakenAtOnce(t *testing.T) {
 		start := time.Now()
 		again, stop := context.WithCancel(t.Context())
 		l, done := lead(again, t, f.elector("a"))
-		if waited := time.Since(start); waited != 0 || l.entry.Value.Term != 2 {
-			t.Errorf("the same identity waited %s for term %d", waited, l.entry.Value.Term)
+		if waited := time.Since(start); waited != 0 || l.Held().Term != 2 {
+			t.Errorf("the same identity waited %s for term %d", waited, l.Held().Term)
 		}
 		stop()
 		<-done
@@ -188,8 +188,8 @@ func TestTheSameIdentityAndAReleasedLeaseAreTakenAtOnce(t *testing.T) {
 			t.Fatal(err)
 		}
 		l, _ = lead(t.Context(), t, f.elector("b"))
-		if waited := time.Since(start); waited != 0 || l.entry.Value.Term != 3 {
-			t.Errorf("another identity waited %s for term %d", waited, l.entry.Value.Term)
+		if waited := time.Since(start); waited != 0 || l.Held().Term != 3 {
+			t.Errorf("another identity waited %s for term %d", waited, l.Held().Term)
 		}
 	})
 }

@@ -135,17 +135,21 @@ func taskID(n int) schemas.TaskID { return schemas.TaskID(fmt.Sprintf("t-01jd%02
 // post creates a queued record as a gateway does.
 func (w *world) post(n int, change func(*schemas.Spec)) bus.Entry[schemas.Record] {
 	w.t.Helper()
+	e, err := w.create(n, change)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return e
+}
+
+func (w *world) create(n int, change func(*schemas.Spec)) (bus.Entry[schemas.Record], error) {
 	spec := schemas.DefaultSpec()
 	spec.Image, spec.OnLost = "busybox", schemas.OnLostRequeue
 	if change != nil {
 		change(&spec)
 	}
 	m := schemas.Meta{At: time.Now().UTC(), By: "gateway", Op: op()}
-	e, err := w.tasks.Create(w.t.Context(), string(taskID(n)), schemas.NewRecord(taskID(n), spec, schemas.Policy{MaxTTL: schemas.Duration(time.Hour)}, m), m.Op)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	return e
+	return w.tasks.Create(w.t.Context(), string(taskID(n)), schemas.NewRecord(taskID(n), spec, schemas.Policy{MaxTTL: schemas.Duration(time.Hour)}, m), m.Op)
 }
 
 func (w *world) posts(from, to int) {
@@ -155,7 +159,9 @@ func (w *world) posts(from, to int) {
 	for range 32 {
 		work.Go(func() {
 			for n := range next {
-				w.post(n, nil)
+				if _, err := w.create(n, nil); err != nil {
+					w.t.Error(err)
+				}
 			}
 		})
 	}
@@ -346,9 +352,19 @@ func TestPlacingGoesOnAfterARestartOfNATS(t *testing.T) {
 	w.beat("w1", host(1000, 1000*gib, 0))
 	w.posts(0, 100)
 	w.allPlaced(0, 100, 1)
+	var work sync.WaitGroup
+	work.Go(func() { w.posts(100, 600) })
+	eventually(t, "placing is under way", func() bool { return len(w.ordersOf(taskID(120))) > 0 })
 	natstest.Restart(t, w.server)
-	w.posts(100, 200)
-	w.allPlaced(100, 200, 2)
+	work.Wait()
+	for n := 100; n < 600; n++ {
+		eventually(t, fmt.Sprintf("task %d is assigned", n), func() bool {
+			e, err := w.tasks.Get(t.Context(), string(taskID(n)))
+			return err == nil && e.Value.State == schemas.Assigned && e.Value.Attempt == 1
+		})
+	}
+	w.posts(600, 700)
+	w.allPlaced(600, 700, 1)
 }
 
 func TestDrainedWorkersTakeNothingNew(t *testing.T) {
@@ -397,6 +413,40 @@ func BenchmarkPlaceThroughNATS(b *testing.B) {
 				r.stop()
 				b.StartTimer()
 			}
+		})
+	}
+}
+
+// BenchmarkOneByOne is the way of a single task: from its record's creation to its
+// order, with nothing else going on.
+func BenchmarkOneByOne(b *testing.B) {
+	for _, workers := range []int{50, 1000} {
+		b.Run(fmt.Sprintf("%d workers", workers), func(b *testing.B) {
+			w := newWorld(b)
+			for n := range workers - 1 {
+				w.beat(schemas.WorkerID(fmt.Sprintf("w%d", n)), host(1000, 1000*gib, 0))
+			}
+			r := w.placer(quick("a"))
+			eventually(b, "the placer leads", r.leads)
+			ordered := make(chan struct{}, 1)
+			if _, err := w.conn.NC.Subscribe("dayfly.work.>", func(*nats.Msg) { ordered <- struct{}{} }); err != nil {
+				b.Fatal(err)
+			}
+			if err := w.conn.NC.Flush(); err != nil {
+				b.Fatal(err)
+			}
+			var took []time.Duration
+			n := 0
+			for b.Loop() {
+				start := time.Now()
+				w.post(n, nil)
+				<-ordered
+				took = append(took, time.Since(start))
+				n++
+			}
+			slices.Sort(took)
+			b.ReportMetric(float64(took[len(took)/2].Microseconds()), "p50-us")
+			b.ReportMetric(float64(took[len(took)*99/100].Microseconds()), "p99-us")
 		})
 	}
 }

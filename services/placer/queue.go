@@ -124,14 +124,6 @@ func (q *queue) position(t *task) int {
 	return n
 }
 
-func (q *queue) len() int {
-	n := 0
-	for _, s := range q.shapes {
-		n += s.tasks.len()
-	}
-	return n
-}
-
 type readyHeap []*shape
 
 func (h readyHeap) Len() int           { return len(h) }
