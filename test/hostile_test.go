@@ -15,7 +15,6 @@ import (
 // hostile is one hostile program: what it runs, and how it must end.
 type hostile struct {
 	command []string
-	image   string         // "" is the guest's
 	spec    map[string]any // laid over the default
 	state   schemas.State
 	reason  schemas.Reason
