@@ -229,7 +229,7 @@ func TestAQueuedRecordIsAssignedAndOrdered(t *testing.T) {
 	}
 	eventually(t, "the stream has the order", func() bool {
 		s, err := w.conn.JS.Stream(t.Context(), schemas.WorkStream("w1"))
-		return err == nil && s.CachedInfo().State.Msgs == 1
+		return err == nil && s.CachedInfo().State.Msgs == 2 // and the one that is kept
 	})
 	want := `
 		# HELP dayfly_placements_total Tries to place a task: placed; no_capacity and constraint, no worker takes it now; conflict, its record had changed; error.
