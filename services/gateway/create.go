@@ -14,10 +14,6 @@ import (
 	"dayfly.dev/schemas"
 )
 
-// keyGrace is how long a key may be without its task: until then the request that
-// brought the key may still be at work, and whoever repeats it finishes its work.
-const keyGrace = time.Minute
-
 // create is POST /v1/tasks.
 func (g *Gateway) create(w *response, r *http.Request) error {
 	err := g.createTask(w, r)
@@ -133,7 +129,7 @@ func (g *Gateway) createOnce(ctx context.Context, key string, spec schemas.Spec)
 		if misfit != nil {
 			return e, false, misfit
 		}
-		if time.Since(made.Created) >= keyGrace {
+		if time.Since(made.Created) >= g.cfg.KeyGrace {
 			return e, false, &schemas.Error{Status: http.StatusGone, Code: schemas.CodeKeyExpired, Field: "Idempotency-Key",
 				Detail: "the task of this key was never made, or is gone; use a new key"}
 		}
@@ -213,9 +209,14 @@ func (g *Gateway) await(r *http.Request, id schemas.TaskID, p patience) (bus.Ent
 	defer cancel()
 	var at *item
 	var revision uint64
+	seen := false // a record that was just written may not be in the view yet
 	err := g.tasks.Wait(ctx, string(id), func(it *item, rev uint64, exists bool) bool {
 		at, revision = it, rev
-		return !exists || p.satisfied(it.state)
+		if !exists {
+			return seen
+		}
+		seen = true
+		return p.satisfied(it.state)
 	})
 	if err == nil && at != nil {
 		if rec, ok := at.whole(); ok {
