@@ -145,8 +145,8 @@ func (g *Gateway) createOnce(ctx context.Context, key string, spec schemas.Spec)
 	return e, false, busError(err, id)
 }
 
-// accept stores the record: from then on the task exists. The request to the placer
-// is a hint, and nobody waits for it.
+// accept stores the record: from then on the task exists, and the placer's view of
+// the records brings it there.
 func (g *Gateway) accept(ctx context.Context, id schemas.TaskID, spec schemas.Spec) (bus.Entry[record], error) {
 	m := meta("gateway")
 	rec, err := sealRecord(schemas.NewRecord(id, spec, g.cfg.Policy, m))
@@ -158,11 +158,6 @@ func (g *Gateway) accept(ctx context.Context, id schemas.TaskID, spec schemas.Sp
 		return e, err
 	}
 	g.fold(e)
-	g.conn.PublishAsync(schemas.RequestSubject(id), nil, []byte(id), func(err error) {
-		if err != nil {
-			g.log.Debug().Err(err).Str("task", string(id)).Msg("request not sent; the placer finds the record by itself")
-		}
-	})
 	g.metrics.submitted.Inc()
 	g.log.Info().Str("task", string(id)).Str("state", string(schemas.Queued)).Msg("task")
 	return e, nil

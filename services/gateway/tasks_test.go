@@ -32,9 +32,6 @@ func TestCreateAnswersWithTheTaskAndShowsItAtOnce(t *testing.T) {
 	if got := w.get("/v1/tasks/"+string(task.ID), "If-None-Match", `"1", `+r.header.Get("ETag")); got.status != 304 || len(got.body) > 0 {
 		t.Fatalf("%d %s", got.status, got.body)
 	}
-	until(t, "the request is published", func() bool {
-		return string(w.newest(schemas.StreamRequests, schemas.RequestSubject(task.ID))) == string(task.ID)
-	})
 }
 
 func (a api) list(query string) schemas.TaskList {
