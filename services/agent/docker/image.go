@@ -147,98 +147,104 @@ type pulls struct {
 
 type pull struct {
 	cancel  context.CancelFunc
-	waiting map[int]func(string) // guarded by pulls.mu
-	next    int
-	last    string
+	waiting int           // guarded by pulls.mu
+	said    string        // guarded by pulls.mu
+	changed chan struct{} // guarded by pulls.mu; closed when said changes
 	done    chan struct{}
 	err     error // valid once done is closed
 }
 
 // wait joins the pull of (name, auth), or begins it. When the last who waits has
-// left, the pull is broken off.
+// left, the pull is broken off. Each tells its own progress, so that a slow one keeps
+// nobody else; it may miss sentences, never the latest.
 func (ps *pulls) wait(ctx context.Context, r *Runtime, name, auth string, progress func(string)) error {
-	if progress == nil {
-		progress = func(string) {}
-	}
 	key := [2]string{name, auth}
+	p, err := ps.join(r, key)
+	if err != nil {
+		return err
+	}
+	for told := ""; ; {
+		ps.mu.Lock()
+		said, changed := p.said, p.changed
+		ps.mu.Unlock()
+		if said != told && progress != nil {
+			progress(said)
+			told = said
+		}
+		select {
+		case <-p.done:
+			return p.err
+		case <-ctx.Done():
+			ps.leave(p, key)
+			return context.Cause(ctx)
+		case <-changed:
+		}
+	}
+}
+
+func (ps *pulls) join(r *Runtime, key [2]string) (*pull, error) {
 	ps.mu.Lock()
+	defer ps.mu.Unlock()
 	p := ps.running[key]
 	if p == nil {
-		pullCtx, cancel := context.WithCancel(r.ctx)
-		p = &pull{cancel: cancel, waiting: map[int]func(string){}, done: make(chan struct{})}
+		ctx, cancel := context.WithCancel(r.ctx)
+		p = &pull{cancel: cancel, changed: make(chan struct{}), done: make(chan struct{})}
+		if !r.goDo(func() { ps.run(ctx, r, p, key) }) {
+			cancel()
+			return nil, errors.New("the runtime is closed")
+		}
 		if ps.running == nil {
 			ps.running = map[[2]string]*pull{}
 		}
 		ps.running[key] = p
-		if !r.goDo(func() { ps.run(pullCtx, r, p, key) }) {
-			delete(ps.running, key)
-			cancel()
-			ps.mu.Unlock()
-			return errors.New("the runtime is closed")
-		}
 	}
-	me := p.next
-	p.next++
-	p.waiting[me] = progress
-	last := p.last
-	ps.mu.Unlock()
-	if last != "" {
-		progress(last)
-	}
+	p.waiting++
+	return p, nil
+}
 
-	select {
-	case <-p.done:
-		return p.err
-	case <-ctx.Done():
-	}
+func (ps *pulls) leave(p *pull, key [2]string) {
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
-	delete(p.waiting, me)
-	if len(p.waiting) == 0 {
+	p.waiting--
+	if p.waiting == 0 {
 		p.cancel()
 		if ps.running[key] == p {
 			delete(ps.running, key) // who comes now begins anew
 		}
 	}
-	return context.Cause(ctx)
 }
 
 func (ps *pulls) run(ctx context.Context, r *Runtime, p *pull, key [2]string) {
 	defer p.cancel()
-	err := r.pullImage(ctx, key[0], key[1], func(s string) {
+	p.err = r.pullImage(ctx, key[0], key[1], func(s string) {
 		ps.mu.Lock()
-		if s == p.last {
-			ps.mu.Unlock()
-			return
-		}
-		p.last = s
-		tell := slices.Collect(maps.Values(p.waiting))
-		ps.mu.Unlock()
-		for _, f := range tell {
-			f(s)
+		defer ps.mu.Unlock()
+		if s != p.said {
+			p.said = s
+			close(p.changed)
+			p.changed = make(chan struct{})
 		}
 	})
 	ps.mu.Lock()
+	defer ps.mu.Unlock()
 	if ps.running[key] == p {
 		delete(ps.running, key)
 	}
-	ps.mu.Unlock()
-	p.err = err
 	close(p.done)
 }
 
-func (r *Runtime) pullImage(ctx context.Context, name, auth string, progress func(string)) error {
+func (r *Runtime) pullImage(ctx context.Context, name, auth string, say func(string)) error {
 	short := name
 	if ref, err := reference.ParseNormalizedNamed(name); err == nil {
 		short = reference.FamiliarString(ref)
 	}
-	progress("pulling " + short)
+	say("pulling " + short)
 	resp, err := r.docker.ImagePull(ctx, name, client.ImagePullOptions{RegistryAuth: auth})
 	if err != nil {
 		return err
 	}
 	defer resp.Close()
-	sum := layers{}
+	all := layers{}
 	for m, err := range resp.JSONMessages(ctx) {
 		if err != nil {
 			return err
@@ -246,38 +252,56 @@ func (r *Runtime) pullImage(ctx context.Context, name, auth string, progress fun
 		if m.Error != nil {
 			return m.Error
 		}
-		if sum.add(m) {
-			progress(fmt.Sprintf("pulling %s: %s", short, sum))
+		if s := all.add(m); s != "" {
+			say("pulling " + short + ": " + s)
 		}
 	}
 	return ctx.Err()
 }
 
 // layers sums up what Docker tells of each layer.
-type layers map[string]jsonstream.Progress
+type layers map[string]layer
 
-func (l layers) add(m jsonstream.Message) bool {
-	if m.ID == "" || m.Status != "Downloading" && m.Status != "Download complete" {
-		return false
-	}
-	old := l[m.ID]
-	switch {
-	case m.Status == "Download complete":
-		old.Current = old.Total
-	case m.Progress != nil:
-		old = *m.Progress
-	}
-	l[m.ID] = old
-	return true
+type layer struct {
+	now, all int64 // bytes
+	got      bool
 }
 
-// String gives "3.1 of 12 MiB".
-func (l layers) String() string {
-	var now, all int64
-	for _, p := range l {
-		now, all = now+p.Current, all+max(p.Total, p.Current)
+// add gives what there is to say after a message, "" if that is nothing new.
+func (l layers) add(m jsonstream.Message) string {
+	if m.ID == "" {
+		return ""
 	}
-	const mib = 1 << 20
+	one := l[m.ID]
+	switch {
+	case m.Status == "Pulling fs layer", m.Status == "Waiting":
+	case strings.HasPrefix(m.Status, "Retrying in"):
+		l[m.ID] = layer{}
+		return "the registry broke off, trying again" // Docker counts seconds; we do not
+	case m.Status == "Downloading":
+		if p := m.Progress; p != nil {
+			one.now, one.all = p.Current, max(p.Total, p.Current)
+		}
+	case m.Status == "Verifying Checksum", m.Status == "Download complete", m.Status == "Extracting", m.Status == "Pull complete":
+		one.now, one.got = one.all, true
+	default:
+		return "" // of the tag, or a layer that is there already
+	}
+	l[m.ID] = one
+	var now, all int64
+	got := true
+	for _, one := range l {
+		now, all, got = now+one.now, all+one.all, got && one.got
+	}
+	const kib, mib = 1 << 10, 1 << 20
+	switch {
+	case got && (m.Status == "Extracting" || m.Status == "Pull complete"):
+		return "unpacking"
+	case all == 0:
+		return ""
+	case all < mib:
+		return fmt.Sprintf("%.1f of %.1f KiB", float64(now)/kib, float64(all)/kib)
+	}
 	return fmt.Sprintf("%.1f of %.1f MiB", float64(now)/mib, float64(all)/mib)
 }
 
