@@ -35,6 +35,8 @@ type attempt struct {
 	said   sync.Once     // of a recovered attempt: that it was reported
 	dead   chan struct{} // closed once no process of it is left, or ever will be
 
+	reserved bool // of the attempt's goroutine: it holds room on the host
+
 	logs *shipper // of the attempt's goroutine; nil before the process was started
 	safe offsets  // of the journal: log bytes that an earlier agent has surely stored
 
@@ -46,7 +48,6 @@ type attempt struct {
 	revision uint64                  // under mu: of the newest order handled
 	applied  int                     // under mu: extensions carried out
 	deadline deadline                // under mu: as the newest order says it
-	reserved bool                    // under mu: it holds room on the host
 	report   schemas.Report          // under mu: what is true, as last said or about to be
 	timer    *time.Timer             // under mu: says it later, or again
 	sends    int                     // under mu: reports sent
@@ -73,6 +74,7 @@ func (t *attempt) run(body func()) {
 	t.agent.attempts.Go(func() {
 		defer t.cancel(nil)
 		body()
+		t.vacate()
 		close(t.dead)
 		t.await()
 	})
@@ -102,9 +104,7 @@ func (t *attempt) begin(o schemas.Order, before *attempt, journalled error) {
 		t.giveBack(err.Error())
 		return
 	}
-	t.mu.Lock()
 	t.reserved = true
-	t.mu.Unlock()
 
 	t.say(schemas.Report{Phase: schemas.PhaseAccepted}, t.agent.cfg.HoldBack)
 	began := t.agent.rt.Now()
@@ -300,15 +300,18 @@ func (t *attempt) giveBack(why string) {
 // finish reports the end, again and again until an order closes the attempt, and
 // takes then what is left of it away.
 func (t *attempt) finish(end schemas.End, ran bool) {
-	t.mu.Lock()
-	if t.reserved {
-		t.reserved = false
-		defer t.agent.release(t.needs)
-	}
-	t.mu.Unlock()
+	t.vacate()
 	t.agent.metrics.ended.WithLabelValues(string(end.By)).Inc()
 	t.log.Info().Str("by", string(end.By)).Str("reason", string(end.Reason)).Msg("attempt ended")
 	t.say(schemas.Report{Phase: schemas.PhaseEnded, Ran: ran, End: &end}, 0)
+}
+
+// vacate gives back the room on the host, however the attempt ended.
+func (t *attempt) vacate() {
+	if t.reserved {
+		t.reserved = false
+		t.agent.release(t.needs)
+	}
 }
 
 // await waits until the ended attempt is closed and its log surely stored, and

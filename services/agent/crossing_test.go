@@ -1,0 +1,99 @@
+package agent_test
+
+import (
+	"context"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"dayfly.dev/schemas"
+	"dayfly.dev/services/agent"
+	"dayfly.dev/services/agent/fakeruntime"
+)
+
+// These tests are about meetings: an order, a verdict or a restart of the server that
+// comes in the midst of something else.
+
+// spy is a fake host whose steps a test can hold up.
+type spy struct {
+	*fakeruntime.Runtime
+	image func(ctx context.Context, progress func(string)) error
+	start func(ctx context.Context, req agent.StartRequest, found agent.Attempt) agent.Attempt
+}
+
+func (s *spy) Image(ctx context.Context, spec schemas.Spec, progress func(string)) (agent.Image, error) {
+	if s.image != nil {
+		if err := s.image(ctx, progress); err != nil {
+			return agent.Image{}, err
+		}
+	}
+	return s.Runtime.Image(ctx, spec, progress)
+}
+
+func (s *spy) Start(ctx context.Context, req agent.StartRequest) (agent.Attempt, error) {
+	found, err := s.Runtime.Start(ctx, req)
+	if err == nil && s.start != nil {
+		found = s.start(ctx, req, found)
+	}
+	return found, err
+}
+
+// stubborn is an attempt that lives on after it was stopped, until the test lets go.
+type stubborn struct {
+	agent.Attempt
+	stopped chan struct{} // closed by the first Stop
+	done    chan struct{} // closed by the test
+}
+
+func (s *stubborn) Stop(time.Duration) {
+	select {
+	case <-s.stopped:
+	default:
+		close(s.stopped)
+	}
+}
+
+func (s *stubborn) Done() <-chan struct{} { return s.done }
+
+// handled waits until the agent has acknowledged every order.
+func (b *bench) handled() {
+	b.t.Helper()
+	b.until("all orders are acknowledged", func() bool {
+		s, err := b.core.JS.Stream(b.context(), schemas.WorkStream(worker))
+		return err == nil && s.CachedInfo().State.Msgs == 1 // the one that is kept
+	})
+}
+
+func oneSlot() *fakeruntime.Runtime {
+	return fakeruntime.New(fakeruntime.Config{Host: schemas.Host{CPUs: 8, Memory: 1 << 30, Slots: 1, Arch: "amd64", OS: "linux"}})
+}
+
+func TestAnAttemptThatWasReplacedGivesItsRoomBack(t *testing.T) {
+	b := newBench(t)
+	b.rt = oneSlot()
+	b.start()
+	first := b.registered("")
+	a := assignment(first.Epoch, 1)
+	b.run(a, "sleep", "1h")
+	b.report(a, running)
+	second := a
+	second.Attempt = 2
+	b.run(second, "sleep", "1h")
+	b.report(second, func(r schemas.Report) bool {
+		if r.End != nil {
+			t.Fatalf("the second attempt ended: %+v", r.End)
+		}
+		return running(r)
+	})
+	b.declareLost()
+	fresh := assignment(b.registered(first.Epoch).Epoch, 1)
+	b.run(fresh, "exit", "3")
+	if r := b.end(fresh); r.End.By != schemas.EndedItself {
+		t.Errorf("after a new registration: %+v", r.End)
+	}
+}
+
+// storeOf is where the server keeps a stream.
+func (b *bench) storeOf(stream string) string {
+	return filepath.Join(b.server.NATS().JetStreamConfig().StoreDir, "CORE", "streams", stream)
+}
