@@ -15,7 +15,7 @@ import (
 
 var (
 	errStopped    = errors.New("an order says stop")
-	errSuperseded = errors.New("a later attempt has replaced this one")
+	errSuperseded = errors.New("the task's record has left this attempt")
 )
 
 // attempt is what the agent knows of one attempt that is not closed. One goroutine
@@ -131,9 +131,6 @@ func (t *attempt) resume(found Attempt) {
 		return
 	}
 	if _, started := found.StartedFor(); !started {
-		t.mu.Lock()
-		t.found = found
-		t.mu.Unlock()
 		t.kill(found)
 		t.giveBack("the agent was restarted before the process was started")
 		return
@@ -223,7 +220,7 @@ func (t *attempt) watch(found Attempt, startTook time.Duration) {
 		default:
 		}
 		if t.logs.ship(t.ctx) != nil {
-			break // the agent ends, or a later attempt has taken over
+			break // the agent ends, or the record has left this attempt
 		}
 		if ended {
 			t.finish(t.outcome(found, out), true)
@@ -359,6 +356,9 @@ func (t *attempt) await() {
 
 // kill ends a started attempt and waits until no process of it is left.
 func (t *attempt) kill(found Attempt) {
+	t.mu.Lock()
+	t.found = found // to be removed
+	t.mu.Unlock()
 	found.Stop(0)
 	select {
 	case <-found.Done():
@@ -498,11 +498,15 @@ func (t *attempt) halt(o schemas.Order) {
 	}
 }
 
-// close ends an attempt whose end is settled.
+// close ends an attempt whose end is settled, or that no record waits for: what still
+// runs of that is killed.
 func (t *attempt) close() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.silence()
+	if t.report.Phase != schemas.PhaseEnded {
+		t.cancel(errSuperseded)
+	}
 	close(t.closed)
 }
 

@@ -93,6 +93,58 @@ func TestAnAttemptThatWasReplacedGivesItsRoomBack(t *testing.T) {
 	}
 }
 
+func TestAStopOrCloseOfALaterAttemptEndsAnEarlierOne(t *testing.T) {
+	for _, want := range []schemas.Want{schemas.WantStop, schemas.WantClose} {
+		t.Run(string(want), func(t *testing.T) {
+			b := newBench(t)
+			b.start()
+			a := assignment(b.registered("").Epoch, 1)
+			b.run(a, "sleep", "1h")
+			b.report(a, running)
+			second := a
+			second.Attempt = 2
+			b.order(schemas.Order{Assignment: second, Want: want})
+			b.until("the container of the first attempt is removed", func() bool { return b.rt.Live() == 0 })
+			if want == schemas.WantStop {
+				if r := b.end(second); r.End.By != schemas.EndedGaveBack {
+					t.Errorf("report %+v", r.End)
+				}
+			}
+		})
+	}
+}
+
+func TestACloseEndsAnAttemptThatStillRuns(t *testing.T) {
+	b := newBench(t)
+	b.start()
+	a := assignment(b.registered("").Epoch, 1)
+	b.run(a, "sleep", "1h")
+	b.report(a, running)
+	b.order(schemas.Order{Assignment: a, Want: schemas.WantClose})
+	b.until("its container is removed", func() bool { return b.rt.Live() == 0 })
+}
+
+func TestAnAttemptReplacedWhileItStartsLeavesNothing(t *testing.T) {
+	b := newBench(t)
+	started := make(chan struct{})
+	b.over = &spy{Runtime: b.rt, start: func(ctx context.Context, req agent.StartRequest, found agent.Attempt) agent.Attempt {
+		if req.Assignment.Attempt == 1 {
+			close(started)
+			<-ctx.Done() // too late: the process is there
+		}
+		return found
+	}}
+	b.start()
+	a := assignment(b.registered("").Epoch, 1)
+	b.run(a, "sleep", "1h")
+	<-started
+	second := a
+	second.Attempt = 2
+	b.run(second, "sleep", "1h")
+	b.report(second, running)
+	b.until("only the second is left", func() bool { return b.rt.Live() == 1 })
+}
+
 // storeOf is where the server keeps a stream.
 func (b *bench) storeOf(stream string) string {
 	return filepath.Join(b.server.NATS().JetStreamConfig().StoreDir, "CORE", "streams", stream)

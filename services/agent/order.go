@@ -50,14 +50,16 @@ func (a *Agent) handle(o schemas.Order) {
 	case o.Epoch != a.epoch:
 		return // for an earlier registration of this worker
 	}
+	// Whatever is asked of a later attempt, the record has left an earlier one.
+	before := a.live[o.Task]
+	if before != nil {
+		delete(a.live, o.Task)
+		before.supersede()
+	}
 	t := entry{Assignment: o.Assignment, Revision: o.Revision, Applied: o.Extensions, At: time.Now()}
 	if o.Want == schemas.WantRun && o.Spec != nil {
 		t.NoPermit, t.Needs = o.Spec.OnLost == schemas.OnLostWait, o.Spec.Resources
 		err := a.journal.put(t)
-		before := a.live[o.Task]
-		if before != nil {
-			before.supersede()
-		}
 		live := a.track(t)
 		a.metrics.orders.WithLabelValues(string(o.Want)).Inc()
 		live.run(func() { live.begin(o, before, err) })
@@ -71,7 +73,12 @@ func (a *Agent) handle(o schemas.Order) {
 	}
 	if o.Want == schemas.WantStop {
 		live := a.track(t)
-		live.run(func() { live.giveBack("stopped before it began") })
+		live.run(func() {
+			if before != nil {
+				<-before.dead // "no process of the task is left" must be true
+			}
+			live.giveBack("stopped before it began")
+		})
 	}
 }
 
