@@ -48,6 +48,7 @@ type attempt struct {
 	revision uint64                  // under mu: of the newest order handled
 	applied  int                     // under mu: extensions carried out
 	deadline deadline                // under mu: as the newest order says it
+	given    deadline                // under mu: what the process was started with
 	report   schemas.Report          // under mu: what is true, as last said or about to be
 	timer    *time.Timer             // under mu: says it later, or again
 	sends    int                     // under mu: reports sent
@@ -62,9 +63,10 @@ type deadline struct {
 	counting bool          // it stands, even if the process has not been started
 }
 
-func (d deadline) remaining(now time.Duration) time.Duration {
+// remaining is what is left at now for a process that was started ran ago.
+func (d deadline) remaining(now, ran time.Duration) time.Duration {
 	if !d.counting {
-		return d.left
+		return max(0, d.left-ran)
 	}
 	return max(0, d.left-(now-d.at))
 }
@@ -83,7 +85,6 @@ func (t *attempt) run(body func()) {
 // begin takes a new attempt from its order to its end.
 func (t *attempt) begin(o schemas.Order, before *attempt, journalled error) {
 	t.mu.Lock()
-	t.deadline = deadline{left: o.TimeLeft.Std(), at: t.agent.rt.Now(), counting: o.Counting}
 	sctx, unstart := context.WithCancelCause(t.ctx)
 	t.unstart = unstart
 	if t.stop != nil {
@@ -158,7 +159,8 @@ func (t *attempt) start(ctx context.Context, spec schemas.Spec) (Attempt, *schem
 		return nil, &schemas.End{By: schemas.EndedGaveBack, Message: fmt.Sprintf("worker %s has lost touch with the bus", t.Worker)}
 	}
 	t.mu.Lock()
-	left := t.deadline.remaining(t.agent.rt.Now())
+	t.given = t.deadline
+	left := t.deadline.remaining(t.agent.rt.Now(), 0)
 	t.mu.Unlock()
 	start, cancel := context.WithTimeoutCause(ctx, spec.Timeouts.Start.Std(), &StartError{
 		Reason: schemas.ReasonStartTimeout, Message: fmt.Sprintf("the process was not started within %s", spec.Timeouts.Start)})
@@ -200,6 +202,12 @@ func (t *attempt) watch(found Attempt, startTook time.Duration) {
 	t.found = found
 	if t.stop != nil {
 		found.Stop(*t.stop)
+	}
+	if t.deadline != t.given { // an order moved it while the process was being started
+		ran, _ := found.StartedFor()
+		if err := found.SetDeadline(t.deadline.remaining(t.agent.rt.Now(), ran)); err != nil {
+			t.log.Error().Err(err).Msg("move deadline")
+		}
 	}
 	t.mu.Unlock()
 	t.agent.metrics.started.Observe(startTook.Seconds())
@@ -257,11 +265,6 @@ func (t *attempt) outcome(found Attempt, out Output) schemas.End {
 	o := found.Outcome()
 	end := schemas.End{By: o.By, Reason: o.Reason, Message: text(o.Message, 1024), Exit: o.Exit, Usage: o.Usage,
 		Stdout: head(out, schemas.Stdout), Stderr: head(out, schemas.Stderr)}
-	t.mu.Lock()
-	if end.By == schemas.EndedStop && t.expired {
-		end.By = schemas.EndedDeadline // whatever the deadline is by the time this is settled
-	}
-	t.mu.Unlock()
 	var dropped, more int64
 	end.Logs.StdoutBytes, dropped = out.Size(schemas.Stdout)
 	end.Logs.StderrBytes, more = out.Size(schemas.Stderr)
@@ -298,6 +301,11 @@ func (t *attempt) giveBack(why string) {
 // takes then what is left of it away.
 func (t *attempt) finish(end schemas.End, ran bool) {
 	t.vacate()
+	t.mu.Lock()
+	if end.By == schemas.EndedStop && t.expired {
+		end.By = schemas.EndedDeadline // whatever the deadline is by the time this is settled
+	}
+	t.mu.Unlock()
 	t.agent.metrics.ended.WithLabelValues(string(end.By)).Inc()
 	t.log.Info().Str("by", string(end.By)).Str("reason", string(end.Reason)).Msg("attempt ended")
 	t.say(schemas.Report{Phase: schemas.PhaseEnded, Ran: ran, End: &end}, 0)
@@ -366,14 +374,15 @@ func (t *attempt) kill(found Attempt) {
 	}
 }
 
-// progress says what the worker is doing while the task starts.
+// progress says what the worker is doing while the task starts. It may come late, when
+// more than that has been said.
 func (t *attempt) progress(sentence string) {
+	sentence = text(sentence, 256)
 	t.mu.Lock()
-	r := t.report
-	t.mu.Unlock()
-	if r.Phase == schemas.PhaseAccepted && r.Progress != sentence {
-		r.Progress = text(sentence, 256)
-		t.say(r, time.Second)
+	defer t.mu.Unlock()
+	if r := t.report; r.Phase == schemas.PhaseAccepted && r.Progress != sentence {
+		r.Progress = sentence
+		t.tell(r, time.Second)
 	}
 }
 
@@ -382,6 +391,11 @@ func (t *attempt) progress(sentence string) {
 func (t *attempt) say(r schemas.Report, after time.Duration) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.tell(r, after)
+}
+
+// tell is say under t.mu.
+func (t *attempt) tell(r schemas.Report, after time.Duration) {
 	t.report, t.repeats = r, 0
 	if after <= 0 {
 		t.send()

@@ -3,6 +3,8 @@ package agent_test
 import (
 	"context"
 	"path/filepath"
+	"strconv"
+	"sync"
 	"testing"
 	"time"
 
@@ -143,6 +145,80 @@ func TestAnAttemptReplacedWhileItStartsLeavesNothing(t *testing.T) {
 	b.run(second, "sleep", "1h")
 	b.report(second, running)
 	b.until("only the second is left", func() bool { return b.rt.Live() == 1 })
+}
+
+func TestAnExtensionDuringTheStartIsNotLost(t *testing.T) {
+	b := newBench(t)
+	started, goOn := make(chan struct{}), make(chan struct{})
+	b.over = &spy{Runtime: b.rt, start: func(ctx context.Context, _ agent.StartRequest, found agent.Attempt) agent.Attempt {
+		close(started)
+		select {
+		case <-goOn:
+		case <-ctx.Done():
+		}
+		return found
+	}}
+	b.start()
+	a := assignment(b.registered("").Epoch, 1)
+	b.run(a, "sleep", "1h")
+	<-started
+	spec := schemas.DefaultSpec()
+	spec.Image, spec.Command = "fake", []string{"sleep", "1h"}
+	b.order(schemas.Order{Assignment: a, Want: schemas.WantRun, Spec: &spec, Extensions: 1, TimeLeft: schemas.Duration(50 * time.Millisecond)})
+	b.report(a, func(r schemas.Report) bool { return r.Applied == 1 })
+	close(goOn)
+	if r := b.end(a); r.End.By != schemas.EndedDeadline {
+		t.Errorf("ended by %s", r.End.By)
+	}
+}
+
+func TestAStopBecauseTimeIsOverSaysSoBeforeTheStartToo(t *testing.T) {
+	b := newBench(t)
+	pulling := make(chan struct{})
+	b.over = &spy{Runtime: b.rt, image: func(ctx context.Context, _ func(string)) error {
+		close(pulling)
+		<-ctx.Done()
+		return ctx.Err()
+	}}
+	b.start()
+	a := assignment(b.registered("").Epoch, 1)
+	b.run(a, "sleep", "1h")
+	<-pulling
+	b.order(schemas.Order{Assignment: a, Want: schemas.WantStop, Expired: true})
+	if r := b.end(a); r.End.By != schemas.EndedDeadline {
+		t.Errorf("ended by %s", r.End.By)
+	}
+}
+
+func TestWordOfAPullThatComesLateDoesNotUnsayTheEnd(t *testing.T) {
+	b := newBench(t)
+	var tellers sync.WaitGroup
+	b.over = &spy{Runtime: b.rt, image: func(_ context.Context, progress func(string)) error {
+		begun := make(chan struct{})
+		tellers.Go(func() { // a pull that others wait for tells those too who have just left
+			for i := range 5000 {
+				progress(strconv.Itoa(i))
+				if i == 100 {
+					close(begun)
+				}
+			}
+		})
+		<-begun
+		return &agent.StartError{Reason: schemas.ReasonImage}
+	}}
+	b.start()
+	epoch := b.registered("").Epoch
+	for range 20 {
+		a := assignment(epoch, 1)
+		b.run(a, "exit", "0")
+		b.end(a)
+		tellers.Wait()
+		b.run(a, "exit", "0") // asks for what is true now
+		if r := b.report(a, func(r schemas.Report) bool { return r.Revision == b.rev }); r.Phase != schemas.PhaseEnded {
+			t.Fatalf("the attempt has ended, and now says %s", r.Phase)
+		}
+		b.order(schemas.Order{Assignment: a, Want: schemas.WantClose})
+	}
 }
 
 // storeOf is where the server keeps a stream.

@@ -61,6 +61,7 @@ func (a *Agent) handle(o schemas.Order) {
 		t.NoPermit, t.Needs = o.Spec.OnLost == schemas.OnLostWait, o.Spec.Resources
 		err := a.journal.put(t)
 		live := a.track(t)
+		live.deadline = deadline{left: o.TimeLeft.Std(), at: a.rt.Now(), counting: o.Counting}
 		a.metrics.orders.WithLabelValues(string(o.Want)).Inc()
 		live.run(func() { live.begin(o, before, err) })
 		return
