@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -32,7 +33,7 @@ type attempt struct {
 	ctx    context.Context // ends with the agent, or with cause errSuperseded
 	cancel context.CancelCauseFunc
 	closed chan struct{} // closed by close
-	said   sync.Once     // of a recovered attempt: that it was reported
+	unsaid atomic.Bool   // recovered or kept, and not reported yet under this registration
 	dead   chan struct{} // closed once no process of it is left, or ever will be
 
 	reserved bool // of the attempt's goroutine: it holds room on the host
@@ -355,9 +356,7 @@ func (t *attempt) await() {
 				settled = time.After(logSafe)
 				continue
 			}
-			t.mu.Lock()
-			t.send()
-			t.mu.Unlock()
+			t.again()
 		}
 	}
 }
@@ -459,10 +458,17 @@ func (t *attempt) send() {
 		case last:
 			time.AfterFunc(again, func() { t.repeat(this) })
 		}
-		if err == nil && t.recovered {
-			t.said.Do(t.agent.reported)
+		if err == nil {
+			t.unsaid.Store(false)
 		}
 	})
+}
+
+// again sends the report as it is now.
+func (t *attempt) again() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.send()
 }
 
 // repeat sends the report again, unless it was sent since.

@@ -221,6 +221,67 @@ func TestWordOfAPullThatComesLateDoesNotUnsayTheEnd(t *testing.T) {
 	}
 }
 
+func TestOrdersOfAnEpochThatIsBeingGivenUpAreRefused(t *testing.T) {
+	b := newBench(t)
+	last := &stubborn{stopped: make(chan struct{}), done: make(chan struct{})}
+	b.over = &spy{Runtime: b.rt, start: func(_ context.Context, _ agent.StartRequest, found agent.Attempt) agent.Attempt {
+		if last.Attempt != nil {
+			return found
+		}
+		last.Attempt = found
+		return last
+	}}
+	b.start()
+	first := b.registered("")
+	a := assignment(first.Epoch, 1)
+	b.run(a, "sleep", "1h")
+	b.report(a, running)
+	b.declareLost()
+	<-last.stopped // the agent ends what it ran, and waits for that
+	late := assignment(first.Epoch, 1)
+	b.run(late, "sleep", "1h")
+	b.order(schemas.Order{Assignment: a, Want: schemas.WantStop})
+	b.handled()
+	close(last.done)
+	fresh := assignment(b.registered(first.Epoch).Epoch, 1)
+	b.run(fresh, "exit", "0")
+	b.end(fresh)
+	if n := len(b.rt.Starts(late.Task)); n != 0 {
+		t.Error("a task that was given up with the old registration was started under the new one")
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, r := range b.reports[a.Task] {
+		if r.Phase == schemas.PhaseEnded {
+			t.Errorf("an attempt that was not dead yet was reported as ended: %+v", r.End)
+		}
+	}
+}
+
+func TestWhatIsKeptAcrossRegistrationsIsReportedAgain(t *testing.T) {
+	b := newBench(t)
+	b.start()
+	first := b.registered("")
+	keep := assignment(first.Epoch, 1)
+	spec := schemas.DefaultSpec()
+	spec.Image, spec.Command, spec.OnLost = "fake", []string{"sleep", "1h"}, schemas.OnLostWait
+	b.order(schemas.Order{Assignment: keep, Want: schemas.WantRun, Spec: &spec, TimeLeft: spec.TTL})
+	b.report(keep, running)
+	b.mu.Lock()
+	before := len(b.reports[keep.Task])
+	b.mu.Unlock()
+	b.declareLost()
+	b.registered(first.Epoch)
+	b.until("the kept attempt is reported again", func() bool {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		return len(b.reports[keep.Task]) > before
+	})
+	if err := b.beats.Wait(b.context(), string(worker), func(v schemas.Beat, _ uint64, _ bool) bool { return v.Reported }); err != nil {
+		t.Error("the worker never says that it has reported everything")
+	}
+}
+
 // storeOf is where the server keeps a stream.
 func (b *bench) storeOf(stream string) string {
 	return filepath.Join(b.server.NATS().JetStreamConfig().StoreDir, "CORE", "streams", stream)

@@ -89,7 +89,8 @@ func (a *Agent) update(o schemas.Order, e entry) {
 	a.metrics.orders.WithLabelValues(string(o.Want)).Inc()
 	if t == nil || t.Assignment != o.Assignment {
 		// Closed long ago. If it is still asked for, the record does not know that it ended.
-		if o.Want != schemas.WantClose && o.Revision > e.Revision {
+		// One that is not closed is just being given up with its registration.
+		if e.Closed && o.Want != schemas.WantClose && o.Revision > e.Revision {
 			e.Revision = o.Revision
 			live := a.track(e)
 			live.run(func() {
