@@ -122,7 +122,6 @@ type Agent struct {
 	beat   bus.Entry[schemas.Beat]     // under mu: the last acknowledged
 	lease  time.Duration               // under mu: its end, on the runtime's clock
 	newest uint64                      // under mu: stream sequence of the newest order handled
-	unsaid int                         // under mu: recovered attempts not yet reported
 }
 
 func newAgent(deps Deps, cfg Config) (*Agent, error) {
@@ -200,7 +199,6 @@ func (a *Agent) recover(ctx context.Context) error {
 		}
 	}
 	a.epoch = head.Epoch
-	a.unsaid = len(a.live)
 	return nil
 }
 
@@ -221,6 +219,7 @@ func (a *Agent) clear(found Attempt, e entry, closed bool) {
 func (a *Agent) adopt(e entry, found Attempt) {
 	t := a.track(e)
 	t.recovered = true
+	t.unsaid.Store(true)
 	t.reserved = true
 	a.use(1, e.Needs)
 	a.metrics.adopted.Inc()

@@ -31,6 +31,7 @@ type bench struct {
 	server *natsd.Server
 	core   *bus.Conn
 	rt     *fakeruntime.Runtime
+	over   agent.Runtime // what the agent gets instead of rt; nil is rt itself
 	beats  *bus.View[schemas.Beat]
 	cfg    agent.Config
 
@@ -89,10 +90,14 @@ func (b *bench) background(fn func(context.Context) error) {
 func (b *bench) start() {
 	b.t.Helper()
 	conn := natstest.ConnectAgent(b.t, b.server, worker)
+	var rt agent.Runtime = b.rt
+	if b.over != nil {
+		rt = b.over
+	}
 	ctx, cancel := context.WithCancelCause(context.Background())
 	b.stop, b.ended = cancel, make(chan error, 1)
 	go func() {
-		b.ended <- agent.Run(ctx, agent.Deps{Conn: conn, Runtime: b.rt, Logger: zerolog.New(zerolog.NewTestWriter(b.t)).Level(zerolog.WarnLevel)}, b.cfg)
+		b.ended <- agent.Run(ctx, agent.Deps{Conn: conn, Runtime: rt, Logger: zerolog.New(zerolog.NewTestWriter(b.t)).Level(zerolog.WarnLevel)}, b.cfg)
 	}()
 	b.t.Cleanup(func() { b.halt() })
 }
@@ -322,7 +327,14 @@ func TestARestartedAgentTakesItsTasksBack(t *testing.T) {
 // log joins the stored chunks of an attempt by their offsets.
 func (b *bench) log(a schemas.Assignment) []byte {
 	b.t.Helper()
-	var log []byte
+	log, err := b.readLog(a)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return log
+}
+
+func (b *bench) readLog(a schemas.Assignment) (log []byte, _ error) {
 	err := b.core.Read(b.context(), bus.ReadOptions{Stream: schemas.StreamLogs, Filter: schemas.LogSubject(a.Worker, a.Task)}, func(m bus.Msg) error {
 		off, err := strconv.ParseInt(m.Header.Get(schemas.HeaderOffset), 10, 64)
 		if err != nil || off > int64(len(log)) {
@@ -331,10 +343,7 @@ func (b *bench) log(a schemas.Assignment) []byte {
 		log = append(log[:off], m.Data...)
 		return nil
 	})
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	return log
+	return log, err
 }
 
 func TestALostWorkerEndsItsTasksAndRegistersAnew(t *testing.T) {
