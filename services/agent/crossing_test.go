@@ -335,3 +335,45 @@ func TestLogsThatTheServerLostAreSentAgainThoughTheTaskEnded(t *testing.T) {
 	b.end(a)
 	b.until("the whole log is stored", func() bool { return string(b.logBytes(a)) == "ready\nterm\n" })
 }
+
+func TestARegistrationThatTheServerLostIsMadeAgain(t *testing.T) {
+	b := newBench(t)
+	b.start()
+	first := b.registered("")
+	if err := b.halt(); err != nil {
+		t.Fatal(err)
+	}
+	dir := b.storeOf("KV_" + schemas.BucketWorkers)
+	backup := t.TempDir()
+	b.server.Shutdown()
+	if err := os.CopyFS(backup, os.DirFS(dir)); err != nil {
+		t.Fatal(err)
+	}
+	natstest.Restart(t, b.server)
+
+	b.cfg.Beat, b.cfg.Lease = time.Hour, time.Hour // one beat, then one at each reconnect
+	b.start()
+	other := func(v schemas.Beat, _ uint64, _ bool) bool { return v.Instance != first.Instance && v.Instance != "" }
+	if err := b.beats.Wait(b.context(), string(worker), other); err != nil {
+		t.Fatal(err)
+	}
+	b.server.Shutdown()
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.CopyFS(dir, os.DirFS(backup)); err != nil {
+		t.Fatal(err)
+	}
+	natstest.Restart(t, b.server)
+	b.until("the worker's key is this agent's again", func() bool {
+		select {
+		case err := <-b.ended:
+			b.stop = nil
+			t.Fatal("the agent ended: ", err)
+		default:
+		}
+		m, err := b.core.NC.Request("$JS.API.DIRECT.GET.KV_workers.$KV.workers."+string(worker), nil, time.Second)
+		var v schemas.Beat
+		return err == nil && schemas.Decode(m.Data, &v) == nil && other(v, 0, true) && v.Epoch == first.Epoch
+	})
+}
