@@ -12,7 +12,7 @@ func TestTimersDoNotGrowWithEachLook(t *testing.T) {
 	start := time.Now()
 	expires := start.Add(365 * 24 * time.Hour)
 	due.add("t-0", expires.Add(-time.Hour)) // another, whose turn is before the old ones of t-1
-	for i := range 100_000 { // a scan each minute, and a task that is looked at and left
+	for i := range 100_000 {                // a scan each minute, and a task that is looked at and left
 		now := start.Add(time.Duration(i) * time.Minute)
 		due.add("t-1", now)
 		if ids, _ := due.pop(now, 10); len(ids) != 1 {
