@@ -207,7 +207,7 @@ func (a *Agent) recover(ctx context.Context) error {
 // server that ended too: that is sent again first.
 func (a *Agent) clear(found Attempt, e entry, closed bool) {
 	if closed {
-		t := &attempt{agent: a, Assignment: e.Assignment, log: a.log}
+		t := &attempt{agent: a, Assignment: e.Assignment, log: a.log, reconnected: a.conn.Reconnected()}
 		safe := offsets{e.Stdout, e.Stderr}
 		_ = (&shipper{t: t, out: found.Output(), sent: safe, safe: safe}).ship(a.ctx)
 	}
@@ -232,8 +232,8 @@ func (a *Agent) track(e entry) *attempt {
 	t := &attempt{
 		agent: a, Assignment: e.Assignment, noPermit: e.NoPermit, needs: e.Needs, ctx: ctx, cancel: cancel,
 		revision: e.Revision, applied: e.Applied, closed: make(chan struct{}), dead: make(chan struct{}),
-		safe: offsets{e.Stdout, e.Stderr},
-		log:  a.log.With().Str("task", string(e.Task)).Int("attempt", e.Attempt).Logger(),
+		safe: offsets{e.Stdout, e.Stderr}, reconnected: a.conn.Reconnected(),
+		log: a.log.With().Str("task", string(e.Task)).Int("attempt", e.Attempt).Logger(),
 	}
 	a.live[e.Task] = t
 	return t

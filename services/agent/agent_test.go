@@ -327,14 +327,7 @@ func TestARestartedAgentTakesItsTasksBack(t *testing.T) {
 // log joins the stored chunks of an attempt by their offsets.
 func (b *bench) log(a schemas.Assignment) []byte {
 	b.t.Helper()
-	log, err := b.readLog(a)
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	return log
-}
-
-func (b *bench) readLog(a schemas.Assignment) (log []byte, _ error) {
+	var log []byte
 	err := b.core.Read(b.context(), bus.ReadOptions{Stream: schemas.StreamLogs, Filter: schemas.LogSubject(a.Worker, a.Task)}, func(m bus.Msg) error {
 		off, err := strconv.ParseInt(m.Header.Get(schemas.HeaderOffset), 10, 64)
 		if err != nil || off > int64(len(log)) {
@@ -343,7 +336,10 @@ func (b *bench) readLog(a schemas.Assignment) (log []byte, _ error) {
 		log = append(log[:off], m.Data...)
 		return nil
 	})
-	return log, err
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return log
 }
 
 func TestALostWorkerEndsItsTasksAndRegistersAnew(t *testing.T) {

@@ -38,6 +38,10 @@ type attempt struct {
 
 	reserved bool // of the attempt's goroutine: it holds room on the host
 
+	// reconnected is of the attempt's goroutine: closed by a reconnect to which the
+	// attempt has not answered yet. It outlives watch, so that none is missed.
+	reconnected <-chan struct{}
+
 	logs *shipper // of the attempt's goroutine; nil before the process was started
 	safe offsets  // of the journal: log bytes that an earlier agent has surely stored
 
@@ -220,7 +224,6 @@ func (t *attempt) watch(found Attempt, startTook time.Duration) {
 
 	out := found.Output()
 	t.logs = &shipper{t: t, out: out, sent: t.safe, safe: t.safe}
-	reconnected := t.agent.conn.Reconnected()
 	for ended := false; ; {
 		changed := out.Changed()
 		select {
@@ -238,9 +241,7 @@ func (t *attempt) watch(found Attempt, startTook time.Duration) {
 		select {
 		case <-changed:
 			t.gather(found)
-		case <-reconnected:
-			reconnected = t.agent.conn.Reconnected()
-			t.logs.rewind()
+		case <-t.reconnected:
 		case <-found.Done():
 		case <-t.ctx.Done():
 		}
@@ -334,7 +335,6 @@ func (t *attempt) await() {
 	closed := t.closed
 	var settled <-chan time.Time
 	for {
-		reconnected := t.agent.conn.Reconnected()
 		select {
 		case <-t.ctx.Done():
 			return
@@ -345,12 +345,11 @@ func (t *attempt) await() {
 			closed, settled = nil, time.After(t.logs.settled())
 		case <-settled:
 			return
-		case <-reconnected:
-			if t.logs != nil {
-				t.logs.rewind()
-				if t.logs.ship(t.ctx) != nil {
-					return
-				}
+		case <-t.reconnected:
+			if t.logs == nil {
+				t.reconnected = t.agent.conn.Reconnected()
+			} else if t.logs.ship(t.ctx) != nil {
+				return
 			}
 			if closed == nil {
 				settled = time.After(logSafe)

@@ -117,9 +117,10 @@ func (a *Agent) observe(ctx context.Context, e bus.Entry[schemas.Beat]) (bus.Ent
 				return e, err
 			case now.Value.Lost():
 				return now, nil
-			case now.Revision != e.Revision:
+			case now.Revision > e.Revision:
 				return e, fmt.Errorf("worker %s: %w", a.cfg.Worker, ErrNameTaken)
 			}
+			e = now // perhaps an older one: a server that was killed lost the newest
 		}
 	}
 }
@@ -254,8 +255,9 @@ func (a *Agent) sendBeat(ctx context.Context) error {
 }
 
 // dispossessed finds out why the own key was written by somebody else: the reaper,
-// who declared this worker lost; a first copy of a beat whose answer was lost; or
-// another agent of the same name.
+// who declared this worker lost; a first copy of a beat whose answer was lost; a server
+// that was killed and gave back what stood there before; or another agent of the same
+// name.
 func (a *Agent) dispossessed(ctx context.Context) error {
 	now, err := a.table.Get(ctx, string(a.cfg.Worker))
 	if err != nil {
@@ -267,6 +269,7 @@ func (a *Agent) dispossessed(ctx context.Context) error {
 	}
 	a.mu.Lock()
 	mine := a.beat.Value.Instance
+	older := now.Revision < a.beat.Revision
 	epoch := a.epoch
 	if now.Value.Instance == mine && !now.Value.Lost() && now.Value.Epoch == epoch {
 		a.beat = now // an own beat of unknown outcome
@@ -276,6 +279,10 @@ func (a *Agent) dispossessed(ctx context.Context) error {
 	a.mu.Unlock()
 	if now.Value.Lost() {
 		a.log.Warn().Str("epoch", string(epoch)).Msg("this worker was declared lost: end its tasks and register anew")
+		return a.register(ctx)
+	}
+	if older {
+		a.log.Warn().Str("epoch", string(epoch)).Msg("the server has lost this registration: make it again")
 		return a.register(ctx)
 	}
 	return fmt.Errorf("worker %s: %w", a.cfg.Worker, ErrNameTaken)

@@ -2,12 +2,14 @@ package agent_test
 
 import (
 	"context"
+	"os"
 	"path/filepath"
 	"strconv"
-	"sync"
 	"testing"
 	"time"
 
+	"dayfly.dev/bus"
+	"dayfly.dev/bus/natstest"
 	"dayfly.dev/schemas"
 	"dayfly.dev/services/agent"
 	"dayfly.dev/services/agent/fakeruntime"
@@ -192,17 +194,18 @@ func TestAStopBecauseTimeIsOverSaysSoBeforeTheStartToo(t *testing.T) {
 
 func TestWordOfAPullThatComesLateDoesNotUnsayTheEnd(t *testing.T) {
 	b := newBench(t)
-	var tellers sync.WaitGroup
+	told := make(chan struct{})
 	b.over = &spy{Runtime: b.rt, image: func(_ context.Context, progress func(string)) error {
 		begun := make(chan struct{})
-		tellers.Go(func() { // a pull that others wait for tells those too who have just left
+		go func() { // a pull that others wait for tells those too who have just left
 			for i := range 5000 {
 				progress(strconv.Itoa(i))
 				if i == 100 {
 					close(begun)
 				}
 			}
-		})
+			told <- struct{}{}
+		}()
 		<-begun
 		return &agent.StartError{Reason: schemas.ReasonImage}
 	}}
@@ -212,7 +215,7 @@ func TestWordOfAPullThatComesLateDoesNotUnsayTheEnd(t *testing.T) {
 		a := assignment(epoch, 1)
 		b.run(a, "exit", "0")
 		b.end(a)
-		tellers.Wait()
+		<-told
 		b.run(a, "exit", "0") // asks for what is true now
 		if r := b.report(a, func(r schemas.Report) bool { return r.Revision == b.rev }); r.Phase != schemas.PhaseEnded {
 			t.Fatalf("the attempt has ended, and now says %s", r.Phase)
@@ -285,4 +288,92 @@ func TestWhatIsKeptAcrossRegistrationsIsReportedAgain(t *testing.T) {
 // storeOf is where the server keeps a stream.
 func (b *bench) storeOf(stream string) string {
 	return filepath.Join(b.server.NATS().JetStreamConfig().StoreDir, "CORE", "streams", stream)
+}
+
+// logBytes is what is stored of a log, in whatever order it came; what is missing is 0.
+func (b *bench) logBytes(a schemas.Assignment) []byte {
+	b.t.Helper()
+	var log []byte
+	err := b.core.Read(b.context(), bus.ReadOptions{Stream: schemas.StreamLogs, Filter: schemas.LogSubject(a.Worker, a.Task)}, func(m bus.Msg) error {
+		off, err := strconv.Atoi(m.Header.Get(schemas.HeaderOffset))
+		if err != nil {
+			return err
+		}
+		log = append(log, make([]byte, max(0, off+len(m.Data)-len(log)))...)
+		copy(log[off:], m.Data)
+		return nil
+	})
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return log
+}
+
+func TestLogsThatTheServerLostAreSentAgainThoughTheTaskEnded(t *testing.T) {
+	b := newBench(t)
+	b.cfg.Lease = 20 * time.Second
+	found := make(chan agent.Attempt, 1)
+	b.over = &spy{Runtime: b.rt, start: func(_ context.Context, _ agent.StartRequest, a agent.Attempt) agent.Attempt {
+		found <- a
+		return a
+	}}
+	b.start()
+	a := assignment(b.registered("").Epoch, 1)
+	b.run(a, "term-exit", "0")
+	b.report(a, running)
+	b.until("the first words are stored", func() bool { return string(b.logBytes(a)) == "ready\n" })
+
+	msgs := filepath.Join(b.storeOf(schemas.StreamLogs), "msgs")
+	b.server.Shutdown()
+	if err := os.RemoveAll(msgs); err != nil { // as a server that is killed loses its last milliseconds
+		t.Fatal(err)
+	}
+	task := <-found
+	task.Stop(time.Second) // it says "term", which has to wait for the server
+	<-task.Done()
+	natstest.Restart(t, b.server)
+	b.end(a)
+	b.until("the whole log is stored", func() bool { return string(b.logBytes(a)) == "ready\nterm\n" })
+}
+
+func TestARegistrationThatTheServerLostIsMadeAgain(t *testing.T) {
+	b := newBench(t)
+	b.start()
+	first := b.registered("")
+	if err := b.halt(); err != nil {
+		t.Fatal(err)
+	}
+	dir := b.storeOf("KV_" + schemas.BucketWorkers)
+	backup := t.TempDir()
+	b.server.Shutdown()
+	if err := os.CopyFS(backup, os.DirFS(dir)); err != nil {
+		t.Fatal(err)
+	}
+	natstest.Restart(t, b.server)
+
+	b.cfg.Beat, b.cfg.Lease = time.Hour, time.Hour // one beat, then one at each reconnect
+	b.start()
+	other := func(v schemas.Beat, _ uint64, _ bool) bool { return v.Instance != first.Instance && v.Instance != "" }
+	if err := b.beats.Wait(b.context(), string(worker), other); err != nil {
+		t.Fatal(err)
+	}
+	b.server.Shutdown()
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.CopyFS(dir, os.DirFS(backup)); err != nil {
+		t.Fatal(err)
+	}
+	natstest.Restart(t, b.server)
+	b.until("the worker's key is this agent's again", func() bool {
+		select {
+		case err := <-b.ended:
+			b.stop = nil
+			t.Fatal("the agent ended: ", err)
+		default:
+		}
+		m, err := b.core.NC.Request("$JS.API.DIRECT.GET.KV_workers.$KV.workers."+string(worker), nil, time.Second)
+		var v schemas.Beat
+		return err == nil && schemas.Decode(m.Data, &v) == nil && other(v, 0, true) && v.Epoch == first.Epoch
+	})
 }
