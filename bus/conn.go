@@ -19,7 +19,7 @@ import (
 // Config of one connection. Each service has its own.
 type Config struct {
 	Name           string                     // shown by the server
-	URL            string                     // nats://…; empty with InProcess
+	URL            string                     // nats://…, several with commas between; empty with InProcess
 	InProcess      nats.InProcessConnProvider // of an embedded server
 	User, Password string
 	InboxPrefix    string // agents: schemas.AgentInbox(w)
@@ -45,6 +45,7 @@ type Conn struct {
 	core      bool   // not an agent
 	replies   *replies
 	closed    chan struct{}
+	close     sync.Once
 
 	mu           sync.Mutex
 	reconnected  chan struct{}
@@ -156,6 +157,10 @@ func (c *Conn) onError(_ *nats.Conn, sub *nats.Subscription, err error) {
 // Connected tells whether the server is there now.
 func (c *Conn) Connected() bool { return c.NC.IsConnected() }
 
+// Clustered tells whether the server is one of several: then a replica that answers
+// may be behind the leader of its stream.
+func (c *Conn) Clustered() bool { return c.NC.ConnectedClusterName() != "" }
+
 // Reconnected gives a channel that is closed at the next reconnect. Take it before
 // the work that a reconnect would undo.
 func (c *Conn) Reconnected() <-chan struct{} {
@@ -165,12 +170,15 @@ func (c *Conn) Reconnected() <-chan struct{} {
 }
 
 // Close drains the connection and waits until it is closed. Stop what uses it first.
+// It may be called again.
 func (c *Conn) Close() {
-	if !c.NC.IsConnected() || c.NC.Drain() != nil {
-		c.NC.Close()
-	}
-	<-c.closed
-	c.replies.stop()
+	c.close.Do(func() {
+		if !c.NC.IsConnected() || c.NC.Drain() != nil {
+			c.NC.Close()
+		}
+		<-c.closed
+		c.replies.stop()
+	})
 }
 
 // whenDisconnected calls fn, which must be quick, at each disconnect, before the next

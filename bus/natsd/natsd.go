@@ -200,6 +200,19 @@ func (s *Server) InProcessConn() (net.Conn, error) {
 	return srv.InProcessConn()
 }
 
+// Current says what of the cluster this server has not caught up with; nil when it may
+// answer for all that it keeps.
+func (s *Server) Current() error {
+	srv := s.NATS()
+	if srv == nil {
+		return errors.New("the server is down")
+	}
+	if h := srv.Healthz(&server.HealthzOptions{}); h.Error != "" {
+		return errors.New(h.Error)
+	}
+	return nil
+}
+
 // NATS is the server itself; nil while it is down.
 func (s *Server) NATS() *server.Server {
 	s.mu.Lock()
