@@ -235,7 +235,11 @@ func (c *Conn) Publish(ctx context.Context, subject string, hdr nats.Header, dat
 }
 
 func (c *Conn) publish(ctx context.Context, subject string, hdr nats.Header, data []byte) (uint64, error) {
-	m, err := c.request(ctx, subject, hdr, data)
+	return c.publishTry(ctx, OpTimeout, subject, hdr, data)
+}
+
+func (c *Conn) publishTry(ctx context.Context, try time.Duration, subject string, hdr nats.Header, data []byte) (uint64, error) {
+	m, err := c.request(ctx, try, subject, hdr, data)
 	if err != nil {
 		return 0, err
 	}
@@ -268,13 +272,16 @@ func (c *Conn) PublishAsync(subject string, hdr nats.Header, data []byte, done f
 }
 
 // request sends one message and waits for one answer. It waits for the connection
-// and repeats while nobody answers, until ctx ends.
-func (c *Conn) request(ctx context.Context, subject string, hdr nats.Header, data []byte) (*nats.Msg, error) {
+// and repeats while nobody listens, until ctx ends. An answer is waited for no longer
+// than try.
+func (c *Conn) request(ctx context.Context, try time.Duration, subject string, hdr nats.Header, data []byte) (*nats.Msg, error) {
 	for pause := 5 * time.Millisecond; ; pause = min(2*pause, 200*time.Millisecond) {
 		if err := c.waitConnected(ctx); err != nil {
 			return nil, err
 		}
-		m, err := c.replies.ask(ctx, subject, hdr, data)
+		askCtx, cancel := context.WithTimeout(ctx, try)
+		m, err := c.replies.ask(askCtx, subject, hdr, data)
+		cancel()
 		if !errors.Is(err, ErrUnavailable) || c.NC.IsClosed() {
 			return m, err
 		}
