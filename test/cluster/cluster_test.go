@@ -217,12 +217,16 @@ func traffick(t testing.TB, s *harness.Site, clients int) (finish func()) {
 			t.Fatal(f.err)
 		}
 		t.Logf("%d tasks accepted, the slowest after %v", len(f.ids), f.longest.Round(time.Millisecond))
+		var slowest schemas.Task
 		eventually(t, "all tasks completed", func() error {
 			for id := range f.ids {
 				task := get(t, s, id)
 				switch {
 				case task.State == schemas.Completed:
 					delete(f.ids, id)
+					if lifetime(task) > lifetime(slowest) {
+						slowest = task
+					}
 				case task.State.Final():
 					return harness.Fatal(fmt.Errorf("%s is %s (%s: %s)", id, task.State, task.Reason, task.Message))
 				default:
@@ -231,8 +235,14 @@ func traffick(t testing.TB, s *harness.Site, clients int) (finish func()) {
 			}
 			return nil
 		})
+		t.Logf("the slowest ended after %v", lifetime(slowest))
+		for _, c := range slowest.History {
+			t.Logf("  %s %s attempt %d by %s %s %s", c.At.Format("15:04:05.000"), c.State, c.Attempt, c.By, c.Worker, c.Note)
+		}
 	}
 }
+
+func lifetime(t schemas.Task) time.Duration { return t.Timings.Ended.Sub(t.Timings.Accepted) }
 
 // leader names the process that leads a stream.
 func leader(t testing.TB, s *harness.Site, c *bus.Conn, stream string) *harness.Process {
