@@ -210,7 +210,7 @@ func TestAgentIsDeniedTheRest(t *testing.T) {
 	for _, subject := range []string{
 		"$KV.tasks.t1", "$KV.workers.w2", "$KV.drains.w1",
 		schemas.OrderSubject("w1", "t1"), schemas.OrderSubject("w2", "t1"),
-		schemas.ReportSubject("w2", "t1"), schemas.LogSubject("w2", "t1"), schemas.RequestSubject("t1"),
+		schemas.ReportSubject("w2", "t1"), schemas.LogSubject("w2", "t1"), "$KV.idempotency.k",
 		"$JS.API.STREAM.MSG.GET.KV_tasks", "$JS.API.STREAM.INFO.KV_tasks", "$JS.API.STREAM.DELETE.KV_tasks",
 		"$JS.API.DIRECT.GET.KV_workers.$KV.workers.w1",
 		schemas.AgentAPIPrefix + ".STREAM.MSG.GET.KV_tasks", schemas.AgentAPIPrefix + ".STREAM.INFO.WORK_0",
@@ -270,7 +270,7 @@ func TestAgentIsDeniedTheRest(t *testing.T) {
 		t.Errorf("the record was overwritten: %+v", e)
 	}
 	after := streams(t, core)
-	for _, name := range []string{"KV_tasks", "KV_drains", "REQUESTS"} {
+	for _, name := range []string{"KV_tasks", "KV_drains", "KV_idempotency"} {
 		if before[name] != after[name] {
 			t.Errorf("%s took messages: last sequence %d, then %d", name, before[name], after[name])
 		}

@@ -320,7 +320,7 @@ func TestUnavailable(t *testing.T) {
 	s.Shutdown()
 	until(t, "the disconnect is seen", func() bool { return !c.Connected() })
 	got := make(chan error, 1)
-	c.PublishAsync("dayfly.requests.t1", nil, []byte("x"), func(err error) { got <- err })
+	c.PublishAsync("dayfly.logs.w1.t1", nil, []byte("x"), func(err error) { got <- err })
 	wantErr(t, <-got, bus.ErrUnavailable)
 	short, cancel = context.WithTimeout(ctx, 50*time.Millisecond)
 	defer cancel()

@@ -79,7 +79,9 @@ func Connect(ctx context.Context, c Config) (*Conn, error) {
 		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {
 			conn.replies.failAll(fmt.Errorf("%w: connection lost", ErrUnknownOutcome))
 			conn.tellDisconnected()
-			conn.log.Warn().Err(err).Msg("nats disconnected")
+			if err != nil { // nil: we closed it
+				conn.log.Warn().Err(err).Msg("nats disconnected")
+			}
 		}),
 		nats.ReconnectHandler(func(*nats.Conn) {
 			conn.mu.Lock()

@@ -46,10 +46,9 @@ const (
 
 // Names of the streams.
 const (
-	StreamRequests = "REQUESTS"
-	StreamReports  = "REPORTS"
-	StreamLogs     = "LOGS"
-	streamWork     = "WORK_"
+	StreamReports = "REPORTS"
+	StreamLogs    = "LOGS"
+	streamWork    = "WORK_"
 )
 
 // WorkShards is how many streams the workers' queues are spread over. Each
@@ -70,7 +69,6 @@ func workShard(w WorkerID) uint32 {
 func WorkConsumer(w WorkerID) string { return "agent-" + string(w) }
 
 // Subjects. A wildcard token is passed as "*".
-func RequestSubject(t TaskID) string { return "dayfly.requests." + string(t) }
 func OrderSubject(w WorkerID, t TaskID) string {
 	return fmt.Sprintf("dayfly.work.%d.%s.%s", workShard(w), w, t)
 }
@@ -95,7 +93,6 @@ func Assets(logAge time.Duration) []Asset {
 		{Name: BucketDrains, Bucket: true},
 		{Name: BucketIdempotency, Bucket: true, MaxAge: IdempotencyAge},
 		{Name: BucketLeaders, Bucket: true, Hint: true},
-		{Name: StreamRequests, Subjects: []string{"dayfly.requests.>"}, Hint: true, Latest: true, MaxAge: time.Minute},
 		{Name: StreamReports, Subjects: []string{"dayfly.reports.>"}, Hint: true, Latest: true, MaxAge: ReportAge},
 		{Name: StreamLogs, Subjects: []string{"dayfly.logs.>"}, Hint: true, MaxAge: logAge},
 	}

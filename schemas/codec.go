@@ -65,7 +65,7 @@ func DecodeStrict(b []byte, v any) error {
 	case errors.As(err, &syntax):
 		return &Error{Status: 400, Code: CodeInvalidJSON, Detail: fmt.Sprintf("not valid JSON near byte %d", syntax.ByteOffset)}
 	case errors.As(err, &semantic) && errors.Is(err, json.ErrUnknownName):
-		return &Error{Status: 422, Code: CodeUnknownField, Field: field(semantic.JSONPointer), Detail: "no such field; see /openapi.json for those there are"}
+		return &Error{Status: 422, Code: CodeUnknownField, Field: field(semantic.JSONPointer), Detail: "there is no such field in this version"}
 	case errors.As(err, &semantic):
 		return &Error{Status: 422, Code: CodeInvalidType, Field: field(semantic.JSONPointer), Detail: mustBe(semantic.GoType)}
 	}

@@ -117,7 +117,6 @@ func TestSubjectsMatchTheAssets(t *testing.T) {
 	for i := range 20 {
 		w := schemas.WorkerID(fmt.Sprintf("w%d", i))
 		for subject, stream := range map[string]string{
-			schemas.RequestSubject(taskID):   schemas.StreamRequests,
 			schemas.OrderSubject(w, taskID):  schemas.WorkStream(w),
 			schemas.ReportSubject(w, taskID): schemas.StreamReports,
 			schemas.LogSubject(w, taskID):    schemas.StreamLogs,

@@ -14,10 +14,6 @@ import (
 	"dayfly.dev/schemas"
 )
 
-// keyGrace is how long a key may be without its task: until then the request that
-// brought the key may still be at work, and whoever repeats it finishes its work.
-const keyGrace = time.Minute
-
 // create is POST /v1/tasks.
 func (g *Gateway) create(w *response, r *http.Request) error {
 	err := g.createTask(w, r)
@@ -133,7 +129,7 @@ func (g *Gateway) createOnce(ctx context.Context, key string, spec schemas.Spec)
 		if misfit != nil {
 			return e, false, misfit
 		}
-		if time.Since(made.Created) >= keyGrace {
+		if time.Since(made.Created) >= g.cfg.KeyGrace {
 			return e, false, &schemas.Error{Status: http.StatusGone, Code: schemas.CodeKeyExpired, Field: "Idempotency-Key",
 				Detail: "the task of this key was never made, or is gone; use a new key"}
 		}
@@ -149,8 +145,8 @@ func (g *Gateway) createOnce(ctx context.Context, key string, spec schemas.Spec)
 	return e, false, busError(err, id)
 }
 
-// accept stores the record: from then on the task exists. The request to the placer
-// is a hint, and nobody waits for it.
+// accept stores the record: from then on the task exists, and the placer's view of
+// the records brings it there.
 func (g *Gateway) accept(ctx context.Context, id schemas.TaskID, spec schemas.Spec) (bus.Entry[record], error) {
 	m := meta("gateway")
 	rec, err := sealRecord(schemas.NewRecord(id, spec, g.cfg.Policy, m))
@@ -162,11 +158,6 @@ func (g *Gateway) accept(ctx context.Context, id schemas.TaskID, spec schemas.Sp
 		return e, err
 	}
 	g.fold(e)
-	g.conn.PublishAsync(schemas.RequestSubject(id), nil, []byte(id), func(err error) {
-		if err != nil {
-			g.log.Debug().Err(err).Str("task", string(id)).Msg("request not sent; the placer finds the record by itself")
-		}
-	})
 	g.metrics.submitted.Inc()
 	g.log.Info().Str("task", string(id)).Str("state", string(schemas.Queued)).Msg("task")
 	return e, nil
@@ -213,9 +204,14 @@ func (g *Gateway) await(r *http.Request, id schemas.TaskID, p patience) (bus.Ent
 	defer cancel()
 	var at *item
 	var revision uint64
+	seen := false // a record that was just written may not be in the view yet
 	err := g.tasks.Wait(ctx, string(id), func(it *item, rev uint64, exists bool) bool {
 		at, revision = it, rev
-		return !exists || p.satisfied(it.state)
+		if !exists {
+			return seen
+		}
+		seen = true
+		return p.satisfied(it.state)
 	})
 	if err == nil && at != nil {
 		if rec, ok := at.whole(); ok {

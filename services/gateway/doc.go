@@ -5,7 +5,7 @@
 //	             │                              ▲                          ▲
 //	             ▼                              │                          │
 //	compare-and-set on KV tasks ──▶ view of KV tasks, workers, drains   LOGS stream
-//	             │ then, not waited for: dayfly.requests, dayfly.work
+//	             │ then, not waited for: dayfly.work
 //
 // It holds no state of its own: the view is a copy, and any number of gateways may
 // run beside each other. A task is accepted when its record is stored; everything

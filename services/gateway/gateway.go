@@ -34,6 +34,11 @@ type Config struct {
 	// Lease is how long a worker may be without a beat before it shows as silent. 30 s.
 	Lease time.Duration
 
+	// KeyGrace is how long an Idempotency-Key may be without its task: until then the
+	// request that brought it may still be at work, and whoever repeats it finishes that
+	// work. 60 s.
+	KeyGrace time.Duration
+
 	Unavailable time.Duration // how long a request waits for NATS to come back, 500 ms
 	OpTimeout   time.Duration // longest operation on the bus, 3 s
 	ExtendWait  time.Duration // how long extend waits for the worker, 2 s
@@ -51,6 +56,7 @@ func (c Config) withDefaults() Config {
 	c.CacheBytes = cmp.Or(c.CacheBytes, 32<<20)
 	c.Retention = cmp.Or(c.Retention, 24*time.Hour)
 	c.Lease = cmp.Or(c.Lease, 30*time.Second)
+	c.KeyGrace = cmp.Or(c.KeyGrace, time.Minute)
 	c.Unavailable = cmp.Or(c.Unavailable, 500*time.Millisecond)
 	c.OpTimeout = cmp.Or(c.OpTimeout, 3*time.Second)
 	c.ExtendWait = cmp.Or(c.ExtendWait, 2*time.Second)

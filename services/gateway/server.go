@@ -61,6 +61,12 @@ func (g *Gateway) Handler() http.Handler {
 		mux.Handle(pattern, g.route(pattern, m))
 	}
 	mux.Handle("/", g.route("none", nil))
+	return g.guard(mux)
+}
+
+// guard does for every request what does not depend on its path, and lets only such
+// paths through to next that it takes as they are.
+func (g *Gateway) guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		w := &response{ResponseWriter: rw, id: requestID(r), route: "none"}
 		h := w.Header()
@@ -87,7 +93,7 @@ func (g *Gateway) Handler() http.Handler {
 		case !plainPath(r.URL.EscapedPath()):
 			g.fail(w, r, noPath())
 		default:
-			mux.ServeHTTP(w, r)
+			next.ServeHTTP(w, r)
 		}
 	})
 }

@@ -10,9 +10,9 @@
 //	                │ filters, scores, holds         │──▶ why a task waits
 //	                └────────────────────────────────┘
 //
-// The view of tasks wakes the placer. The stream of requests would not do so sooner:
-// both are told by the same server of a write that it has just stored, and the view
-// brings the record and its revision along.
+// The view of tasks wakes the placer. A message beside the record would not do so
+// sooner: both would come from the server that has just stored the write, and the
+// view brings the record and its revision along.
 //
 // Capacity is what is assigned, not what is used: a task counts on its worker from
 // the moment it is chosen until its record leaves assigned, starting and running.

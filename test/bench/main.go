@@ -2,8 +2,9 @@
 //
 //	bench control    the control plane with the fake runtime: latency, tasks/s, flushes
 //	bench cold       POST to running beside create+start through the raw Docker API
+//	bench            both
 //
-// This prints medians and ratios; single figures of a shared machine mean little.
+// It prints medians and ratios; single figures of a shared machine mean little.
 package main
 
 import (
@@ -22,7 +23,7 @@ func main() {
 	bin := flag.String("bin", "bin/dayfly", "the dayfly binary, for cold")
 	profile := flag.String("cpuprofile", "", "write a CPU profile to this file")
 	flag.Usage = func() {
-		fmt.Fprintln(os.Stderr, "usage: bench [-n N] control|cold")
+		fmt.Fprintln(os.Stderr, "usage: bench [-n N] [control|cold]")
 		flag.PrintDefaults()
 	}
 	flag.Parse()
@@ -45,6 +46,10 @@ func main() {
 		err = control(ctx, *n)
 	case "cold":
 		err = cold(ctx, *bin, *n)
+	case "":
+		if err = control(ctx, *n); err == nil {
+			err = cold(ctx, *bin, *n)
+		}
 	default:
 		flag.Usage()
 		os.Exit(2)

@@ -159,6 +159,9 @@ func (a *attempt) setDeadlineLocked(timeLeft time.Duration) error {
 func (a *attempt) Remove(ctx context.Context) error {
 	a.removal.Lock()
 	defer a.removal.Unlock()
+	if a.rt.isClosed() { // its containers are the next agent's
+		return fmt.Errorf("remove %s: %w", a.name, errClosed)
+	}
 	if err := enter(ctx, a.rt.removals); err != nil {
 		return fmt.Errorf("remove %s: %w", a.name, err)
 	}

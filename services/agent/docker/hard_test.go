@@ -130,13 +130,16 @@ func checkSpam(t *testing.T, got string, letter byte, bytes int) {
 
 // An agent that is killed in the midst of the output loses no byte and doubles none.
 func TestKilledAgentLosesNoLog(t *testing.T) {
-	for _, at := range []int{1, 400_000, 2_500_000} {
-		t.Run(fmt.Sprint(at), func(t *testing.T) {
+	for _, tt := range []struct {
+		at    int
+		pause string
+	}{{1, "1ms"}, {2_500_000, "1ms"}, {1, "0s"}, {400_000, "0s"}, {2_500_000, "0s"}} {
+		t.Run(fmt.Sprintf("at %d, pauses of %s", tt.at, tt.pause), func(t *testing.T) {
 			const n = 5_000_000
-			d := doom(t, time.Minute, time.Minute, fmt.Sprintf("spam %d 2us", n))
+			d := doom(t, time.Minute, time.Minute, fmt.Sprintf("spam %d %s", n, tt.pause))
 			for d.lines.Scan() {
 				var kept int
-				if _, _ = fmt.Sscanf(d.lines.Text(), "kept %d", &kept); kept >= at {
+				if _, _ = fmt.Sscanf(d.lines.Text(), "kept %d", &kept); kept >= tt.at {
 					break
 				}
 			}

@@ -263,6 +263,14 @@ func (r *Runtime) Close() error {
 	return r.lock.Close()
 }
 
+var errClosed = errors.New("the runtime is closed")
+
+func (r *Runtime) isClosed() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.closed
+}
+
 // goDo runs f until it returns; Close waits for it. It says false once the runtime
 // is closed.
 func (r *Runtime) goDo(f func()) bool {

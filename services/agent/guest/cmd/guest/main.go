@@ -9,7 +9,8 @@
 //	env [NAME…]           prints the environment, or the variables
 //	count N [INTERVAL]    prints 1 to N, a line each
 //	spam [--err] BYTES [INTERVAL]
-//	                      prints so many bytes: 64-byte lines with their number
+//	                      prints so many bytes: 64-byte lines with their number,
+//	                      a pause after each 128
 //	ignore-term [D]       prints "ready", ignores TERM, sleeps
 //	term-exit [N]         prints "ready", exits with N on TERM
 //	daemonize             leaves a process in a session of its own behind, exits 0
@@ -199,7 +200,7 @@ func spam(a []string) int {
 		if _, err := w.WriteString(line); err != nil {
 			return 1
 		}
-		if pause > 0 {
+		if pause > 0 && i%128 == 127 {
 			_ = w.Flush()
 			time.Sleep(pause)
 		}
