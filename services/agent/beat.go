@@ -104,6 +104,7 @@ func (a *Agent) observe(ctx context.Context, e bus.Entry[schemas.Beat]) (bus.Ent
 	defer tick.Stop()
 	end := time.NewTimer(a.cfg.Lease)
 	defer end.Stop()
+	changed := false
 	for {
 		select {
 		case <-ctx.Done():
@@ -117,8 +118,13 @@ func (a *Agent) observe(ctx context.Context, e bus.Entry[schemas.Beat]) (bus.Ent
 				return e, err
 			case now.Value.Lost():
 				return now, nil
-			case now.Revision > e.Revision:
+			case now.Revision > e.Revision && changed:
 				return e, fmt.Errorf("worker %s: %w", a.cfg.Worker, ErrNameTaken)
+			case now.Revision > e.Revision:
+				// The last beat of one that has just died may have been under way, or the replica
+				// that answered first was behind. Whoever lives beats again.
+				changed = true
+				end.Reset(a.cfg.Lease)
 			}
 			e = now // perhaps an older one: a server that was killed lost the newest
 		}

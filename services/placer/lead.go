@@ -170,6 +170,9 @@ func (p *Placer) place(ctx context.Context, l *lease, d decision) {
 			if r.Attempt != d.queued.attempt {
 				return r, nil, errMoved
 			}
+			if !l.Valid() { // this process may have been stopped since it decided
+				return r, nil, errDeposed
+			}
 			next, err := schemas.Next(r, event)
 			a = next.Assignment()
 			return next, nil, err
@@ -355,8 +358,10 @@ func (p *Placer) enrollAll() {
 }
 
 const (
-	queueRetry   = time.Second
-	queueAckWait = 30 * time.Second
+	queueRetry = time.Second
+	// queueAckWait is how long an order waits that a NATS server took with it when it
+	// died: an agent acknowledges at once, and knows what comes twice.
+	queueAckWait = 5 * time.Second
 )
 
 func (p *Placer) makeQueue(ctx context.Context, w schemas.WorkerID) {

@@ -52,6 +52,17 @@ func (f *fleet) restart(now time.Time) {
 	}
 }
 
+// awake takes note that time has come to now. If this process was stopped since, or
+// the machine was too busy for it, beats may have come that it has not looked at: then
+// every worker's silence counts anew, and awake says so.
+func (f *fleet) awake(last, now time.Time, fence time.Duration) (slept bool) {
+	if now.Sub(last) < fence/4 {
+		return false
+	}
+	f.restart(now)
+	return true
+}
+
 // silent lists the workers whose beat has been the same for the fence.
 func (f *fleet) silent(now time.Time, fence time.Duration) map[schemas.WorkerID]uint64 {
 	f.mu.Lock()
@@ -92,6 +103,7 @@ func (r *Reaper) lookAtWorker(w schemas.WorkerID) {
 func (r *Reaper) watchFleet(ctx context.Context) error {
 	tick := time.NewTicker(max(r.cfg.Fence/20, 10*time.Millisecond))
 	defer tick.Stop()
+	last := time.Now()
 	for {
 		reconnected := r.conn.Reconnected()
 		select {
@@ -100,7 +112,14 @@ func (r *Reaper) watchFleet(ctx context.Context) error {
 		case <-reconnected:
 			r.fleet.restart(time.Now())
 			continue
-		case now := <-tick.C:
+		case <-tick.C:
+			now := time.Now() // a tick may have waited
+			slept := r.fleet.awake(last, now, r.cfg.Fence)
+			last = now
+			if slept {
+				r.log.Warn().Msg("this reaper was stopped for a while: it counts the silence of workers anew")
+				continue
+			}
 			if !r.conn.Connected() {
 				r.fleet.restart(now)
 				continue
