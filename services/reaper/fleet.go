@@ -3,6 +3,7 @@ package reaper
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -159,15 +160,11 @@ func (r *Reaper) checkHolder(ctx context.Context, e bus.Entry[schemas.Record]) (
 	if !ok || !former && !(beat.Epoch == rec.Epoch && beat.Lost()) {
 		return false, nil
 	}
-	gone := false
-	if former && !beat.Lost() && beat.Reported {
-		gone = true
-		for _, kept := range beat.Kept {
-			if kept == rec.ID {
-				return false, nil // it is back with its worker, under the old epoch
-			}
-		}
+	back := former && !beat.Lost()
+	if back && slices.Contains(beat.Kept, rec.ID) {
+		return false, nil // it is with its worker again, under the old epoch
 	}
+	gone := back && beat.Reported
 	_, err := r.apply(ctx, e, func(m schemas.Meta) schemas.Event {
 		return schemas.Lose{Meta: m, Worker: rec.Worker, Epoch: rec.Epoch, Gone: gone}
 	})

@@ -6,11 +6,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"os"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 
 	cerrdefs "github.com/containerd/errdefs"
 	"github.com/distribution/reference"
@@ -30,31 +32,58 @@ type Credential struct {
 }
 
 // Image implements agent.Runtime. What is present is used without asking the
-// registry, unless the spec says "always".
+// registry, unless the spec says "always". progress is called by this call alone,
+// never after it.
 func (r *Runtime) Image(ctx context.Context, spec schemas.Spec, progress func(string)) (agent.Image, error) {
-	ref, err := reference.ParseNormalizedNamed(spec.Image)
+	ref, err := parseImage(spec.Image)
 	if err != nil {
-		return agent.Image{}, &agent.StartError{Reason: schemas.ReasonImage, Message: fmt.Sprintf("%q is not an image reference", spec.Image)}
+		return agent.Image{}, err
 	}
-	name := reference.TagNameOnly(ref).String()
+	var present error
 	if spec.Pull != schemas.PullAlways {
-		img, err := r.inspectImage(ctx, name, spec.Image)
-		if err == nil || !cerrdefs.IsNotFound(err) {
+		img, err := r.inspectImage(ctx, ref.String(), spec.Image)
+		// An image for another machine may be an old one: what the tag means now may fit.
+		if _, unfit := errors.AsType[*agent.StartError](err); unfit && spec.Pull != schemas.PullNever {
+			present = err
+		} else if err == nil || !cerrdefs.IsNotFound(err) {
 			return img.Image, err
 		}
 		if spec.Pull == schemas.PullNever {
-			return agent.Image{}, &agent.StartError{Reason: schemas.ReasonImage, Message: fmt.Sprintf(`image %q is not on this worker, and pull is "never"`, spec.Image)}
+			return agent.Image{}, &agent.StartError{Reason: schemas.ReasonImage,
+				Message: fmt.Sprintf(`image %q is not on this worker, and pull is "never"; set pull to "missing", or load the image there first`, spec.Image)}
 		}
 	}
 	auth, err := r.auth(reference.Domain(ref))
 	if err != nil {
 		return agent.Image{}, fmt.Errorf("image %s: %w", spec.Image, err)
 	}
-	if err := r.pulls.wait(ctx, r, name, auth, progress); err != nil {
-		return agent.Image{}, pullFault(err, spec.Image)
+	if err := r.pulls.wait(ctx, r, ref.String(), auth, progress); err != nil {
+		if ctx.Err() != nil {
+			return agent.Image{}, fmt.Errorf("pull image %s: %w", spec.Image, context.Cause(ctx))
+		}
+		err = r.pullFault(err, ref, spec.Image, auth)
+		if _, fault := errors.AsType[*agent.StartError](err); fault && present != nil {
+			err = present
+		}
+		return agent.Image{}, err
 	}
-	img, err := r.inspectImage(ctx, name, spec.Image)
+	img, err := r.inspectImage(ctx, ref.String(), spec.Image)
 	return img.Image, err
+}
+
+func parseImage(asked string) (reference.Named, error) {
+	fault := func(format string) error {
+		return &agent.StartError{Reason: schemas.ReasonImage, Message: fmt.Sprintf(format, asked)}
+	}
+	parsed, err := reference.ParseAnyReference(asked)
+	if err != nil {
+		return nil, fault(`%q is not an image reference; write one such as "busybox" or "registry.lan/web:1"`)
+	}
+	ref, ok := parsed.(reference.Named)
+	if !ok {
+		return nil, fault(`%q is the id of an image, which no registry knows; name the image, such as "busybox" or "registry.lan/web@sha256:…"`)
+	}
+	return reference.TagNameOnly(ref), nil
 }
 
 // imageByID gives what is known of an image, and asks Docker if it is nothing.
@@ -78,14 +107,10 @@ func (r *Runtime) inspectImage(ctx context.Context, name, asked string) (image, 
 	arch := got.Architecture
 	if got.Os != "" && got.Os != "linux" || arch != "" && arch != r.arch && !(arch == "386" && r.arch == "amd64") && !(arch == "arm" && r.arch == "arm64") {
 		return image{}, &agent.StartError{Reason: schemas.ReasonImageArch,
-			Message: fmt.Sprintf("image %q is for %s/%s, this worker is linux/%s; use an image that is built for it", asked, got.Os, arch, r.arch)}
+			Message: fmt.Sprintf("image %q is for %s/%s, this worker is linux/%s; build the image for that", asked, got.Os, arch, r.arch)}
 	}
 	img := image{Image: agent.Image{Ref: asked, ID: got.ID, Bytes: got.Size}}
-	for _, d := range got.RepoDigests {
-		if repo, digest, ok := strings.Cut(d, "@"); ok && (img.Digest == "" || strings.HasPrefix(name, repo)) {
-			img.Digest = digest
-		}
-	}
+	img.Digest = repoDigest(got.RepoDigests, name)
 	if c := got.Config; c != nil {
 		img.entrypoint, img.command, img.env = c.Entrypoint, c.Cmd, c.Env
 		img.user, img.workdir = c.User, c.WorkingDir
@@ -100,16 +125,32 @@ func (r *Runtime) inspectImage(ctx context.Context, name, asked string) (image, 
 	return img, nil
 }
 
-// auth finds the credentials of a registry, in the form that Docker takes.
-func (r *Runtime) auth(host string) (string, error) {
-	keys := []string{host}
-	if host == "docker.io" {
-		keys = append(keys, "https://index.docker.io/v1/", "index.docker.io", "registry-1.docker.io")
-	}
-	for _, k := range keys {
-		if c, ok := r.cfg.Credentials[k]; ok {
-			return authconfig.Encode(registry.AuthConfig{Username: c.Username, Password: c.Password, IdentityToken: c.IdentityToken, ServerAddress: host})
+// repoDigest picks what the repository that was asked for calls an image, of all
+// the names that Docker has for it.
+func repoDigest(all []string, name string) (found string) {
+	asked, err := reference.ParseNormalizedNamed(name)
+	for _, d := range all {
+		repo, digest, ok := strings.Cut(d, "@")
+		if !ok {
+			continue
 		}
+		if found == "" {
+			found = digest
+		}
+		if own, notName := reference.ParseNormalizedNamed(repo); err == nil && notName == nil && own.Name() == asked.Name() {
+			found = digest
+			if c, ok := asked.(reference.Canonical); !ok || c.Digest().String() == digest {
+				return found
+			}
+		}
+	}
+	return found
+}
+
+// auth finds the login for a registry, in the form that Docker takes; "" is none.
+func (r *Runtime) auth(host string) (string, error) {
+	if c, ok := forRegistry(r.cfg.Credentials, host); ok {
+		return authconfig.Encode(registry.AuthConfig{Username: c.Username, Password: c.Password, IdentityToken: c.IdentityToken, ServerAddress: host})
 	}
 	if r.cfg.AuthFile == "" {
 		return "", nil
@@ -122,21 +163,45 @@ func (r *Runtime) auth(host string) (string, error) {
 		Auths map[string]registry.AuthConfig `json:"auths"`
 	}
 	if err := json.Unmarshal(b, &file); err != nil {
-		return "", fmt.Errorf("registry credentials in %s are not valid JSON", r.cfg.AuthFile)
+		return "", fmt.Errorf("registry credentials in %s are not valid JSON", r.cfg.AuthFile) // err may have a secret in it
 	}
-	for _, k := range append(keys, "https://"+host, "http://"+host) {
-		c, ok := file.Auths[k]
-		if !ok {
-			continue
+	c, _ := forRegistry(file.Auths, host)
+	if c.Auth != "" {
+		plain, err := base64.StdEncoding.DecodeString(c.Auth)
+		user, password, ok := strings.Cut(string(plain), ":")
+		if err != nil || !ok {
+			return "", fmt.Errorf("registry credentials in %s: auth of %s is not user:password in base64", r.cfg.AuthFile, host)
 		}
-		if plain, err := base64.StdEncoding.DecodeString(c.Auth); err == nil && c.Auth != "" {
-			c.Username, c.Password, _ = strings.Cut(string(plain), ":")
-			c.Auth = ""
-		}
-		c.ServerAddress = host
-		return authconfig.Encode(c)
+		c.Username, c.Password, c.Auth = user, strings.Trim(password, "\x00"), ""
 	}
-	return "", nil
+	if c == (registry.AuthConfig{}) {
+		return "", nil // not there, or kept by a credential helper
+	}
+	c.ServerAddress = host
+	return authconfig.Encode(c)
+}
+
+// forRegistry finds what is kept for a registry, which tools write as
+// "registry.lan", "https://registry.lan" or "https://index.docker.io/v1/".
+func forRegistry[C any](all map[string]C, host string) (C, bool) {
+	if c, ok := all[host]; ok {
+		return c, true
+	}
+	for _, k := range slices.Sorted(maps.Keys(all)) {
+		_, rest, schemed := strings.Cut(k, "://")
+		if !schemed {
+			rest = k
+		}
+		name, _, _ := strings.Cut(rest, "/")
+		if name == "index.docker.io" || name == "registry-1.docker.io" {
+			name = "docker.io"
+		}
+		if name == host {
+			return all[k], true
+		}
+	}
+	var none C
+	return none, false
 }
 
 // pulls lets one pull of an image serve all who wait for it.
@@ -147,98 +212,104 @@ type pulls struct {
 
 type pull struct {
 	cancel  context.CancelFunc
-	waiting map[int]func(string) // guarded by pulls.mu
-	next    int
-	last    string
+	waiting int           // guarded by pulls.mu
+	said    string        // guarded by pulls.mu
+	changed chan struct{} // guarded by pulls.mu; closed when said changes
 	done    chan struct{}
 	err     error // valid once done is closed
 }
 
 // wait joins the pull of (name, auth), or begins it. When the last who waits has
-// left, the pull is broken off.
+// left, the pull is broken off. Each tells its own progress, so that a slow one keeps
+// nobody else; it may miss sentences, never the latest.
 func (ps *pulls) wait(ctx context.Context, r *Runtime, name, auth string, progress func(string)) error {
-	if progress == nil {
-		progress = func(string) {}
-	}
 	key := [2]string{name, auth}
+	p, err := ps.join(r, key)
+	if err != nil {
+		return err
+	}
+	for told := ""; ; {
+		ps.mu.Lock()
+		said, changed := p.said, p.changed
+		ps.mu.Unlock()
+		if said != told && progress != nil {
+			progress(said)
+			told = said
+		}
+		select {
+		case <-p.done:
+			return p.err
+		case <-ctx.Done():
+			ps.leave(p, key)
+			return context.Cause(ctx)
+		case <-changed:
+		}
+	}
+}
+
+func (ps *pulls) join(r *Runtime, key [2]string) (*pull, error) {
 	ps.mu.Lock()
+	defer ps.mu.Unlock()
 	p := ps.running[key]
 	if p == nil {
-		pullCtx, cancel := context.WithCancel(r.ctx)
-		p = &pull{cancel: cancel, waiting: map[int]func(string){}, done: make(chan struct{})}
+		ctx, cancel := context.WithCancel(r.ctx)
+		p = &pull{cancel: cancel, changed: make(chan struct{}), done: make(chan struct{})}
+		if !r.goDo(func() { ps.run(ctx, r, p, key) }) {
+			cancel()
+			return nil, errors.New("the runtime is closed")
+		}
 		if ps.running == nil {
 			ps.running = map[[2]string]*pull{}
 		}
 		ps.running[key] = p
-		if !r.goDo(func() { ps.run(pullCtx, r, p, key) }) {
-			delete(ps.running, key)
-			cancel()
-			ps.mu.Unlock()
-			return errors.New("the runtime is closed")
-		}
 	}
-	me := p.next
-	p.next++
-	p.waiting[me] = progress
-	last := p.last
-	ps.mu.Unlock()
-	if last != "" {
-		progress(last)
-	}
+	p.waiting++
+	return p, nil
+}
 
-	select {
-	case <-p.done:
-		return p.err
-	case <-ctx.Done():
-	}
+func (ps *pulls) leave(p *pull, key [2]string) {
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
-	delete(p.waiting, me)
-	if len(p.waiting) == 0 {
+	p.waiting--
+	if p.waiting == 0 {
 		p.cancel()
 		if ps.running[key] == p {
 			delete(ps.running, key) // who comes now begins anew
 		}
 	}
-	return context.Cause(ctx)
 }
 
 func (ps *pulls) run(ctx context.Context, r *Runtime, p *pull, key [2]string) {
 	defer p.cancel()
-	err := r.pullImage(ctx, key[0], key[1], func(s string) {
+	p.err = r.pullImage(ctx, key[0], key[1], func(s string) {
 		ps.mu.Lock()
-		if s == p.last {
-			ps.mu.Unlock()
-			return
-		}
-		p.last = s
-		tell := slices.Collect(maps.Values(p.waiting))
-		ps.mu.Unlock()
-		for _, f := range tell {
-			f(s)
+		defer ps.mu.Unlock()
+		if s != p.said {
+			p.said = s
+			close(p.changed)
+			p.changed = make(chan struct{})
 		}
 	})
 	ps.mu.Lock()
+	defer ps.mu.Unlock()
 	if ps.running[key] == p {
 		delete(ps.running, key)
 	}
-	ps.mu.Unlock()
-	p.err = err
 	close(p.done)
 }
 
-func (r *Runtime) pullImage(ctx context.Context, name, auth string, progress func(string)) error {
+func (r *Runtime) pullImage(ctx context.Context, name, auth string, say func(string)) error {
 	short := name
 	if ref, err := reference.ParseNormalizedNamed(name); err == nil {
 		short = reference.FamiliarString(ref)
 	}
-	progress("pulling " + short)
+	say("pulling " + short)
 	resp, err := r.docker.ImagePull(ctx, name, client.ImagePullOptions{RegistryAuth: auth})
 	if err != nil {
 		return err
 	}
 	defer resp.Close()
-	sum := layers{}
+	all := layers{}
 	for m, err := range resp.JSONMessages(ctx) {
 		if err != nil {
 			return err
@@ -246,62 +317,118 @@ func (r *Runtime) pullImage(ctx context.Context, name, auth string, progress fun
 		if m.Error != nil {
 			return m.Error
 		}
-		if sum.add(m) {
-			progress(fmt.Sprintf("pulling %s: %s", short, sum))
+		if s := all.add(m); s != "" {
+			say("pulling " + short + ": " + s)
 		}
 	}
 	return ctx.Err()
 }
 
 // layers sums up what Docker tells of each layer.
-type layers map[string]jsonstream.Progress
+type layers map[string]layer
 
-func (l layers) add(m jsonstream.Message) bool {
-	if m.ID == "" || m.Status != "Downloading" && m.Status != "Download complete" {
-		return false
-	}
-	old := l[m.ID]
-	switch {
-	case m.Status == "Download complete":
-		old.Current = old.Total
-	case m.Progress != nil:
-		old = *m.Progress
-	}
-	l[m.ID] = old
-	return true
+type layer struct {
+	now, all int64 // bytes
+	got      bool
 }
 
-// String gives "3.1 of 12 MiB".
-func (l layers) String() string {
-	var now, all int64
-	for _, p := range l {
-		now, all = now+p.Current, all+max(p.Total, p.Current)
+// add gives what there is to say after a message, "" if that is nothing new.
+func (l layers) add(m jsonstream.Message) string {
+	if m.ID == "" {
+		return ""
 	}
-	const mib = 1 << 20
+	one := l[m.ID]
+	switch {
+	case m.Status == "Pulling fs layer", m.Status == "Waiting":
+	case strings.HasPrefix(m.Status, "Retrying in"):
+		l[m.ID] = layer{}
+		return "the registry broke off, trying again" // Docker counts seconds; we do not
+	case m.Status == "Downloading":
+		if p := m.Progress; p != nil {
+			one.now, one.all = p.Current, max(p.Total, p.Current)
+		}
+	case m.Status == "Verifying Checksum", m.Status == "Download complete", m.Status == "Extracting", m.Status == "Pull complete":
+		one.now, one.got = one.all, true
+	default:
+		return "" // of the tag, or a layer that is there already
+	}
+	l[m.ID] = one
+	var now, all int64
+	got := true
+	for _, one := range l {
+		now, all, got = now+one.now, all+one.all, got && one.got
+	}
+	const kib, mib = 1 << 10, 1 << 20
+	switch {
+	case got && (m.Status == "Extracting" || m.Status == "Pull complete"):
+		return "unpacking"
+	case all == 0:
+		return ""
+	case all < mib:
+		return fmt.Sprintf("%.1f of %.1f KiB", float64(now)/kib, float64(all)/kib)
+	}
 	return fmt.Sprintf("%.1f of %.1f MiB", float64(now)/mib, float64(all)/mib)
 }
 
-// pullFault decides whose fault it is that an image is not there. Docker and
-// registries have no codes for it, only words.
-func pullFault(err error, asked string) error {
-	text := strings.ToLower(err.Error())
-	has := func(words ...string) bool {
-		return slices.ContainsFunc(words, func(w string) bool { return strings.Contains(text, w) })
+// What Docker and registries say when something is wrong. They have no codes for it,
+// only words. Each has a space in it: an image's name, which is also in these texts,
+// cannot pass for it.
+var (
+	saysPlatform = []string{"no matching manifest for", "does not match the specified platform", "no match for platform"}
+	saysDenied   = []string{"pull access denied", "access to the resource is denied", "unauthorized: ", "401 unauthorized", "authentication required",
+		"authorization failed", "failed to authorize", "no basic auth credentials", "denied: ", "403 forbidden", "incorrect username or password"}
+	saysMissing  = []string{"manifest unknown", " not found", "name unknown", "repository does not exist"}
+	saysAway     = []string{"connection refused", "no such host", "i/o timeout", "tls handshake timeout", "no route to host", "network is unreachable", "while awaiting headers", "while waiting for connection"}
+	saysInsecure = []string{"server gave http response to https client"}
+	saysWorker   = []string{"no space left on device", "read-only file system", "input/output error", "context canceled"}
+)
+
+// pullFault decides whose fault it is that an image is not there: the image's and
+// its registry's, or this worker's.
+func (r *Runtime) pullFault(err error, ref reference.Named, asked, auth string) error {
+	text := redact(strings.TrimPrefix(err.Error(), "Error response from daemon: "), auth)
+	lower, host := strings.ToLower(text), reference.Domain(ref)
+	if lower == "denied" || lower == "unauthorized" {
+		lower += ": " // a registry that said no more than that
 	}
-	fault := func(reason schemas.Reason, format string) error {
-		return &agent.StartError{Reason: reason, Message: fmt.Sprintf(format, asked)}
+	says := func(words []string) bool {
+		return slices.ContainsFunc(words, func(w string) bool { return strings.Contains(lower, w) })
+	}
+	fault := func(reason schemas.Reason, format string, args ...any) error {
+		return &agent.StartError{Reason: reason, Message: fmt.Sprintf(format, args...)}
 	}
 	switch {
-	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded),
-		client.IsErrConnectionFailed(err), has("no space left"):
-		return fmt.Errorf("pull image %s: %w", asked, err)
-	case has("no matching manifest", "does not match the specified platform", "no match for platform"):
-		return fault(schemas.ReasonImageArch, "image %q is not built for this worker's kind of machine")
-	case has("pull access denied", "unauthorized", "authentication required", "access denied", "denied:", "no basic auth credentials", "forbidden"):
-		return fault(schemas.ReasonImage, "image %q may not be pulled: it does not exist, or its registry wants other credentials; check the name, or give the worker a login")
-	case cerrdefs.IsNotFound(err), has("manifest unknown", "not found", "name unknown", "repository does not exist"):
-		return fault(schemas.ReasonImage, "image %q does not exist in its registry; check name and tag")
+	case errors.Is(err, context.Canceled), r.ctx.Err() != nil, client.IsErrConnectionFailed(err),
+		errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
+		return fmt.Errorf("pull image %s: docker broke off: %w", asked, err)
+	case says(saysWorker):
+		return fmt.Errorf("pull image %s: %s", asked, clip(text))
+	case says(saysPlatform):
+		return fault(schemas.ReasonImageArch, "image %q is not built for linux/%s, which this worker is; build the image for that", asked, r.arch)
+	case says(saysDenied) && auth == "":
+		return fault(schemas.ReasonImage, "registry %s does not give image %q without a login; check the name, or give the worker a login for %s", host, asked, host)
+	case says(saysDenied):
+		return fault(schemas.ReasonImage, "registry %s refuses image %q to the login that the worker has for it; check the name, and that login's password and rights", host, asked)
+	case cerrdefs.IsNotFound(err), says(saysMissing):
+		return fault(schemas.ReasonImage, "registry %s has no image %q; check its name and tag", host, asked)
+	case says(saysInsecure):
+		return fault(schemas.ReasonImagePull, "registry %s of image %q speaks plain HTTP; give it TLS, or add it to insecure-registries of the worker's Docker", host, asked)
+	case says(saysAway):
+		return fault(schemas.ReasonImagePull, "registry %s of image %q cannot be reached; check its name, and that it runs: %s", host, asked, clip(text))
 	}
-	return &agent.StartError{Reason: schemas.ReasonImagePull,
-		Message: fmt.Sprintf("the registry of image %q did not give it: %s", asked, clip(strings.TrimPrefix(err.Error(), "Error response from daemon: ")))}
+	return fault(schemas.ReasonImagePull, "registry %s did not give image %q; look at the registry, or try again later: %s", host, asked, clip(text))
+}
+
+// redact takes the login out of a text: a registry may repeat what it was sent.
+func redact(text, auth string) string {
+	c, err := authconfig.Decode(auth)
+	if err != nil {
+		return text
+	}
+	for _, secret := range []string{base64.StdEncoding.EncodeToString([]byte(c.Username + ":" + c.Password)), c.Password, c.IdentityToken, c.RegistryToken} {
+		if secret != "" {
+			text = strings.ReplaceAll(text, secret, "…")
+		}
+	}
+	return text
 }

@@ -46,10 +46,10 @@ func (r *Runtime) Start(ctx context.Context, req agent.StartRequest) (agent.Atte
 		leave()
 		return nil, fmt.Errorf("start %s: %w", req.Assignment, err)
 	}
-	if err := r.create(ctx, a, b); err != nil {
+	if answered, err := r.create(ctx, a, b); err != nil {
 		leave()
 		close(a.served)
-		r.abandon(a, nil)
+		r.abandon(a, answered)
 		return nil, startFault(err, req, fmt.Sprintf("create container for %s", req.Assignment))
 	}
 	if err := r.launch(ctx, a, b, req, leave); err != nil {
@@ -133,20 +133,40 @@ func (r *Runtime) prepare(req agent.StartRequest, b *box) (*attempt, error) {
 }
 
 // create makes the container. Where the outcome is unknown the name tells: what
-// stands under it with our labels and was never started is ours.
-func (r *Runtime) create(ctx context.Context, a *attempt, b *box) error {
+// stands under it with our labels and was never started is ours. With an error comes
+// a channel that is closed once dockerd has answered, nil if it has: only then is it
+// known what there is to abandon.
+func (r *Runtime) create(ctx context.Context, a *attempt, b *box) (answered <-chan struct{}, err error) {
 	for try := 0; ; try++ {
-		created, err := r.docker.ContainerCreate(ctx, b.options())
-		if err == nil {
-			a.mu.Lock()
-			a.container = created.ID
-			a.mu.Unlock()
-			return nil
+		done := make(chan struct{})
+		var failed error // to be read once done is closed
+		making := r.goDo(func() {
+			defer close(done)
+			// Not the caller's ctx: dockerd would go on making it, and we would not know.
+			ctx, cancel := context.WithTimeout(r.ctx, dockerWithin)
+			defer cancel()
+			created, err := r.docker.ContainerCreate(ctx, b.options())
+			if failed = err; err == nil {
+				a.mu.Lock()
+				a.container = created.ID
+				a.mu.Unlock()
+			}
+		})
+		if !making {
+			return nil, errClosed
+		}
+		select {
+		case <-done:
+		case <-ctx.Done():
+			return done, context.Cause(ctx)
+		}
+		if failed == nil {
+			return nil, nil
 		}
 		settle, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 		id, ours := r.leftover(settle, a)
 		cancel()
-		if ours && cerrdefs.IsConflict(err) && try == 0 && ctx.Err() == nil {
+		if ours && cerrdefs.IsConflict(failed) && try == 0 {
 			// Of a start that was broken off, whose folder is gone: it has nothing mounted that
 			// we could use.
 			if err := r.removeContainer(ctx, id); err == nil {
@@ -158,7 +178,7 @@ func (r *Runtime) create(ctx context.Context, a *attempt, b *box) error {
 			a.container = id // for abandon
 			a.mu.Unlock()
 		}
-		return err
+		return nil, failed
 	}
 }
 
@@ -272,7 +292,7 @@ func (r *Runtime) abandon(a *attempt, answered <-chan struct{}) {
 			a.log().Error().Err(err).Msg("cannot remove what a failed start left; the next recover will")
 		}
 	}
-	if a.containerID() == "" {
+	if answered == nil && a.containerID() == "" {
 		away() // nothing but the folder
 		return
 	}
