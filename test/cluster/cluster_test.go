@@ -177,8 +177,6 @@ type traffic struct {
 	ids     map[schemas.TaskID]bool
 	err     error
 	longest time.Duration // that a client waited for one task to be accepted
-	stop    context.CancelFunc
-	done    chan struct{}
 }
 
 // traffick starts clients. finish stops them and checks that every accepted task
