@@ -19,7 +19,7 @@ import (
 // Config of one connection. Each service has its own.
 type Config struct {
 	Name           string                     // shown by the server
-	URL            string                     // nats://…; empty with InProcess
+	URL            string                     // nats://…, several with commas between; empty with InProcess
 	InProcess      nats.InProcessConnProvider // of an embedded server
 	User, Password string
 	InboxPrefix    string // agents: schemas.AgentInbox(w)
@@ -45,6 +45,7 @@ type Conn struct {
 	core      bool   // not an agent
 	replies   *replies
 	closed    chan struct{}
+	close     sync.Once
 
 	mu           sync.Mutex
 	reconnected  chan struct{}
@@ -158,6 +159,10 @@ func (c *Conn) onError(_ *nats.Conn, sub *nats.Subscription, err error) {
 // Connected tells whether the server is there now.
 func (c *Conn) Connected() bool { return c.NC.IsConnected() }
 
+// Clustered tells whether the server is one of several: then a replica that answers
+// may be behind the leader of its stream.
+func (c *Conn) Clustered() bool { return c.NC.ConnectedClusterName() != "" }
+
 // Reconnected gives a channel that is closed at the next reconnect. Take it before
 // the work that a reconnect would undo.
 func (c *Conn) Reconnected() <-chan struct{} {
@@ -167,12 +172,15 @@ func (c *Conn) Reconnected() <-chan struct{} {
 }
 
 // Close drains the connection and waits until it is closed. Stop what uses it first.
+// It may be called again.
 func (c *Conn) Close() {
-	if !c.NC.IsConnected() || c.NC.Drain() != nil {
-		c.NC.Close()
-	}
-	<-c.closed
-	c.replies.stop()
+	c.close.Do(func() {
+		if !c.NC.IsConnected() || c.NC.Drain() != nil {
+			c.NC.Close()
+		}
+		<-c.closed
+		c.replies.stop()
+	})
 }
 
 // whenDisconnected calls fn, which must be quick, at each disconnect, before the next
@@ -229,7 +237,11 @@ func (c *Conn) Publish(ctx context.Context, subject string, hdr nats.Header, dat
 }
 
 func (c *Conn) publish(ctx context.Context, subject string, hdr nats.Header, data []byte) (uint64, error) {
-	m, err := c.request(ctx, subject, hdr, data)
+	return c.publishTry(ctx, OpTimeout, subject, hdr, data)
+}
+
+func (c *Conn) publishTry(ctx context.Context, try time.Duration, subject string, hdr nats.Header, data []byte) (uint64, error) {
+	m, err := c.request(ctx, try, subject, hdr, data)
 	if err != nil {
 		return 0, err
 	}
@@ -262,13 +274,16 @@ func (c *Conn) PublishAsync(subject string, hdr nats.Header, data []byte, done f
 }
 
 // request sends one message and waits for one answer. It waits for the connection
-// and repeats while nobody answers, until ctx ends.
-func (c *Conn) request(ctx context.Context, subject string, hdr nats.Header, data []byte) (*nats.Msg, error) {
+// and repeats while nobody listens, until ctx ends. An answer is waited for no longer
+// than try.
+func (c *Conn) request(ctx context.Context, try time.Duration, subject string, hdr nats.Header, data []byte) (*nats.Msg, error) {
 	for pause := 5 * time.Millisecond; ; pause = min(2*pause, 200*time.Millisecond) {
 		if err := c.waitConnected(ctx); err != nil {
 			return nil, err
 		}
-		m, err := c.replies.ask(ctx, subject, hdr, data)
+		askCtx, cancel := context.WithTimeout(ctx, try)
+		m, err := c.replies.ask(askCtx, subject, hdr, data)
+		cancel()
 		if !errors.Is(err, ErrUnavailable) || c.NC.IsClosed() {
 			return m, err
 		}

@@ -26,6 +26,8 @@ const (
 	codeWrongLastSequence = 10071
 	codeSpuriousConflict  = 10164 // also comes to a sole writer with the right revision
 	codeNoMessageFound    = 10037
+	codeNoPeers           = 10005
+	codeNotLeader         = 10009
 )
 
 // sendError maps what came of handing a message to the client library.

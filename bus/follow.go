@@ -28,7 +28,7 @@ type follower struct {
 	handle func(m jetstream.Msg, meta *jetstream.MsgMetadata) error
 	// side, if set, runs beside a session, with a context that ends with it.
 	// errRestart from it makes a new session at once.
-	side func(ctx context.Context, cons jetstream.Consumer) error
+	side func(ctx context.Context) error
 }
 
 // errRestart makes a new session.
@@ -103,6 +103,16 @@ func (f *follower) drop(name string) {
 	f.c.replies.send(f.c.apiPrefix+"CONSUMER.DELETE."+f.stream+"."+name, nil, nil, time.Now().Add(OpTimeout), ignoreAnswer)
 }
 
+// heartbeat is how often the server says that it is there; twice that without a word
+// ends a session. On a cluster the consumer lives on one server and the connection
+// goes to another, so nothing else tells that the first has died.
+func (f *follower) heartbeat() time.Duration {
+	if f.c.Clustered() {
+		return time.Second
+	}
+	return 5 * time.Second
+}
+
 func (f *follower) session(ctx context.Context) error {
 	reconnected := f.c.Reconnected()
 	cons, err := f.make(ctx)
@@ -144,7 +154,7 @@ func (f *follower) session(ctx context.Context) error {
 			alive = false
 			end(err)
 		}
-	}, jetstream.PullMaxMessages(1000), jetstream.PullExpiry(30*time.Second), jetstream.PullHeartbeat(5*time.Second),
+	}, jetstream.PullMaxMessages(1000), jetstream.PullExpiry(30*time.Second), jetstream.PullHeartbeat(f.heartbeat()),
 		jetstream.ConsumeErrHandler(func(_ jetstream.ConsumeContext, err error) { end(err) }))
 	if err != nil {
 		return fmt.Errorf("consume %s: %w", f.stream, err)
@@ -161,7 +171,7 @@ func (f *follower) session(ctx context.Context) error {
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			if err := f.side(sideCtx, cons); err != nil {
+			if err := f.side(sideCtx); err != nil {
 				end(err)
 			}
 		}()

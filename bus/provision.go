@@ -21,30 +21,64 @@ const (
 
 // Provision makes the streams and buckets that are missing and updates those whose
 // configuration changed; what a stream cannot change (persist mode, retention) stays
-// and is logged. replicas is 1 or 3. It is idempotent, several services may call it
-// at once, and it waits for JetStream until ctx ends.
+// and is logged. replicas is 1 or 3; 0 is 3 on a cluster and 1 on a single server. It
+// is idempotent, several services may call it at once, and it waits for JetStream, and
+// for as many servers as there shall be replicas, until ctx ends.
 func Provision(ctx context.Context, c *Conn, assets []schemas.Asset, replicas int) error {
-	if replicas != 1 && replicas != 3 {
+	if replicas != 0 && replicas != 1 && replicas != 3 {
 		return fmt.Errorf("provision: replicas is 1 or 3, not %d", replicas)
+	}
+	if replicas == 0 {
+		if err := c.waitConnected(ctx); err != nil {
+			return fmt.Errorf("provision: %w", err)
+		}
+		replicas = 1
+		if c.Clustered() {
+			replicas = 3
+		}
 	}
 	for _, a := range assets {
 		want := streamConfig(a, replicas)
-		for {
-			err := c.provision(ctx, want)
-			if err == nil {
-				break
-			}
-			if !transient(err) || !sleep(ctx, 50*time.Millisecond) {
-				return fmt.Errorf("provision %s: %w", want.Name, err)
-			}
+		if err := c.patiently(ctx, want.Name, func() error { return c.provision(ctx, want) }); err != nil {
+			return fmt.Errorf("provision %s: %w", want.Name, err)
 		}
-		if a.Keep != "" {
-			if _, err := c.Publish(ctx, a.Keep, nil, []byte("keep")); err != nil {
-				return fmt.Errorf("provision %s: %w", want.Name, err)
-			}
+		if a.Keep == "" {
+			continue
+		}
+		err := c.patiently(ctx, want.Name, func() error {
+			_, err := c.Publish(ctx, a.Keep, nil, []byte("keep"))
+			return err
+		})
+		if err != nil {
+			return fmt.Errorf("provision %s: %w", want.Name, err)
 		}
 	}
 	return nil
+}
+
+// patiently does what may fail while a cluster forms, again and again.
+func (c *Conn) patiently(ctx context.Context, stream string, do func() error) error {
+	const sayAfter = 5 * time.Second
+	began, said := time.Now(), false
+	for {
+		err := do()
+		if err == nil || !transient(err) && !forming(err) {
+			return err
+		}
+		if !said && time.Since(began) > sayAfter {
+			c.log.Warn().Err(err).Str("stream", stream).Msg("waiting for JetStream")
+			said = true
+		}
+		if !sleep(ctx, 50*time.Millisecond) {
+			return err
+		}
+	}
+}
+
+// forming says that a cluster has too few servers yet, or is just choosing who leads.
+func forming(err error) bool {
+	var api *jetstream.APIError
+	return errors.As(err, &api) && (api.ErrorCode == codeNoPeers || api.ErrorCode == codeNotLeader)
 }
 
 func (c *Conn) provision(ctx context.Context, want jetstream.StreamConfig) error {
@@ -53,11 +87,11 @@ func (c *Conn) provision(ctx context.Context, want jetstream.StreamConfig) error
 	if err := c.waitConnected(ctx); err != nil {
 		return err
 	}
-	s, err := c.JS.Stream(ctx, want.Name)
+	s, err := c.look(ctx, want.Name)
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
 		_, err = c.JS.CreateStream(ctx, want)
 		if errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) { // someone else was quicker
-			s, err = c.JS.Stream(ctx, want.Name)
+			s, err = c.look(ctx, want.Name)
 		} else {
 			return err
 		}
@@ -75,6 +109,14 @@ func (c *Conn) provision(ctx context.Context, want jetstream.StreamConfig) error
 	}
 	_, err = c.JS.UpdateStream(ctx, next)
 	return err
+}
+
+// look asks for a stream. A cluster that has no leader yet says nothing, so it is not
+// waited for long.
+func (c *Conn) look(ctx context.Context, stream string) (jetstream.Stream, error) {
+	ctx, cancel := context.WithTimeout(ctx, 500*time.Millisecond)
+	defer cancel()
+	return c.JS.Stream(ctx, stream)
 }
 
 // StreamOf names the stream behind a bucket.

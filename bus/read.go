@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 )
@@ -104,13 +103,14 @@ func (f *follower) stored(ctx context.Context) error {
 	return nil
 }
 
-// lag asks the server how many messages a consumer has still to deliver.
-func lag(ctx context.Context, cons jetstream.Consumer) (pending, delivered uint64, err error) {
-	ctx, cancel := context.WithTimeout(ctx, time.Second)
+// lastStored asks the leader for the sequence of the last message of a stream that
+// the filter lets through and that is still there; 0 if there is none.
+func (c *Conn) lastStored(ctx context.Context, stream, filter string) (uint64, error) {
+	ctx, cancel := context.WithTimeout(ctx, readTry)
 	defer cancel()
-	info, err := cons.Info(ctx)
-	if err != nil {
-		return 0, 0, err
+	raw, err := c.leaderGet(ctx, stream, filter)
+	if errors.Is(err, ErrNotFound) {
+		return 0, nil
 	}
-	return info.NumPending, info.Delivered.Stream, nil
+	return raw.seq, err
 }

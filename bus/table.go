@@ -197,15 +197,19 @@ func (t *Table[T]) write(ctx context.Context, e Entry[T], v T, op string, opts [
 	}
 	ctx, cancel := context.WithTimeout(ctx, OpTimeout)
 	defer cancel()
-	expect := e.Revision
+	expect, sent := e.Revision, false
 	for try := 1; ; try++ {
 		seq, err := t.publish(ctx, e.Key, expect, hdr, data)
 		if err == nil {
 			return Entry[T]{Key: e.Key, Value: v, Revision: seq}, nil
 		}
+		if sent && errors.Is(err, ErrUnavailable) {
+			err = fmt.Errorf("%w: an earlier try: %v", ErrUnknownOutcome, err)
+		}
 		if !errors.Is(err, ErrConflict) && !errors.Is(err, ErrUnknownOutcome) {
 			return e, err
 		}
+		sent = sent || errors.Is(err, ErrUnknownOutcome)
 		raw, readErr := t.read(ctx, e.Key)
 		switch {
 		case readErr == nil && !raw.marker && raw.seq != expect:
@@ -257,10 +261,18 @@ func (t *Table[T]) wrote(v T, op string, stored, sent []byte) bool {
 // pause before a write is repeated at the same revision.
 func pause() time.Duration { return time.Millisecond + rand.N(4*time.Millisecond) }
 
+// How long one try of a write or read waits for its answer. On a cluster a server may
+// die with the request in its hands, and nobody says so; asking anew tells what came
+// of it as soon as another leads.
+const (
+	writeTry = 2 * time.Second
+	readTry  = time.Second
+)
+
 func (t *Table[T]) publish(ctx context.Context, key string, expect uint64, hdr nats.Header, data []byte) (uint64, error) {
 	hdr = maps.Clone(hdr)
 	hdr.Set(jetstream.ExpectedLastSubjSeqHeader, strconv.FormatUint(expect, 10))
-	return t.c.publish(ctx, keySubject(t.bucket, key), hdr, data)
+	return t.c.publishTry(ctx, writeTry, keySubject(t.bucket, key), hdr, data)
 }
 
 func (t *Table[T]) entry(key string, raw rawEntry) (Entry[T], error) {
@@ -304,7 +316,7 @@ func (t *Table[T]) read(ctx context.Context, key string) (rawEntry, error) {
 
 func (c *Conn) leaderGet(ctx context.Context, stream, subject string) (rawEntry, error) {
 	body := `{"last_by_subj":` + strconv.Quote(subject) + `}`
-	m, err := c.request(ctx, c.apiPrefix+"STREAM.MSG.GET."+stream, nil, []byte(body))
+	m, err := c.request(ctx, readTry, c.apiPrefix+"STREAM.MSG.GET."+stream, nil, []byte(body))
 	if err != nil {
 		return rawEntry{}, err
 	}
@@ -342,7 +354,7 @@ func (c *Conn) leaderGet(ctx context.Context, stream, subject string) (rawEntry,
 }
 
 func (c *Conn) directGet(ctx context.Context, stream, subject string) (rawEntry, error) {
-	m, err := c.request(ctx, c.apiPrefix+"DIRECT.GET."+stream+"."+subject, nil, nil)
+	m, err := c.request(ctx, readTry, c.apiPrefix+"DIRECT.GET."+stream+"."+subject, nil, nil)
 	if err != nil {
 		return rawEntry{}, err
 	}

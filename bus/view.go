@@ -40,6 +40,10 @@ type ViewOptions[V any] struct {
 // lost with the server (a stream stored without waiting for the disk, a stream made
 // anew) it reads everything again and drops what is not there any more. Meanwhile it
 // answers from what it has.
+//
+// On a cluster it reads from whichever replica the server chose, perhaps one that has
+// just been restarted. So it has caught up only when it has what the leader had, and
+// never goes back to what such a replica believes.
 type View[V any] struct {
 	c      *Conn
 	bucket string
@@ -56,10 +60,10 @@ type View[V any] struct {
 	pending  uint64 // messages until the session has caught up
 	caughtUp bool   // this session has
 	sessions int
-	rebuild  bool // the next session starts from the first message
-	async    bool // the stream is stored without waiting for the disk
-	whole    bool // next decided that the session starts from the first message
-	cons     jetstream.Consumer
+	rebuild  bool      // the next session starts from the first message
+	async    bool      // the stream is stored without waiting for the disk
+	replica  bool      // this session reads from a replica, which may be behind
+	whole    bool      // next decided that the session starts from the first message
 	created  time.Time // of the stream
 
 	queue   []viewEvent[V]
@@ -94,6 +98,8 @@ const (
 	smallView     = 2000 // up to here reading all again costs less than thinking
 	auditInterval = time.Minute
 	lagInterval   = 100 * time.Millisecond
+
+	replicaInterval = 10 * time.Millisecond
 )
 
 // NewView makes a view of a bucket. decode turns a message into a value, which may be
@@ -122,13 +128,16 @@ func (v *View[V]) Run(ctx context.Context) error {
 		v.space.Broadcast()
 	})
 	defer func() { unblock(); stop(); teller.Wait() }()
-	filter := keySubject(v.bucket, ">")
-	if strings.HasSuffix(v.opts.Prefix, ".") {
-		filter = keySubject(v.bucket, v.opts.Prefix+">")
-	}
-	f := &follower{c: v.c, stream: StreamOf(v.bucket), filter: filter, next: v.next, started: v.started, handle: v.handle,
-		side: func(ctx context.Context, cons jetstream.Consumer) error { return v.watch(ctx, cons, filter) }}
+	f := &follower{c: v.c, stream: StreamOf(v.bucket), filter: v.filter(), next: v.next, started: v.started, handle: v.handle, side: v.watch}
 	return f.run(ctx)
+}
+
+// filter is the subject of what comes over the wire.
+func (v *View[V]) filter() string {
+	if strings.HasSuffix(v.opts.Prefix, ".") {
+		return keySubject(v.bucket, v.opts.Prefix+">")
+	}
+	return keySubject(v.bucket, ">")
 }
 
 // Ready is closed once everything that was there at the start has been seen and
@@ -246,18 +255,12 @@ func (v *View[V]) CaughtUp(ctx context.Context, revision uint64) error {
 			return context.Cause(ctx)
 		case <-tick.C:
 		}
-		v.mu.Lock()
-		cons := v.cons
-		v.mu.Unlock()
-		if cons == nil {
-			continue
-		}
-		pending, delivered, err := lag(ctx, cons)
-		if err != nil || pending > 0 {
+		last, err := v.c.lastStored(ctx, StreamOf(v.bucket), v.filter())
+		if err != nil {
 			continue
 		}
 		v.mu.Lock()
-		nothing := v.cons == cons && v.passed >= delivered
+		nothing := v.passed >= last
 		v.mu.Unlock()
 		if nothing {
 			return nil
@@ -350,7 +353,7 @@ func (v *View[V]) pass(revision uint64) {
 func (v *View[V]) next() uint64 {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.whole = v.rebuild || v.async || len(v.entries) <= smallView
+	v.whole = v.rebuild || !v.c.Clustered() && (v.async || len(v.entries) <= smallView)
 	if v.whole {
 		return 1
 	}
@@ -365,10 +368,10 @@ func (v *View[V]) started(pending uint64) {
 		v.gen++
 		v.applied = 0
 	}
-	v.rebuild, v.cons = false, nil
+	v.rebuild, v.replica = false, v.c.Clustered()
 	v.sessions++
 	v.pending, v.caughtUp = pending, false
-	if pending == 0 {
+	if pending == 0 && !v.replica {
 		v.catchUp()
 	}
 }
@@ -424,7 +427,7 @@ func (v *View[V]) handle(m jetstream.Msg, meta *jetstream.MsgMetadata) error {
 	newer := !had || revision > old.revision || old.gen < v.gen
 	same := had && revision == old.revision && (old.stored == 0 || old.stored == stored)
 	switch {
-	case !ok:
+	case !ok, revision <= v.applied: // the second: a replica that is behind gives again what came before
 	case same && !gone, err != nil && had:
 		old.gen = v.gen
 		if same {
@@ -437,12 +440,12 @@ func (v *View[V]) handle(m jetstream.Msg, meta *jetstream.MsgMetadata) error {
 	default:
 		v.put(key, viewEntry[V]{value: value, revision: revision, gen: v.gen, stored: stored}, h)
 	}
-	v.applied = revision
-	v.enqueue(viewEvent[V]{passed: revision})
+	v.applied = max(v.applied, revision)
+	v.enqueue(viewEvent[V]{passed: v.applied})
 	if v.pending > 0 {
 		v.pending--
 	}
-	if v.pending == 0 || meta.NumPending == 0 {
+	if !v.replica && (v.pending == 0 || meta.NumPending == 0) {
 		v.catchUp()
 	}
 	return nil
@@ -458,24 +461,27 @@ func (v *View[V]) has(key string, revision uint64, stored int64) bool {
 
 // watch runs beside a session: it sees to it that the session catches up, and after
 // the first one looks for what went or changed unseen.
-func (v *View[V]) watch(ctx context.Context, cons jetstream.Consumer, filter string) error {
+func (v *View[V]) watch(ctx context.Context) error {
 	v.mu.Lock()
-	v.cons = cons
-	resumed := v.sessions > 1
+	resumed, pause := v.sessions > 1, lagInterval
+	if v.replica {
+		pause = replicaInterval // nothing else says that it has caught up
+	}
 	v.mu.Unlock()
 	for !v.isCaughtUp() {
-		if !sleep(ctx, lagInterval) {
+		if !sleep(ctx, pause) {
 			return nil
 		}
-		pending, delivered, err := lag(ctx, cons)
+		pause = min(2*pause, lagInterval)
+		last, err := v.c.lastStored(ctx, StreamOf(v.bucket), v.filter())
 		v.mu.Lock()
-		if err == nil && pending == 0 && v.applied >= delivered {
-			v.catchUp() // the last messages went before they came
+		if err == nil && v.applied >= last {
+			v.catchUp() // also when the last messages went before they came
 		}
 		v.mu.Unlock()
 	}
 	for {
-		silent, err := v.audit(ctx, filter, resumed)
+		silent, err := v.audit(ctx, resumed)
 		switch {
 		case errors.Is(err, errRestart):
 			return err
@@ -504,7 +510,7 @@ func (v *View[V]) isCaughtUp() bool {
 
 // audit compares the view with the stream. silent says that keys of this bucket go
 // without a mark. errRestart means that everything must be read again.
-func (v *View[V]) audit(ctx context.Context, filter string, resumed bool) (silent bool, err error) {
+func (v *View[V]) audit(ctx context.Context, resumed bool) (silent bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	s, err := v.c.JS.Stream(ctx, StreamOf(v.bucket))
@@ -514,7 +520,18 @@ func (v *View[V]) audit(ctx context.Context, filter string, resumed bool) (silen
 	info := s.CachedInfo()
 	silent = info.Config.MaxAge > 0 && info.Config.SubjectDeleteMarkerTTL == 0
 	v.mu.Lock()
-	lost := !v.created.IsZero() && !v.created.Equal(info.Created) || info.State.LastSeq < v.applied
+	behind := info.State.LastSeq < v.applied
+	v.mu.Unlock()
+	if behind && v.c.Clustered() { // a new leader may not have all of it in place yet
+		if !sleep(ctx, time.Second) {
+			return false, ctx.Err()
+		}
+		if info, err = s.Info(ctx); err != nil {
+			return false, err
+		}
+	}
+	v.mu.Lock()
+	lost := !v.created.IsZero() && !v.created.Equal(info.Created) || behind && info.State.LastSeq < v.applied
 	v.async = info.Config.PersistMode == jetstream.AsyncPersistMode
 	v.created = info.Created
 	if lost {
@@ -528,7 +545,7 @@ func (v *View[V]) audit(ctx context.Context, filter string, resumed bool) (silen
 	if !resumed || complete {
 		return silent, nil
 	}
-	if info, err = s.Info(ctx, jetstream.WithSubjectFilter(filter)); err != nil {
+	if info, err = s.Info(ctx, jetstream.WithSubjectFilter(v.filter())); err != nil {
 		return silent, err
 	}
 	var absent []string

@@ -4,11 +4,20 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
 
 	"dayfly.dev/schemas"
+)
+
+// The two accounts, and the user by which servers of a cluster know one another.
+const (
+	coreAccount   = "CORE"
+	agentsAccount = "AGENTS"
+	routeUser     = "route"
 )
 
 func host(c Config) string {
@@ -40,7 +49,30 @@ func checkConfig(c Config) error {
 			return fmt.Errorf("password of %s: %w", w, err)
 		}
 	}
-	for _, text := range []string{c.Name, c.Dir, c.Host} {
+	if c.JoinSecret != "" {
+		if err := checkPassword(c.JoinSecret); err != nil {
+			return fmt.Errorf("join secret: %w", err)
+		}
+	}
+	texts := []string{c.Name, c.Dir, c.Host}
+	if c.Cluster != nil {
+		if c.Cluster.Name == "" || c.Name == "" {
+			return errors.New("a server of a cluster needs a name, and so does the cluster")
+		}
+		if c.Cluster.Secret == "" {
+			return errors.New("the servers of a cluster need a secret")
+		}
+		if err := checkPassword(c.Cluster.Secret); err != nil {
+			return fmt.Errorf("secret of the cluster: %w", err)
+		}
+		for _, r := range c.Cluster.Routes {
+			if _, _, err := net.SplitHostPort(r); err != nil {
+				return fmt.Errorf("route %q must be HOST:PORT", r)
+			}
+		}
+		texts = append(append(texts, c.Cluster.Name, c.Cluster.Host), c.Cluster.Routes...)
+	}
+	for _, text := range texts {
 		if strings.ContainsAny(text, "\"\\\n\r\x00") {
 			return fmt.Errorf("%q: quotes, backslashes and line breaks cannot stand in the configuration", text)
 		}
@@ -95,9 +127,10 @@ func ConfigText(c Config) string {
 		line("cluster {")
 		line("  name: %s", quote(c.Cluster.Name))
 		line("  listen: %s", quote(clusterHost+":"+strconv.Itoa(c.Cluster.Port)))
+		line("  authorization { user: %s, password: %s, timeout: 5 }", quote(routeUser), quote(c.Cluster.Secret))
 		line("  routes: [")
 		for _, r := range c.Cluster.Routes {
-			line("    %s", quote(r))
+			line("    %s", quote((&url.URL{Scheme: "nats-route", User: url.UserPassword(routeUser, c.Cluster.Secret), Host: r}).String()))
 		}
 		line("  ]")
 		line("}")
@@ -106,7 +139,7 @@ func ConfigText(c Config) string {
 	line("# Agents live in an account without JetStream: a reply subject escapes subject")
 	line("# permissions, so what they may reach is what CORE exports to them.")
 	line("accounts {")
-	line("  CORE {")
+	line("  %s {", coreAccount)
 	line("    jetstream: enabled")
 	line("    users: [ { user: %s, password: %s } ]", quote(CoreUser), quote(c.CorePassword))
 	line("    exports: [")
@@ -119,7 +152,7 @@ func ConfigText(c Config) string {
 	}
 	line("    ]")
 	line("  }")
-	line("  AGENTS {")
+	line("  %s {", agentsAccount)
 	line("    imports: [")
 	for _, s := range schemas.AgentServices() {
 		to := ""

@@ -3,7 +3,8 @@
 // services, AGENTS has one user per worker and reaches a few subjects of CORE.
 //
 // The server is made from a configuration text (ConfigText), which serves a
-// standalone nats-server as well.
+// standalone nats-server as well, with one user for each agent. An embedded server
+// knows agents by a token of their own (WorkerToken) and needs no list of them.
 package natsd
 
 import (
@@ -36,7 +37,8 @@ type Config struct {
 	Port         int    // -1: a free one; 0: no listener, in-process connections only
 	SyncAlways   bool   // a write is on the disk before it is acknowledged
 	CorePassword string
-	Workers      map[schemas.WorkerID]string // password of each agent, whose user is the worker's id
+	JoinSecret   string                      // lets in every agent with the WorkerToken made of it; "": none
+	Workers      map[schemas.WorkerID]string // passwords of agents, beside those tokens
 	TLS          *TLS                        // nil: no TLS
 	Cluster      *Cluster                    // nil: a single server
 	MaxStore     int64                       // bytes on the disk; 0 leaves it to the server
@@ -49,9 +51,10 @@ type TLS struct{ Cert, Key string }
 // Cluster makes the server one of several.
 type Cluster struct {
 	Name   string
-	Host   string // "" is that of the Config
-	Port   int
-	Routes []string // nats-route://host:port of the others
+	Host   string   // "" is that of the Config
+	Port   int      // -1: a free one
+	Routes []string // HOST:PORT of the cluster ports of the others; itself among them does no harm
+	Secret string   // by which the servers know one another
 }
 
 // Server is a running server. It is an nats.InProcessConnProvider that survives
@@ -96,9 +99,18 @@ func (s *Server) start(ctx context.Context) (err error) {
 	}
 	opts.NoSigs = true
 	opts.DontListen = s.cfg.Port == 0
+	opts.LameDuckDuration, opts.LameDuckGracePeriod = lameDuck, lameDuckGrace
+	gate := &gate{cfg: s.cfg}
+	opts.CustomClientAuthentication = gate
 	srv, err := server.NewServer(opts)
 	if err != nil {
 		return err
+	}
+	if gate.core, err = srv.LookupAccount(coreAccount); err == nil {
+		gate.agents, err = srv.LookupAccount(agentsAccount)
+	}
+	if err != nil {
+		return fmt.Errorf("look up accounts: %w", err)
 	}
 	log := &logger{log: s.cfg.Logger, fatal: make(chan error, 1)}
 	srv.SetLoggerV2(log, false, false, false)
@@ -154,6 +166,16 @@ func ready(ctx context.Context, srv *server.Server, started <-chan struct{}, fat
 	return nil
 }
 
+// ClusterURL is where the other servers of the cluster connect; "" without one.
+func (s *Server) ClusterURL() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.srv == nil || s.srv.ClusterAddr() == nil {
+		return ""
+	}
+	return s.srv.ClusterAddr().String()
+}
+
 // URL is where clients connect; "" without a listener.
 func (s *Server) URL() string {
 	s.mu.Lock()
@@ -178,6 +200,19 @@ func (s *Server) InProcessConn() (net.Conn, error) {
 	return srv.InProcessConn()
 }
 
+// Current says what of the cluster this server has not caught up with; nil when it may
+// answer for all that it keeps.
+func (s *Server) Current() error {
+	srv := s.NATS()
+	if srv == nil {
+		return errors.New("the server is down")
+	}
+	if h := srv.Healthz(&server.HealthzOptions{}); h.Error != "" {
+		return errors.New(h.Error)
+	}
+	return nil
+}
+
 // NATS is the server itself; nil while it is down.
 func (s *Server) NATS() *server.Server {
 	s.mu.Lock()
@@ -191,6 +226,24 @@ func (s *Server) Shutdown() {
 	defer s.mu.Unlock()
 	s.stop()
 }
+
+// Retire stops a server of a cluster so that its clients hardly notice: it hands over
+// what it leads first, and then sends them away one after the other. A single server
+// is just stopped.
+func (s *Server) Retire() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.srv != nil && s.cfg.Cluster != nil {
+		s.srv.LameDuckShutdown()
+	}
+	s.stop()
+}
+
+// How long Retire takes to send the clients away, and how long it waits before.
+const (
+	lameDuck      = 2 * time.Second
+	lameDuckGrace = 300 * time.Millisecond
+)
 
 func (s *Server) stop() {
 	if s.srv == nil {
@@ -211,30 +264,6 @@ func (s *Server) Restart(ctx context.Context) error {
 	if err := s.start(ctx); err != nil {
 		return fmt.Errorf("restart nats: %w", err)
 	}
-	return nil
-}
-
-// SetWorkers replaces the agents that may log in. Those that are gone are
-// disconnected, the others stay.
-func (s *Server) SetWorkers(workers map[schemas.WorkerID]string) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	cfg := s.cfg
-	cfg.Workers = workers
-	if err := checkConfig(cfg); err != nil {
-		return fmt.Errorf("set workers: %w", err)
-	}
-	if s.srv != nil {
-		opts := &server.Options{}
-		if err := opts.ProcessConfigString(ConfigText(cfg)); err != nil {
-			return fmt.Errorf("set workers: %w", err)
-		}
-		opts.NoSigs, opts.DontListen = true, cfg.Port == 0
-		if err := s.srv.ReloadOptions(opts); err != nil {
-			return fmt.Errorf("set workers: %w", err)
-		}
-	}
-	s.cfg = cfg
 	return nil
 }
 

@@ -1,7 +1,6 @@
 package natsd_test
 
 import (
-	"context"
 	"errors"
 	"net"
 	"os"
@@ -122,7 +121,8 @@ func TestConfigText(t *testing.T) {
 	cfg := config(t)
 	cfg.Port, cfg.SyncAlways = 4222, true
 	cfg.Workers = map[schemas.WorkerID]string{"w1": "one", "w2": "two"}
-	cfg.Cluster = &natsd.Cluster{Name: "dayfly", Port: 6222, Routes: []string{"nats-route://10.0.0.2:6222", "nats-route://10.0.0.3:6222"}}
+	cfg.Name = "n1"
+	cfg.Cluster = &natsd.Cluster{Name: "dayfly", Port: 6222, Secret: "s", Routes: []string{"10.0.0.2:6222", "10.0.0.3:6222"}}
 	path := filepath.Join(t.TempDir(), "nats.conf")
 	if err := os.WriteFile(path, []byte(natsd.ConfigText(cfg)), 0o600); err != nil {
 		t.Fatal(err)
@@ -134,28 +134,99 @@ func TestConfigText(t *testing.T) {
 	if o.Port != 4222 || !o.SyncAlways || !o.JetStream || o.JetStreamLimits.DefaultMaxConsumers != -1 || o.PingInterval != 15*time.Second {
 		t.Errorf("options: %+v", o)
 	}
+	if o.Cluster.Password != "s" || o.Routes[0].String() != "nats-route://route:s@10.0.0.2:6222" {
+		t.Errorf("the cluster port takes anybody: %v", o.Routes)
+	}
 	if len(o.Routes) != 2 || o.Cluster.Port != 6222 || len(o.Accounts) != 2 || len(o.Users) != 3 {
 		t.Errorf("%d routes, %d accounts, %d users", len(o.Routes), len(o.Accounts), len(o.Users))
 	}
 }
 
-func TestSetWorkers(t *testing.T) {
-	s := natstest.Server(t)
-	core := natstest.Connect(t, s)
-	old := natstest.ConnectAgent(t, s, "w1")
-	if err := s.SetWorkers(map[schemas.WorkerID]string{"w1": natstest.Password, "w9": natstest.Password}); err != nil {
+// A new agent needs nothing but its token, and nobody else gets in.
+func TestWhoGetsIn(t *testing.T) {
+	const join = "join-secret"
+	cfg := config(t)
+	cfg.Port, cfg.JoinSecret = -1, join
+	cfg.Workers = map[schemas.WorkerID]string{"listed": "its-own"}
+	s, err := natsd.Start(t.Context(), cfg)
+	if err != nil {
 		t.Fatal(err)
 	}
-	natstest.ConnectAgent(t, s, "w9")
-	if !core.Connected() || !old.Connected() {
-		t.Error("others were disconnected")
+	defer s.Shutdown()
+	token := natsd.WorkerToken(join, "w1")
+	for name, test := range map[string]struct {
+		user, password string
+		in             bool
+	}{
+		"a core service":                    {natsd.CoreUser, "core-secret", true},
+		"an agent by its token":             {"w1", token, true},
+		"an agent of the list":              {"listed", "its-own", true},
+		"an agent of the list by its token": {"listed", natsd.WorkerToken(join, "listed"), true},
+		"core with a wrong password":        {natsd.CoreUser, "x", false},
+		"core without a password":           {natsd.CoreUser, "", false},
+		"core by the token of that name":    {natsd.CoreUser, natsd.WorkerToken(join, natsd.CoreUser), false},
+		"nobody":                            {"", "", false},
+		"a worker without a token":          {"w1", "", false},
+		"a worker with another's token":     {"w2", token, false},
+		"a worker with the join secret":     {"w1", join, false},
+		"a worker with the core password":   {"w1", "core-secret", false},
+		"a name that is none":               {"W1", natsd.WorkerToken(join, "W1"), false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var opts []nats.Option
+			if test.user != "" {
+				opts = append(opts, nats.UserInfo(test.user, test.password))
+			}
+			c, err := nats.Connect(s.URL(), opts...)
+			if err == nil {
+				c.Close()
+			}
+			if test.in && err != nil || !test.in && !errors.Is(err, nats.ErrAuthorization) {
+				t.Errorf("let in: %v, want %v (%v)", err == nil, test.in, err)
+			}
+		})
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
-	defer cancel()
-	_, err := bus.Connect(ctx, bus.Config{URL: s.URL(), User: "w2", Password: natstest.Password})
-	if !errors.Is(err, nats.ErrAuthorization) {
-		t.Errorf("w2 is gone, yet: %v", err)
+}
+
+// An agent that came by its token has the rights of an agent: its own subjects, in the
+// account without JetStream.
+func TestTokenGivesNoMore(t *testing.T) {
+	cfg := config(t)
+	cfg.Port, cfg.JoinSecret = -1, "join-secret"
+	s, err := natsd.Start(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
 	}
-	natstest.Restart(t, s)
-	natstest.ConnectAgent(t, s, "w9")
+	defer s.Shutdown()
+	denied := make(chan error, 16)
+	c, err := nats.Connect(s.URL(), nats.UserInfo("w1", natsd.WorkerToken("join-secret", "w1")),
+		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { denied <- err }))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	for _, subject := range []string{"$KV.tasks.t-1", "$KV.workers.w2", "dayfly.reports.w2.t-1", "dayfly.work.0.w1.t-1", "$JS.API.STREAM.NAMES"} {
+		if err := c.Publish(subject, []byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case err := <-denied:
+			if !errors.Is(err, nats.ErrPermissionViolation) {
+				t.Errorf("%s: %v", subject, err)
+			}
+		case <-time.After(5 * time.Second):
+			t.Errorf("%s: not denied", subject)
+		}
+	}
+	if err := c.Publish("$KV.workers.w1", []byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-denied:
+		t.Errorf("its own beat: %v", err)
+	default:
+	}
 }

@@ -87,7 +87,8 @@ could not do it, 124 that the time was over, 130 Ctrl-C, 2 a wrong command line.
 	f.StringVarP(&c.format, "output", "o", "table", "what to print: table, json or name")
 	f.BoolVarP(&c.quiet, "quiet", "q", false, "print only ids, and no progress")
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json", "name"}, cobra.ShellCompDirectiveNoFileComp))
-	root.AddGroup(&cobra.Group{ID: "tasks", Title: "Tasks:"}, &cobra.Group{ID: "site", Title: "The site:"})
+	root.AddGroup(&cobra.Group{ID: "tasks", Title: "Tasks:"}, &cobra.Group{ID: "site", Title: "The site:"},
+		&cobra.Group{ID: "single", Title: "The services, each as a process of its own:"})
 	for _, cmd := range []*cobra.Command{
 		c.runCommand(), c.psCommand(), c.inspectCommand(), c.logsCommand(), c.cancelCommand(), c.extendCommand(), c.waitCommand(),
 	} {
@@ -96,6 +97,12 @@ could not do it, 124 that the time was over, 130 Ctrl-C, 2 a wrong command line.
 	}
 	for _, cmd := range []*cobra.Command{c.upCommand(), c.workersCommand(), c.doctorCommand(), c.versionCommand()} {
 		cmd.GroupID = "site"
+		root.AddCommand(cmd)
+	}
+	for _, cmd := range []*cobra.Command{
+		c.gatewayCommand(), c.placerCommand(), c.agentCommand(), c.reaperCommand(), c.natsCommand(), c.credentialsCommand(),
+	} {
+		cmd.GroupID = "single"
 		root.AddCommand(cmd)
 	}
 	return root, understood

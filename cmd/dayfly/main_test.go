@@ -312,20 +312,23 @@ func TestAtLeast(t *testing.T) {
 
 func TestUpConfig(t *testing.T) {
 	t.Parallel()
-	good := upConfig{http: defaultHTTP, ingress: "localhost:0", admin: "[::1]:1", worker: "w", sync: "always",
-		maxTTL: time.Hour, logAge: time.Hour, retention: time.Hour, scale: 1}
+	good := upConfig{
+		processConfig: processConfig{admin: "[::1]:1", scale: 1}, gateway: gatewayConfig{http: defaultHTTP, maxTTL: time.Hour},
+		agent: agentConfig{worker: "w", runtime: "docker"}, assets: assetConfig{logAge: time.Hour},
+		ingress: "localhost:0", sync: "always", retention: time.Hour,
+	}
 	if err := good.check(); err != nil {
 		t.Fatal(err)
 	}
 	for name, change := range map[string]func(*upConfig){
-		"the API for all":     func(u *upConfig) { u.http = "0.0.0.0:8080" },
-		"every address":       func(u *upConfig) { u.http = ":8080" },
+		"the API for all":     func(u *upConfig) { u.gateway.http = "0.0.0.0:8080" },
+		"every address":       func(u *upConfig) { u.gateway.http = ":8080" },
 		"NATS for all":        func(u *upConfig) { u.nats = "192.168.1.4:4222" },
 		"no port":             func(u *upConfig) { u.admin = "127.0.0.1" },
-		"a name with a dot":   func(u *upConfig) { u.worker = "a.b" },
+		"a name with a dot":   func(u *upConfig) { u.agent.worker = "a.b" },
 		"sync sometimes":      func(u *upConfig) { u.sync = "sometimes" },
-		"a lifetime of zero":  func(u *upConfig) { u.maxTTL = 0 },
-		"a negative capacity": func(u *upConfig) { u.slots = -1 },
+		"a lifetime of zero":  func(u *upConfig) { u.gateway.maxTTL = 0 },
+		"a negative capacity": func(u *upConfig) { u.agent.slots = -1 },
 	} {
 		u := good
 		change(&u)
@@ -334,7 +337,7 @@ func TestUpConfig(t *testing.T) {
 		}
 	}
 	open := good
-	open.http, open.insecure = "0.0.0.0:8080", true
+	open.gateway.http, open.insecure = "0.0.0.0:8080", true
 	if err := open.check(); err != nil {
 		t.Error(err)
 	}

@@ -1,18 +1,13 @@
 package main
 
 import (
-	"errors"
-	"fmt"
-	"net"
+	"context"
 	"os"
 	"path/filepath"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
-
-	"dayfly.dev/ops"
-	"dayfly.dev/schemas"
 )
 
 const (
@@ -23,17 +18,13 @@ const (
 
 // upConfig is what `dayfly up` is told.
 type upConfig struct {
-	data, http, ingress, admin, nats string
-	worker, cluster                  string
-	slots                            int
-	labels                           []string // of this worker
-	sync                             string
-	maxTTL, logAge, retention        time.Duration
-	init                             string
-	printAddrs                       string
-	insecure                         bool
-	logLevel, logFormat              string
-	scale                            float64 // of the times of beats, leases and fences, for tests
+	processConfig
+	gateway       gatewayConfig
+	agent         agentConfig
+	assets        assetConfig
+	ingress, nats string
+	sync          string
+	retention     time.Duration
 }
 
 func defaultData() string {
@@ -81,90 +72,40 @@ and the NATS server between them, in one process. It stays in the foreground.
 
 Ctrl-C or SIGTERM ends it in good order and leaves the tasks running: the next up
 with the same data folder takes them back, if it comes within their lease. So may
-kill -9.`,
+kill -9.
+
+With --nats ADDR agents of other machines may join: dayfly credentials worker makes
+their credential from DATA/credentials.json.`,
 		Example: `  dayfly up
   dayfly up --data /srv/dayfly --worker lab-3 --slots 20`,
-		Args:              cobra.NoArgs,
-		ValidArgsFunction: cobra.NoFileCompletions,
 	}
-	policy := schemas.DefaultPolicy()
 	f := cmd.Flags()
-	f.StringVar(&u.data, "data", defaultData(), "folder for all that dayfly keeps")
-	f.StringVar(&u.http, "http", defaultHTTP, "address of the API")
+	f.StringVar(&u.agent.data, "data", defaultData(), "folder for all that dayfly keeps")
+	u.gateway.flags(f)
+	u.agent.flags(f)
+	u.assets.flags(f)
+	u.processConfig.flags(f, defaultAdmin)
 	f.StringVar(&u.ingress, "ingress", defaultIngress, "address of the ingress to tasks")
-	f.StringVar(&u.admin, "admin", defaultAdmin, "address of /metrics, /healthz, /readyz and /debug/pprof")
-	f.StringVar(&u.nats, "nats", "", "address of the NATS server for other processes; empty: none, it is used in this one only")
-	f.StringVar(&u.worker, "worker", defaultWorker(), "name of this machine's worker")
-	f.IntVar(&u.slots, "slots", 0, "tasks at a time on this machine (0: by its memory)")
-	f.StringArrayVar(&u.labels, "worker-label", nil, "label K=V of this worker, for --constraint")
-	f.StringVar(&u.cluster, "cluster", "", "label of this dayfly's containers (default: made up once for the data folder)")
+	f.StringVar(&u.nats, "nats", "", "address of the NATS server for other machines' agents; empty: none, it is used in this process only")
 	f.StringVar(&u.sync, "sync", "always", "when NATS writes to the disk: always, before an answer, or default, every two minutes")
-	f.DurationVar(&u.maxTTL, "max-ttl", policy.MaxTTL.Std(), "longest lifetime of a task, extensions included")
-	f.DurationVar(&u.logAge, "log-age", 24*time.Hour, "how long the logs of tasks are kept")
 	f.DurationVar(&u.retention, "retention", 24*time.Hour, "how long a task is kept after its end")
-	f.StringVar(&u.init, "init", "", "the dayfly-init binary, if it is not beside dayfly")
-	f.StringVar(&u.printAddrs, "print-addrs", "", "write the addresses to this file, as JSON, once all is up")
-	f.BoolVar(&u.insecure, "insecure-listen", false, "listen beyond this machine although there are no API keys yet")
-	f.StringVar(&u.logLevel, "log-level", "info", "debug, info, warn or error")
-	f.StringVar(&u.logFormat, "log-format", "auto", "json, console or auto")
-	f.Float64Var(&u.scale, "time-scale", 1, "scale of the times of beats, leases and fences, for tests")
-	_ = f.MarkHidden("time-scale")
 	_ = cmd.RegisterFlagCompletionFunc("sync", cobra.FixedCompletions([]string{"always", "default"}, cobra.ShellCompDirectiveNoFileComp))
-	ops.BindEnv(f, "DAYFLY")
-	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		err := ops.ApplyEnv(cmd.Flags(), "DAYFLY")
-		if err == nil {
-			err = u.check()
-		}
-		if err != nil {
-			return &usageError{err, cmd.CommandPath()}
-		}
-		return c.up(cmd.Context(), u)
-	}
-	return cmd
+	u.assets.replicas = 1
+	return c.serving(cmd, u.check, func(ctx context.Context) error { return c.up(ctx, u) })
 }
 
 // check says what of the configuration cannot be right, before anything is touched.
 func (u *upConfig) check() error {
-	if _, err := schemas.ParseWorkerID(u.worker); err != nil {
-		return errors.New("--worker must be 1 to 63 of a-z, 0-9 and -")
-	}
-	if u.cluster != "" {
-		if _, err := schemas.ParseWorkerID(u.cluster); err != nil {
-			return errors.New("--cluster must be 1 to 63 of a-z, 0-9 and -")
-		}
-	}
-	if u.sync != "always" && u.sync != "default" {
-		return errors.New("--sync must be always or default")
-	}
-	if _, err := pairs("worker-label", u.labels); err != nil {
-		return err
-	}
-	if u.scale <= 0 || u.scale > 10 {
-		return errors.New("--time-scale must be more than 0 and at most 10")
-	}
-	if u.slots < 0 {
-		return errors.New("--slots must not be negative")
-	}
-	if u.maxTTL < time.Second || u.logAge < time.Minute || u.retention < time.Minute {
-		return errors.New("--max-ttl must be at least 1s, --log-age and --retention at least 1m")
-	}
-	for _, a := range []struct{ flag, addr string }{
-		{"--http", u.http}, {"--ingress", u.ingress}, {"--admin", u.admin}, {"--nats", u.nats},
+	for _, err := range []error{
+		u.agent.check(), checkSync(u.sync), u.assets.check(), checkRetention(u.retention),
+		u.gateway.check(&u.processConfig), u.listens("--ingress", u.ingress), u.processConfig.check(),
 	} {
-		if a.addr == "" && a.flag == "--nats" {
-			continue
-		}
-		host, _, err := net.SplitHostPort(a.addr)
 		if err != nil {
-			return fmt.Errorf("%s must be HOST:PORT, such as 127.0.0.1:8080", a.flag)
+			return err
 		}
-		if u.insecure || host == "localhost" || net.ParseIP(host).IsLoopback() {
-			continue
-		}
-		return fmt.Errorf("%s %s would let everybody who reaches this machine run containers on it: there are no API keys yet.\n"+
-			"       Listen on 127.0.0.1 behind a proxy that asks who is there, or give --insecure-listen if the network is yours alone",
-			a.flag, a.addr)
 	}
-	return nil
+	if u.nats == "" {
+		return nil
+	}
+	return u.listens("--nats", u.nats)
 }

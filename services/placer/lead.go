@@ -355,8 +355,10 @@ func (p *Placer) enrollAll() {
 }
 
 const (
-	queueRetry   = time.Second
-	queueAckWait = 30 * time.Second
+	queueRetry = time.Second
+	// queueAckWait is how long an order waits that a NATS server took with it when it
+	// died: an agent acknowledges at once, and knows what comes twice.
+	queueAckWait = 5 * time.Second
 )
 
 func (p *Placer) makeQueue(ctx context.Context, w schemas.WorkerID) {

@@ -18,6 +18,8 @@ const (
 	unknownFor = time.Minute
 	retryAfter = time.Second
 	settlers   = 16
+	// ackWait is how long the reports that another reaper has taken wait when it dies.
+	ackWait = 10 * time.Second
 )
 
 // reports settles the workers' reports until ctx ends. Reports of one task are
@@ -30,7 +32,7 @@ func (r *Reaper) reports(ctx context.Context) error {
 	}
 	if err := r.conn.EnsureConsumer(ctx, bus.ConsumerSpec{
 		Stream: schemas.StreamReports, Durable: durable, Filter: schemas.ReportSubject("*", "*"),
-		AckWait: 30 * time.Second, MaxAckPending: 4096,
+		AckWait: ackWait, MaxAckPending: 4096,
 	}); err != nil {
 		return fmt.Errorf("make the consumer of reports: %w", err)
 	}

@@ -5,14 +5,11 @@
 package harness
 
 import (
-	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -20,11 +17,9 @@ import (
 	"syscall"
 	"time"
 
+	"dayfly.dev/services/agent/guest"
 	cerrdefs "github.com/containerd/errdefs"
 	"github.com/moby/moby/client"
-
-	"dayfly.dev/schemas"
-	"dayfly.dev/services/agent/guest"
 )
 
 // Up is one `dayfly up`.
@@ -146,39 +141,13 @@ func (u *Up) end(sig syscall.Signal) error {
 // Remove stops the process and takes away its containers and its folder.
 func (u *Up) Remove(ctx context.Context) error {
 	err := u.Kill()
-	engine, e := client.New(client.FromEnv)
-	if e != nil {
-		return errors.Join(err, e)
-	}
-	defer engine.Close()
-	list, e := u.Containers(ctx)
-	err = errors.Join(err, e)
-	for _, id := range list {
-		_, e := engine.ContainerRemove(ctx, id, client.ContainerRemoveOptions{Force: true, RemoveVolumes: true})
-		err = errors.Join(err, e)
-	}
+	err = errors.Join(err, removeContainers(ctx, u.Cluster))
 	u.Log.Close()
 	return errors.Join(err, os.RemoveAll(u.Dir))
 }
 
 // Containers lists what the cluster has on the Engine, running or not.
-func (u *Up) Containers(ctx context.Context) ([]string, error) {
-	engine, err := client.New(client.FromEnv)
-	if err != nil {
-		return nil, err
-	}
-	defer engine.Close()
-	list, err := engine.ContainerList(ctx, client.ContainerListOptions{All: true,
-		Filters: make(client.Filters).Add("label", "dayfly.cluster="+u.Cluster)})
-	if err != nil {
-		return nil, err
-	}
-	var ids []string
-	for _, c := range list.Items {
-		ids = append(ids, c.ID)
-	}
-	return ids, nil
-}
+func (u *Up) Containers(ctx context.Context) ([]string, error) { return Containers(ctx, u.Cluster) }
 
 // Call does one request with JSON in and out. A problem comes back as
 // *schemas.Error.
@@ -188,52 +157,7 @@ func (u *Up) Call(ctx context.Context, method, path string, in, out any) error {
 
 // CallKey is Call with an Idempotency-Key.
 func (u *Up) CallKey(ctx context.Context, method, path, key string, in, out any) error {
-	var body io.Reader
-	switch v := in.(type) {
-	case nil:
-	case string:
-		body = strings.NewReader(v)
-	default:
-		b, err := schemas.Encode(v)
-		if err != nil {
-			return err
-		}
-		body = bytes.NewReader(b)
-	}
-	req, err := http.NewRequestWithContext(ctx, method, u.URL+path, body)
-	if err != nil {
-		return err
-	}
-	if body != nil {
-		req.Header.Set("Content-Type", "application/json")
-	}
-	if key != "" {
-		req.Header.Set("Idempotency-Key", key)
-	}
-	res, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return err
-	}
-	defer res.Body.Close()
-	b, err := io.ReadAll(res.Body)
-	if err != nil {
-		return err
-	}
-	if res.StatusCode >= 400 {
-		e := &schemas.Error{Status: res.StatusCode}
-		if schemas.Decode(b, e) != nil {
-			return fmt.Errorf("%s %s: %s", method, path, res.Status)
-		}
-		return e
-	}
-	switch out := out.(type) {
-	case nil:
-		return nil
-	case *string:
-		*out = string(b)
-		return nil
-	}
-	return schemas.Decode(b, out)
+	return Call(ctx, method, u.URL+path, key, in, out)
 }
 
 // fatal ends a Poll.

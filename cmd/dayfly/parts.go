@@ -1,0 +1,259 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/pflag"
+
+	"dayfly.dev/bus"
+	"dayfly.dev/ops"
+	"dayfly.dev/schemas"
+	"dayfly.dev/services/agent"
+	"dayfly.dev/services/agent/docker"
+	"dayfly.dev/services/agent/fakeruntime"
+	"dayfly.dev/services/gateway"
+	"dayfly.dev/services/placer"
+	"dayfly.dev/services/reaper"
+)
+
+// The parts that `up` and the single services are made of: each is a service with
+// the configuration of its flags. A part gets a function that connects it to the bus,
+// which is its own from then on.
+
+// connector connects one part; it waits for NATS until ctx ends.
+type connector func(ctx context.Context) (*bus.Conn, error)
+
+// connect makes a connection and watches it.
+func (p *process) connect(ctx context.Context, c bus.Config) (*bus.Conn, error) {
+	c.Logger = p.logger(c.Name)
+	conn, err := bus.Connect(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	conn.Observe = ops.NewBusMetrics(p.registry, c.Name, conn.Connected).Observe
+	p.health.Add(c.Name+": nats", func(context.Context) error {
+		if !conn.Connected() {
+			return errors.New("not connected")
+		}
+		return nil
+	})
+	return conn, nil
+}
+
+// part makes a part of a service and adds it to those that run.
+func (p *process) part(name, check string, connect connector, run func(context.Context, *bus.Conn) error) {
+	p.health.Add(name+": nats", func(context.Context) error { return errors.New("not connected yet") })
+	p.parts = append(p.parts, part{name, check, func(ctx context.Context) error {
+		conn, err := connect(ctx)
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		return run(ctx, conn)
+	}})
+}
+
+// assetConfig says how what NATS stores is made.
+type assetConfig struct {
+	logAge   time.Duration
+	replicas int
+}
+
+func (a *assetConfig) flags(f *pflag.FlagSet) {
+	f.DurationVar(&a.logAge, "log-age", 24*time.Hour, "how long the logs of tasks are kept")
+}
+
+func (a *assetConfig) check() error {
+	if a.logAge < time.Minute {
+		return errors.New("--log-age must be at least 1m")
+	}
+	if a.replicas != 0 && a.replicas != 1 && a.replicas != 3 {
+		return errors.New("--replicas must be 1 or 3")
+	}
+	return nil
+}
+
+func (a *assetConfig) provision(ctx context.Context, conn *bus.Conn) error {
+	return bus.Provision(ctx, conn, schemas.Assets(a.logAge), a.replicas)
+}
+
+// gatewayConfig is what a gateway is told.
+type gatewayConfig struct {
+	http   string
+	maxTTL time.Duration
+}
+
+func (g *gatewayConfig) flags(f *pflag.FlagSet) {
+	f.StringVar(&g.http, "http", defaultHTTP, "address of the API")
+	f.DurationVar(&g.maxTTL, "max-ttl", schemas.DefaultPolicy().MaxTTL.Std(), "longest lifetime of a task, extensions included")
+}
+
+func (g *gatewayConfig) check(p *processConfig) error {
+	if g.maxTTL < time.Second {
+		return errors.New("--max-ttl must be at least 1s")
+	}
+	return p.listens("--http", g.http)
+}
+
+func (p *process) gateway(connect connector, ln net.Listener, g gatewayConfig, retention time.Duration) {
+	p.part("gateway", "gateway: views", connect, func(ctx context.Context, conn *bus.Conn) error {
+		policy := schemas.DefaultPolicy()
+		policy.MaxTTL = schemas.Duration(g.maxTTL)
+		return gateway.Run(ctx, gateway.Deps{Conn: conn, Listener: ln, Logger: p.logger("gateway"), Metrics: p.registry, Health: p.health},
+			gateway.Config{Policy: policy, Retention: retention, Lease: p.config.scaled(defaultLease)})
+	})
+}
+
+const defaultLease = 30 * time.Second
+
+// leastLeadership is how short a term may get by --scale: less than that a busy disk
+// would end it.
+const leastLeadership = 500 * time.Millisecond
+
+// placer takes a fixed identity of a process that holds a lock, "" for any other.
+func (p *process) placer(connect connector, identity string) {
+	p.part("placer", "placer: views", connect, func(ctx context.Context, conn *bus.Conn) error {
+		cfg := placer.DefaultConfig()
+		cfg.Identity, cfg.Lease = identity, p.config.scaled(cfg.Lease)
+		cfg.Leadership = max(p.config.scaled(cfg.Leadership), leastLeadership)
+		return placer.Run(ctx, placer.Deps{Conn: conn, Logger: p.logger("placer"), Metrics: p.registry, Health: p.health}, cfg)
+	})
+}
+
+func (p *process) reaper(connect connector, retention time.Duration) {
+	p.part("reaper", "reaper: views", connect, func(ctx context.Context, conn *bus.Conn) error {
+		cfg := reaper.DefaultConfig()
+		cfg.Retention, cfg.Fence, cfg.Redrive = retention, p.config.scaled(cfg.Fence), p.config.scaled(cfg.Redrive)
+		return reaper.Run(ctx, reaper.Deps{Conn: conn, Logger: p.logger("reaper"), Metrics: p.registry, Health: p.health}, cfg)
+	})
+}
+
+func checkRetention(d time.Duration) error {
+	if d < time.Minute {
+		return errors.New("--retention must be at least 1m")
+	}
+	return nil
+}
+
+// agentConfig is what an agent is told.
+type agentConfig struct {
+	worker, cluster, data string
+	slots                 int
+	labels                []string
+	init                  string
+	runtime               string
+}
+
+func (a *agentConfig) flags(f *pflag.FlagSet) {
+	f.StringVar(&a.worker, "worker", defaultWorker(), "name of this machine's worker")
+	f.IntVar(&a.slots, "slots", 0, "tasks at a time on this machine (0: by its memory)")
+	f.StringArrayVar(&a.labels, "worker-label", nil, "label K=V of this worker, for --constraint")
+	f.StringVar(&a.cluster, "cluster", "", "label of this dayfly's containers (default: made up once for the data folder)")
+	f.StringVar(&a.init, "init", "", "the dayfly-init binary, if it is not beside dayfly")
+	f.StringVar(&a.runtime, "runtime", "docker", "docker, or fake: tasks are only played, for tests")
+	_ = f.MarkHidden("runtime")
+}
+
+func (a *agentConfig) check() error {
+	if _, err := schemas.ParseWorkerID(a.worker); err != nil {
+		return errors.New("--worker must be 1 to 63 of a-z, 0-9 and -")
+	}
+	if a.cluster != "" {
+		if _, err := schemas.ParseWorkerID(a.cluster); err != nil {
+			return errors.New("--cluster must be 1 to 63 of a-z, 0-9 and -")
+		}
+	}
+	if a.slots < 0 {
+		return errors.New("--slots must not be negative")
+	}
+	if a.runtime != "docker" && a.runtime != "fake" {
+		return errors.New("--runtime must be docker or fake")
+	}
+	_, err := pairs("worker-label", a.labels)
+	return err
+}
+
+// stateDir is where an agent keeps what it must not forget.
+func (a *agentConfig) stateDir() string { return filepath.Join(a.data, "agent") }
+
+// open finds what an agent stands on, before anything is started.
+func (a *agentConfig) open(p *process) (agent.Runtime, error) {
+	var err error
+	if a.data, err = filepath.Abs(a.data); err != nil {
+		return nil, err
+	}
+	if a.cluster == "" {
+		if a.cluster, err = clusterName(a.data); err != nil {
+			return nil, err
+		}
+	}
+	labels := map[string]string{}
+	given, err := pairs("worker-label", a.labels)
+	if err != nil {
+		return nil, err
+	}
+	for k, v := range given {
+		labels[k] = v.(string)
+	}
+	if a.runtime == "fake" {
+		host := schemas.Host{OS: "linux", Arch: "amd64", CPUs: 1e6, Memory: 1 << 50, Slots: 1e6, Engine: "fake", Labels: labels}
+		if a.slots > 0 {
+			host.Slots = a.slots
+		}
+		return fakeruntime.New(fakeruntime.Config{Host: host}), nil
+	}
+	initPath, err := findInit(a.init)
+	if err == nil {
+		err = checkInit(initPath)
+	}
+	if err != nil {
+		return nil, &hintError{err, "make build, or --init PATH; dayfly doctor looks deeper"}
+	}
+	rt, err := docker.New(docker.Config{
+		Cluster: a.cluster, Worker: schemas.WorkerID(a.worker), StateDir: a.stateDir(), InitPath: initPath,
+		Slots: a.slots, Labels: labels, AuthFile: dockerConfig(), Logger: p.logger("agent"),
+	})
+	if err != nil {
+		return nil, &hintError{err, "dayfly doctor, which says what is missing on this machine"}
+	}
+	return rt, nil
+}
+
+// agent takes over the runtime and closes it.
+func (p *process) agent(connect connector, rt agent.Runtime, a agentConfig) {
+	p.part("agent", "agent: lease", connect, func(ctx context.Context, conn *bus.Conn) error {
+		cfg := agent.DefaultConfig(schemas.WorkerID(a.worker), a.stateDir())
+		cfg.Version, cfg.Beat, cfg.Lease = version, p.config.scaled(cfg.Beat), p.config.scaled(cfg.Lease)
+		return agent.Run(ctx, agent.Deps{Conn: conn, Runtime: rt, Logger: p.logger("agent"), Metrics: p.registry, Health: p.health}, cfg)
+	})
+}
+
+// agentLogin is how the agent of a worker connects.
+func agentLogin(c bus.Config, w schemas.WorkerID, token string) bus.Config {
+	c.Name, c.User, c.Password = "agent", string(w), token
+	c.InboxPrefix, c.APIPrefix = schemas.AgentInbox(w), schemas.AgentAPIPrefix
+	return c
+}
+
+// dockerConfig is the Docker CLI's file with the logins of registries, if there is
+// one.
+func dockerConfig() string {
+	dir := os.Getenv("DOCKER_CONFIG")
+	if dir == "" {
+		home, err := os.UserHomeDir()
+		if err != nil {
+			return ""
+		}
+		dir = filepath.Join(home, ".docker")
+	}
+	path := filepath.Join(dir, "config.json")
+	if _, err := os.Stat(path); err != nil {
+		return ""
+	}
+	return path
+}

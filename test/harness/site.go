@@ -1,0 +1,237 @@
+package harness
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/moby/moby/client"
+)
+
+// SiteOptions say what a site consists of. Zero of a service is one.
+type SiteOptions struct {
+	Bin                                 string // the dayfly binary
+	NATS, Gateways, Placers, Reapers    int    // NATS: 1 or 3
+	Agents                              int
+	Scale                               float64 // 0 is 1
+	Fake                                bool    // tasks are only played
+	Sync                                string  // of NATS; "" is always
+	AgentArgs, GatewayArgs, ServiceArgs []string
+}
+
+// Site is a dayfly of many processes on the loopback interface of this machine.
+type Site struct {
+	Dir     string
+	Cluster string // label of its containers
+	NATS    []*Process
+	Gateway []*Process
+	Placer  []*Process
+	Reaper  []*Process
+	Agent   []*Process
+
+	o    SiteOptions
+	core string // file of credentials
+}
+
+// NewSite prepares a site in a temporary folder; nothing runs yet. Remove it.
+func NewSite(ctx context.Context, o SiteOptions) (*Site, error) {
+	for _, n := range []*int{&o.NATS, &o.Gateways, &o.Placers, &o.Reapers, &o.Agents} {
+		*n = max(1, *n)
+	}
+	if o.Scale == 0 {
+		o.Scale = 1
+	}
+	dir, err := os.MkdirTemp("", "dayfly-site-")
+	if err != nil {
+		return nil, err
+	}
+	s := &Site{Dir: dir, Cluster: "t" + strings.ToLower(rand.Text()[:10]), o: o, core: filepath.Join(dir, "core.json")}
+	if out, err := exec.CommandContext(ctx, o.Bin, "credentials", "init", s.core).CombinedOutput(); err != nil {
+		return nil, errors.Join(fmt.Errorf("make credentials: %w: %s", err, out), os.RemoveAll(dir))
+	}
+	ports, err := freePorts(o.NATS)
+	if err != nil {
+		return nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	for i := range o.NATS {
+		args := []string{"nats", "--credentials", s.core, "--name", fmt.Sprintf("n%d", i+1), "--data", filepath.Join(dir, fmt.Sprintf("n%d", i+1))}
+		if o.Sync != "" {
+			args = append(args, "--sync", o.Sync)
+		}
+		if o.NATS > 1 {
+			args = append(args, "--cluster-name", s.Cluster, "--cluster-listen", ports[i], "--routes", strings.Join(ports, ","))
+		}
+		s.NATS = append(s.NATS, s.process(fmt.Sprintf("nats%d", i+1), args, "--listen"))
+	}
+	return s, nil
+}
+
+// freePorts finds addresses at which nobody listens.
+func freePorts(n int) (list []string, err error) {
+	for range n {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return nil, err
+		}
+		defer l.Close()
+		list = append(list, l.Addr().String())
+	}
+	return list, nil
+}
+
+func (s *Site) process(name string, args []string, listen ...string) *Process {
+	p := &Process{Name: name, Bin: s.o.Bin, Dir: s.Dir, Args: append(args, "--scale", fmt.Sprint(s.o.Scale)),
+		Listen: map[string]string{"--admin": "127.0.0.1:0"}}
+	for _, flag := range listen {
+		p.Listen[flag] = "127.0.0.1:0"
+	}
+	return p
+}
+
+// Start starts everything and returns when all of it is ready.
+func (s *Site) Start(ctx context.Context) error {
+	if err := errAll(len(s.NATS), func(i int) error { return s.NATS[i].Start(ctx) }); err != nil {
+		return err
+	}
+	bus := []string{"--nats", s.URLs(), "--credentials", s.core}
+	core := func(service string, n int, extra []string, listen ...string) (list []*Process) {
+		for i := range n {
+			args := append(append(append([]string{service}, bus...), s.o.ServiceArgs...), extra...)
+			list = append(list, s.process(fmt.Sprintf("%s%d", service, i+1), args, listen...))
+		}
+		return list
+	}
+	s.Gateway = core("gateway", s.o.Gateways, s.o.GatewayArgs, "--http")
+	s.Placer = core("placer", s.o.Placers, nil)
+	s.Reaper = core("reaper", s.o.Reapers, nil)
+	for i := range s.o.Agents {
+		p, err := s.NewAgent(ctx, fmt.Sprintf("w%d", i+1))
+		if err != nil {
+			return err
+		}
+		s.Agent = append(s.Agent, p)
+	}
+	all := s.All()
+	return errAll(len(all), func(i int) error {
+		if !all[i].Running() {
+			if err := all[i].Start(ctx); err != nil {
+				return err
+			}
+		}
+		return all[i].Ready(ctx)
+	})
+}
+
+// URLs is where NATS is.
+func (s *Site) URLs() string {
+	var list []string
+	for _, n := range s.NATS {
+		list = append(list, n.Addrs.NATS)
+	}
+	return strings.Join(list, ",")
+}
+
+// Core is the file of the core services' credentials.
+func (s *Site) Core() string { return s.core }
+
+// NewAgent makes the agent of a new worker, which nobody has heard of. It belongs to
+// the caller, who starts it, and is not among s.Agent.
+func (s *Site) NewAgent(ctx context.Context, worker string) (*Process, error) {
+	// Worker names are those of one site, but its containers are on everybody's Docker.
+	file := filepath.Join(s.Dir, worker+".credentials")
+	out, err := exec.CommandContext(ctx, s.o.Bin, "credentials", "worker", s.core, worker).Output()
+	if err == nil {
+		err = os.WriteFile(file, out, 0o600)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("credentials of %s: %w", worker, err)
+	}
+	args := []string{"agent", "--nats", s.URLs(), "--credentials", file, "--data", s.AgentData(worker), "--cluster", s.Cluster}
+	if s.o.Fake {
+		args = append(args, "--runtime", "fake")
+	}
+	return s.process("agent-"+worker, append(args, s.o.AgentArgs...)), nil
+}
+
+// AgentData is the folder of a worker's agent.
+func (s *Site) AgentData(worker string) string { return filepath.Join(s.Dir, "data-"+worker) }
+
+// All lists every process.
+func (s *Site) All() (all []*Process) {
+	for _, list := range [][]*Process{s.NATS, s.Gateway, s.Placer, s.Reaper, s.Agent} {
+		all = append(all, list...)
+	}
+	return all
+}
+
+// Remove kills everything and takes away its containers and its folder.
+func (s *Site) Remove(ctx context.Context, more ...*Process) error {
+	for _, p := range append(s.All(), more...) {
+		p.Kill()
+	}
+	var err error
+	if !s.o.Fake {
+		err = removeContainers(ctx, s.Cluster)
+	}
+	return errors.Join(err, os.RemoveAll(s.Dir))
+}
+
+// Call asks one gateway.
+func (s *Site) Call(ctx context.Context, gateway int, method, path string, in, out any) error {
+	return Call(ctx, method, s.Gateway[gateway].Addrs.HTTP+path, "", in, out)
+}
+
+func removeContainers(ctx context.Context, cluster string) error {
+	engine, err := client.New(client.FromEnv)
+	if err != nil {
+		return err
+	}
+	defer engine.Close()
+	list, err := Containers(ctx, cluster)
+	for _, id := range list {
+		_, e := engine.ContainerRemove(ctx, id, client.ContainerRemoveOptions{Force: true, RemoveVolumes: true})
+		err = errors.Join(err, e)
+	}
+	return err
+}
+
+// Containers lists what a cluster has on the Engine, running or not.
+func Containers(ctx context.Context, cluster string) ([]string, error) {
+	engine, err := client.New(client.FromEnv)
+	if err != nil {
+		return nil, err
+	}
+	defer engine.Close()
+	list, err := engine.ContainerList(ctx, client.ContainerListOptions{All: true,
+		Filters: make(client.Filters).Add("label", "dayfly.cluster="+cluster)})
+	if err != nil {
+		return nil, err
+	}
+	var ids []string
+	for _, c := range list.Items {
+		ids = append(ids, c.ID)
+	}
+	return ids, nil
+}
+
+// Binaries builds dayfly, and dayfly-init beside it, into a folder, for tests.
+func Binaries(ctx context.Context, dir string) (dayfly string, err error) {
+	for _, b := range []struct{ out, pkg string }{
+		{"dayfly", "dayfly.dev/cmd/dayfly"}, {"dayfly-init", "dayfly.dev/services/agent/cmd/dayfly-init"},
+	} {
+		cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", filepath.Join(dir, b.out), b.pkg)
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		cmd.WaitDelay = time.Second
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return "", fmt.Errorf("build %s: %w\n%s", b.pkg, err, out)
+		}
+	}
+	return filepath.Join(dir, "dayfly"), nil
+}
