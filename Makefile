@@ -33,11 +33,11 @@ up: build ## run dayfly in the foreground: API 8080, ingress 8081, admin 8082
 
 .PHONY: test
 test: setup build ## run all tests: real NATS, real Docker
-	go test -p $(P) -timeout 15m work
+	go test -count=1 -p $(P) -timeout 15m work # never from the cache: the tests build and start binaries that it knows nothing of
 
 .PHONY: race
 race: setup build ## run all tests with the race detector (needs a C compiler)
-	go test -race -p $(P) -timeout 30m work
+	go test -count=1 -race -p $(P) -timeout 30m work
 
 .PHONY: setup
 setup: ## install what the tests need beside Go, make and Docker

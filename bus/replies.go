@@ -156,6 +156,10 @@ func (r *replies) ask(ctx context.Context, subject string, hdr nats.Header, data
 	if ctx.Err() != nil {
 		return nil, fmt.Errorf("%w: %w", ErrUnavailable, context.Cause(ctx))
 	}
+	// A process that was stopped wakes up after the deadline before its context knows.
+	if deadline, ok := ctx.Deadline(); ok && !time.Now().Before(deadline) {
+		return nil, fmt.Errorf("%w: %w", ErrUnavailable, context.DeadlineExceeded)
+	}
 	got := make(chan answer, 1)
 	id := r.send(subject, hdr, data, time.Time{}, func(m *nats.Msg, err error) { got <- answer{m, err} })
 	select {

@@ -216,6 +216,25 @@ func (c *Client) Workers(ctx context.Context) (schemas.WorkerList, error) {
 	return l, err
 }
 
+// Drain lets a worker take nothing new; its tasks go on to their ends and get no more
+// time. It stays so until Undrain, also over a restart of the worker. Twice is as once.
+func (c *Client) Drain(ctx context.Context, id schemas.WorkerID) (schemas.Worker, error) {
+	return c.drain(ctx, id, "/drain")
+}
+
+// Undrain lets a drained worker take tasks again.
+func (c *Client) Undrain(ctx context.Context, id schemas.WorkerID) (schemas.Worker, error) {
+	return c.drain(ctx, id, "/undrain")
+}
+
+func (c *Client) drain(ctx context.Context, id schemas.WorkerID, verb string) (schemas.Worker, error) {
+	var w schemas.Worker
+	_, err := c.call(ctx, request{
+		method: http.MethodPost, path: "/v1/workers/" + url.PathEscape(string(id)) + verb, body: []byte("{}"), repeatable: true,
+	}, &w)
+	return w, err
+}
+
 func taskPath(id schemas.TaskID, rest string) string {
 	return "/v1/tasks/" + url.PathEscape(string(id)) + rest
 }

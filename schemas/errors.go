@@ -29,6 +29,7 @@ const (
 	CodeMethod          Code = "method_not_allowed" // 405
 	CodeStateConflict   Code = "state_conflict"     // 409: the task's state forbids it
 	CodeTooLate         Code = "too_late"           // 409: less than two seconds of the task's time are left
+	CodeDraining        Code = "draining"           // 409: the task's worker is being drained, so it gets no more time
 	CodeUnavailable     Code = "unavailable"        // 503: the bus is away; nothing was done
 	CodeUnknownOutcome  Code = "unknown_outcome"    // 503: it may have been done; ask again with the same Idempotency-Key
 	CodeTooManyRequests Code = "too_many"           // 429

@@ -138,6 +138,8 @@ func nextStep(e *schemas.Error) string {
 			return "dayfly inspect " + string(e.Task)
 		}
 		return "dayfly inspect shows what became of it"
+	case schemas.CodeDraining:
+		return "a new task, or dayfly undrain its worker"
 	case schemas.CodeNoCapacity:
 		return "ask for less with -m or --cpus; dayfly workers shows what there is"
 	case schemas.CodeUnavailable, schemas.CodeTooManyRequests:

@@ -95,7 +95,7 @@ could not do it, 124 that the time was over, 130 Ctrl-C, 2 a wrong command line.
 		cmd.GroupID = "tasks"
 		root.AddCommand(cmd)
 	}
-	for _, cmd := range []*cobra.Command{c.upCommand(), c.workersCommand(), c.doctorCommand(), c.versionCommand()} {
+	for _, cmd := range []*cobra.Command{c.upCommand(), c.workersCommand(), c.drainCommand(), c.undrainCommand(), c.doctorCommand(), c.versionCommand()} {
 		cmd.GroupID = "site"
 		root.AddCommand(cmd)
 	}

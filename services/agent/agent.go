@@ -122,7 +122,6 @@ type Agent struct {
 	beat   bus.Entry[schemas.Beat]     // under mu: the last acknowledged
 	lease  time.Duration               // under mu: its end, on the runtime's clock
 	newest uint64                      // under mu: stream sequence of the newest order handled
-	unsaid int                         // under mu: recovered attempts not yet reported
 }
 
 func newAgent(deps Deps, cfg Config) (*Agent, error) {
@@ -200,7 +199,6 @@ func (a *Agent) recover(ctx context.Context) error {
 		}
 	}
 	a.epoch = head.Epoch
-	a.unsaid = len(a.live)
 	return nil
 }
 
@@ -209,7 +207,7 @@ func (a *Agent) recover(ctx context.Context) error {
 // server that ended too: that is sent again first.
 func (a *Agent) clear(found Attempt, e entry, closed bool) {
 	if closed {
-		t := &attempt{agent: a, Assignment: e.Assignment, log: a.log}
+		t := &attempt{agent: a, Assignment: e.Assignment, log: a.log, reconnected: a.conn.Reconnected()}
 		safe := offsets{e.Stdout, e.Stderr}
 		_ = (&shipper{t: t, out: found.Output(), sent: safe, safe: safe}).ship(a.ctx)
 	}
@@ -221,6 +219,7 @@ func (a *Agent) clear(found Attempt, e entry, closed bool) {
 func (a *Agent) adopt(e entry, found Attempt) {
 	t := a.track(e)
 	t.recovered = true
+	t.unsaid.Store(true)
 	t.reserved = true
 	a.use(1, e.Needs)
 	a.metrics.adopted.Inc()
@@ -233,8 +232,8 @@ func (a *Agent) track(e entry) *attempt {
 	t := &attempt{
 		agent: a, Assignment: e.Assignment, noPermit: e.NoPermit, needs: e.Needs, ctx: ctx, cancel: cancel,
 		revision: e.Revision, applied: e.Applied, closed: make(chan struct{}), dead: make(chan struct{}),
-		safe: offsets{e.Stdout, e.Stderr},
-		log:  a.log.With().Str("task", string(e.Task)).Int("attempt", e.Attempt).Logger(),
+		safe: offsets{e.Stdout, e.Stderr}, reconnected: a.conn.Reconnected(),
+		log: a.log.With().Str("task", string(e.Task)).Int("attempt", e.Attempt).Logger(),
 	}
 	a.live[e.Task] = t
 	return t

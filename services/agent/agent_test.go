@@ -31,6 +31,7 @@ type bench struct {
 	server *natsd.Server
 	core   *bus.Conn
 	rt     *fakeruntime.Runtime
+	over   agent.Runtime // what the agent gets instead of rt; nil is rt itself
 	beats  *bus.View[schemas.Beat]
 	cfg    agent.Config
 
@@ -89,10 +90,14 @@ func (b *bench) background(fn func(context.Context) error) {
 func (b *bench) start() {
 	b.t.Helper()
 	conn := natstest.ConnectAgent(b.t, b.server, worker)
+	var rt agent.Runtime = b.rt
+	if b.over != nil {
+		rt = b.over
+	}
 	ctx, cancel := context.WithCancelCause(context.Background())
 	b.stop, b.ended = cancel, make(chan error, 1)
 	go func() {
-		b.ended <- agent.Run(ctx, agent.Deps{Conn: conn, Runtime: b.rt, Logger: zerolog.New(zerolog.NewTestWriter(b.t)).Level(zerolog.WarnLevel)}, b.cfg)
+		b.ended <- agent.Run(ctx, agent.Deps{Conn: conn, Runtime: rt, Logger: zerolog.New(zerolog.NewTestWriter(b.t)).Level(zerolog.WarnLevel)}, b.cfg)
 	}()
 	b.t.Cleanup(func() { b.halt() })
 }

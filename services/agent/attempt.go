@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -15,7 +16,7 @@ import (
 
 var (
 	errStopped    = errors.New("an order says stop")
-	errSuperseded = errors.New("a later attempt has replaced this one")
+	errSuperseded = errors.New("the task's record has left this attempt")
 )
 
 // attempt is what the agent knows of one attempt that is not closed. One goroutine
@@ -32,8 +33,14 @@ type attempt struct {
 	ctx    context.Context // ends with the agent, or with cause errSuperseded
 	cancel context.CancelCauseFunc
 	closed chan struct{} // closed by close
-	said   sync.Once     // of a recovered attempt: that it was reported
+	unsaid atomic.Bool   // recovered or kept, and not reported yet under this registration
 	dead   chan struct{} // closed once no process of it is left, or ever will be
+
+	reserved bool // of the attempt's goroutine: it holds room on the host
+
+	// reconnected is of the attempt's goroutine: closed by a reconnect to which the
+	// attempt has not answered yet. It outlives watch, so that none is missed.
+	reconnected <-chan struct{}
 
 	logs *shipper // of the attempt's goroutine; nil before the process was started
 	safe offsets  // of the journal: log bytes that an earlier agent has surely stored
@@ -46,7 +53,7 @@ type attempt struct {
 	revision uint64                  // under mu: of the newest order handled
 	applied  int                     // under mu: extensions carried out
 	deadline deadline                // under mu: as the newest order says it
-	reserved bool                    // under mu: it holds room on the host
+	given    deadline                // under mu: what the process was started with
 	report   schemas.Report          // under mu: what is true, as last said or about to be
 	timer    *time.Timer             // under mu: says it later, or again
 	sends    int                     // under mu: reports sent
@@ -61,9 +68,10 @@ type deadline struct {
 	counting bool          // it stands, even if the process has not been started
 }
 
-func (d deadline) remaining(now time.Duration) time.Duration {
+// remaining is what is left at now for a process that was started ran ago.
+func (d deadline) remaining(now, ran time.Duration) time.Duration {
 	if !d.counting {
-		return d.left
+		return max(0, d.left-ran)
 	}
 	return max(0, d.left-(now-d.at))
 }
@@ -73,6 +81,7 @@ func (t *attempt) run(body func()) {
 	t.agent.attempts.Go(func() {
 		defer t.cancel(nil)
 		body()
+		t.vacate()
 		close(t.dead)
 		t.await()
 	})
@@ -81,7 +90,6 @@ func (t *attempt) run(body func()) {
 // begin takes a new attempt from its order to its end.
 func (t *attempt) begin(o schemas.Order, before *attempt, journalled error) {
 	t.mu.Lock()
-	t.deadline = deadline{left: o.TimeLeft.Std(), at: t.agent.rt.Now(), counting: o.Counting}
 	sctx, unstart := context.WithCancelCause(t.ctx)
 	t.unstart = unstart
 	if t.stop != nil {
@@ -102,9 +110,7 @@ func (t *attempt) begin(o schemas.Order, before *attempt, journalled error) {
 		t.giveBack(err.Error())
 		return
 	}
-	t.mu.Lock()
 	t.reserved = true
-	t.mu.Unlock()
 
 	t.say(schemas.Report{Phase: schemas.PhaseAccepted}, t.agent.cfg.HoldBack)
 	began := t.agent.rt.Now()
@@ -131,9 +137,6 @@ func (t *attempt) resume(found Attempt) {
 		return
 	}
 	if _, started := found.StartedFor(); !started {
-		t.mu.Lock()
-		t.found = found
-		t.mu.Unlock()
 		t.kill(found)
 		t.giveBack("the agent was restarted before the process was started")
 		return
@@ -161,7 +164,8 @@ func (t *attempt) start(ctx context.Context, spec schemas.Spec) (Attempt, *schem
 		return nil, &schemas.End{By: schemas.EndedGaveBack, Message: fmt.Sprintf("worker %s has lost touch with the bus", t.Worker)}
 	}
 	t.mu.Lock()
-	left := t.deadline.remaining(t.agent.rt.Now())
+	t.given = t.deadline
+	left := t.deadline.remaining(t.agent.rt.Now(), 0)
 	t.mu.Unlock()
 	start, cancel := context.WithTimeoutCause(ctx, spec.Timeouts.Start.Std(), &StartError{
 		Reason: schemas.ReasonStartTimeout, Message: fmt.Sprintf("the process was not started within %s", spec.Timeouts.Start)})
@@ -204,6 +208,12 @@ func (t *attempt) watch(found Attempt, startTook time.Duration) {
 	if t.stop != nil {
 		found.Stop(*t.stop)
 	}
+	if t.deadline != t.given { // an order moved it while the process was being started
+		ran, _ := found.StartedFor()
+		if err := found.SetDeadline(t.deadline.remaining(t.agent.rt.Now(), ran)); err != nil {
+			t.log.Error().Err(err).Msg("move deadline")
+		}
+	}
 	t.mu.Unlock()
 	t.agent.metrics.started.Observe(startTook.Seconds())
 	hold := t.agent.cfg.HoldBack
@@ -214,7 +224,6 @@ func (t *attempt) watch(found Attempt, startTook time.Duration) {
 
 	out := found.Output()
 	t.logs = &shipper{t: t, out: out, sent: t.safe, safe: t.safe}
-	reconnected := t.agent.conn.Reconnected()
 	for ended := false; ; {
 		changed := out.Changed()
 		select {
@@ -223,7 +232,7 @@ func (t *attempt) watch(found Attempt, startTook time.Duration) {
 		default:
 		}
 		if t.logs.ship(t.ctx) != nil {
-			break // the agent ends, or a later attempt has taken over
+			break // the agent ends, or the record has left this attempt
 		}
 		if ended {
 			t.finish(t.outcome(found, out), true)
@@ -232,9 +241,7 @@ func (t *attempt) watch(found Attempt, startTook time.Duration) {
 		select {
 		case <-changed:
 			t.gather(found)
-		case <-reconnected:
-			reconnected = t.agent.conn.Reconnected()
-			t.logs.rewind()
+		case <-t.reconnected:
 		case <-found.Done():
 		case <-t.ctx.Done():
 		}
@@ -260,11 +267,6 @@ func (t *attempt) outcome(found Attempt, out Output) schemas.End {
 	o := found.Outcome()
 	end := schemas.End{By: o.By, Reason: o.Reason, Message: text(o.Message, 1024), Exit: o.Exit, Usage: o.Usage,
 		Stdout: head(out, schemas.Stdout), Stderr: head(out, schemas.Stderr)}
-	t.mu.Lock()
-	if end.By == schemas.EndedStop && t.expired {
-		end.By = schemas.EndedDeadline // whatever the deadline is by the time this is settled
-	}
-	t.mu.Unlock()
 	var dropped, more int64
 	end.Logs.StdoutBytes, dropped = out.Size(schemas.Stdout)
 	end.Logs.StderrBytes, more = out.Size(schemas.Stderr)
@@ -300,15 +302,23 @@ func (t *attempt) giveBack(why string) {
 // finish reports the end, again and again until an order closes the attempt, and
 // takes then what is left of it away.
 func (t *attempt) finish(end schemas.End, ran bool) {
+	t.vacate()
 	t.mu.Lock()
-	if t.reserved {
-		t.reserved = false
-		defer t.agent.release(t.needs)
+	if end.By == schemas.EndedStop && t.expired {
+		end.By = schemas.EndedDeadline // whatever the deadline is by the time this is settled
 	}
 	t.mu.Unlock()
 	t.agent.metrics.ended.WithLabelValues(string(end.By)).Inc()
 	t.log.Info().Str("by", string(end.By)).Str("reason", string(end.Reason)).Msg("attempt ended")
 	t.say(schemas.Report{Phase: schemas.PhaseEnded, Ran: ran, End: &end}, 0)
+}
+
+// vacate gives back the room on the host, however the attempt ended.
+func (t *attempt) vacate() {
+	if t.reserved {
+		t.reserved = false
+		t.agent.release(t.needs)
+	}
 }
 
 // await waits until the ended attempt is closed and its log surely stored, and
@@ -325,7 +335,6 @@ func (t *attempt) await() {
 	closed := t.closed
 	var settled <-chan time.Time
 	for {
-		reconnected := t.agent.conn.Reconnected()
 		select {
 		case <-t.ctx.Done():
 			return
@@ -336,26 +345,26 @@ func (t *attempt) await() {
 			closed, settled = nil, time.After(t.logs.settled())
 		case <-settled:
 			return
-		case <-reconnected:
-			if t.logs != nil {
-				t.logs.rewind()
-				if t.logs.ship(t.ctx) != nil {
-					return
-				}
+		case <-t.reconnected:
+			if t.logs == nil {
+				t.reconnected = t.agent.conn.Reconnected()
+			} else if t.logs.ship(t.ctx) != nil {
+				return
 			}
 			if closed == nil {
 				settled = time.After(logSafe)
 				continue
 			}
-			t.mu.Lock()
-			t.send()
-			t.mu.Unlock()
+			t.again()
 		}
 	}
 }
 
 // kill ends a started attempt and waits until no process of it is left.
 func (t *attempt) kill(found Attempt) {
+	t.mu.Lock()
+	t.found = found // to be removed
+	t.mu.Unlock()
 	found.Stop(0)
 	select {
 	case <-found.Done():
@@ -363,14 +372,15 @@ func (t *attempt) kill(found Attempt) {
 	}
 }
 
-// progress says what the worker is doing while the task starts.
+// progress says what the worker is doing while the task starts. It may come late, when
+// more than that has been said.
 func (t *attempt) progress(sentence string) {
+	sentence = text(sentence, 256)
 	t.mu.Lock()
-	r := t.report
-	t.mu.Unlock()
-	if r.Phase == schemas.PhaseAccepted && r.Progress != sentence {
-		r.Progress = text(sentence, 256)
-		t.say(r, time.Second)
+	defer t.mu.Unlock()
+	if r := t.report; r.Phase == schemas.PhaseAccepted && r.Progress != sentence {
+		r.Progress = sentence
+		t.tell(r, time.Second)
 	}
 }
 
@@ -379,6 +389,11 @@ func (t *attempt) progress(sentence string) {
 func (t *attempt) say(r schemas.Report, after time.Duration) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.tell(r, after)
+}
+
+// tell is say under t.mu.
+func (t *attempt) tell(r schemas.Report, after time.Duration) {
 	t.report, t.repeats = r, 0
 	if after <= 0 {
 		t.send()
@@ -442,10 +457,17 @@ func (t *attempt) send() {
 		case last:
 			time.AfterFunc(again, func() { t.repeat(this) })
 		}
-		if err == nil && t.recovered {
-			t.said.Do(t.agent.reported)
+		if err == nil {
+			t.unsaid.Store(false)
 		}
 	})
+}
+
+// again sends the report as it is now.
+func (t *attempt) again() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.send()
 }
 
 // repeat sends the report again, unless it was sent since.
@@ -495,11 +517,15 @@ func (t *attempt) halt(o schemas.Order) {
 	}
 }
 
-// close ends an attempt whose end is settled.
+// close ends an attempt whose end is settled, or that no record waits for: what still
+// runs of that is killed.
 func (t *attempt) close() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.silence()
+	if t.report.Phase != schemas.PhaseEnded {
+		t.cancel(errSuperseded)
+	}
 	close(t.closed)
 }
 

@@ -23,7 +23,8 @@ var beatCodec = bus.Codec[schemas.Beat]{
 		return data, nil, err
 	},
 	Decode: func(data []byte) (b schemas.Beat, err error) { return b, schemas.Decode(data, &b) },
-	Wrote:  func(b schemas.Beat, op string) bool { return beatOp(b) == op },
+	// The verdict is written over a beat and carries its name, but is not it.
+	Wrote: func(b schemas.Beat, op string) bool { return beatOp(b) == op && !b.Lost() },
 }
 
 // beatOp names one write of one agent's process.
@@ -92,6 +93,7 @@ func (a *Agent) tryRegister(ctx context.Context, instance string) error {
 	}
 	a.acknowledged(e, sent)
 	a.log.Info().Str("epoch", string(epoch)).Bool("same", ours).Msg("registered")
+	a.sayKept()
 	return nil
 }
 
@@ -102,6 +104,7 @@ func (a *Agent) observe(ctx context.Context, e bus.Entry[schemas.Beat]) (bus.Ent
 	defer tick.Stop()
 	end := time.NewTimer(a.cfg.Lease)
 	defer end.Stop()
+	changed := false
 	for {
 		select {
 		case <-ctx.Done():
@@ -115,9 +118,15 @@ func (a *Agent) observe(ctx context.Context, e bus.Entry[schemas.Beat]) (bus.Ent
 				return e, err
 			case now.Value.Lost():
 				return now, nil
-			case now.Revision != e.Revision:
+			case now.Revision > e.Revision && changed:
 				return e, fmt.Errorf("worker %s: %w", a.cfg.Worker, ErrNameTaken)
+			case now.Revision > e.Revision:
+				// The last beat of one that has just died may have been under way, or the replica
+				// that answered first was behind. Whoever lives beats again.
+				changed = true
+				end.Reset(a.cfg.Lease)
 			}
+			e = now // perhaps an older one: a server that was killed lost the newest
 		}
 	}
 }
@@ -125,7 +134,9 @@ func (a *Agent) observe(ctx context.Context, e bus.Entry[schemas.Beat]) (bus.Ent
 // renew begins a new epoch: what ran under the old one ends first, save what needs
 // no permit, and is forgotten.
 func (a *Agent) renew(ctx context.Context, former schemas.Epoch) (schemas.Epoch, error) {
+	epoch := schemas.NewEpoch(former, time.Now(), rand.Text())
 	a.mu.Lock()
+	a.epoch = epoch // what is ordered for the former one is refused from here on
 	var old []*attempt
 	for id, t := range a.live {
 		if !t.noPermit {
@@ -144,19 +155,28 @@ func (a *Agent) renew(ctx context.Context, former schemas.Epoch) (schemas.Epoch,
 			return "", ctx.Err()
 		}
 	}
-	epoch := schemas.NewEpoch(former, time.Now(), rand.Text())
 	keep := map[schemas.Assignment]bool{}
 	a.mu.Lock()
 	for _, t := range a.live {
 		keep[t.Assignment] = true
+		t.unsaid.Store(true)
 	}
-	a.epoch = epoch
-	a.unsaid = len(a.live)
 	a.mu.Unlock()
 	if err := a.journal.register(registration{Epoch: epoch, Boot: a.boot}, func(e entry) bool { return keep[e.Assignment] }); err != nil {
 		return "", err
 	}
 	return epoch, nil
+}
+
+// sayKept reports what is still to be reported under this registration.
+func (a *Agent) sayKept() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, t := range a.live {
+		if t.unsaid.Load() {
+			t.again()
+		}
+	}
 }
 
 // fill puts into a beat what changes from one to the next.
@@ -166,9 +186,10 @@ func (a *Agent) fill(b *schemas.Beat) {
 	b.At = time.Now().UTC()
 	b.Running = a.used.Tasks
 	b.Order = a.newest
-	b.Reported = a.unsaid == 0
+	b.Reported = true
 	b.Kept = b.Kept[:0:0]
 	for _, t := range a.live {
+		b.Reported = b.Reported && !t.unsaid.Load()
 		if t.Epoch != b.Epoch {
 			b.Kept = append(b.Kept, t.Task)
 		}
@@ -240,8 +261,9 @@ func (a *Agent) sendBeat(ctx context.Context) error {
 }
 
 // dispossessed finds out why the own key was written by somebody else: the reaper,
-// who declared this worker lost; a first copy of a beat whose answer was lost; or
-// another agent of the same name.
+// who declared this worker lost; a first copy of a beat whose answer was lost; a server
+// that was killed and gave back what stood there before; or another agent of the same
+// name.
 func (a *Agent) dispossessed(ctx context.Context) error {
 	now, err := a.table.Get(ctx, string(a.cfg.Worker))
 	if err != nil {
@@ -253,6 +275,7 @@ func (a *Agent) dispossessed(ctx context.Context) error {
 	}
 	a.mu.Lock()
 	mine := a.beat.Value.Instance
+	older := now.Revision < a.beat.Revision
 	epoch := a.epoch
 	if now.Value.Instance == mine && !now.Value.Lost() && now.Value.Epoch == epoch {
 		a.beat = now // an own beat of unknown outcome
@@ -262,6 +285,10 @@ func (a *Agent) dispossessed(ctx context.Context) error {
 	a.mu.Unlock()
 	if now.Value.Lost() {
 		a.log.Warn().Str("epoch", string(epoch)).Msg("this worker was declared lost: end its tasks and register anew")
+		return a.register(ctx)
+	}
+	if older {
+		a.log.Warn().Str("epoch", string(epoch)).Msg("the server has lost this registration: make it again")
 		return a.register(ctx)
 	}
 	return fmt.Errorf("worker %s: %w", a.cfg.Worker, ErrNameTaken)
@@ -278,11 +305,4 @@ func (a *Agent) have(ref string) {
 		}
 	}
 	a.images[ref] = true
-}
-
-// reported counts down the recovered attempts that have not been reported yet.
-func (a *Agent) reported() {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.unsaid = max(0, a.unsaid-1)
 }

@@ -13,9 +13,9 @@ import (
 	"dayfly.dev/schemas"
 )
 
-// journalKeep is how long a closed attempt is remembered. An order is never
-// redelivered as late as that.
-const journalKeep = 24 * time.Hour
+// journalKeep is how long a closed attempt is remembered. An order comes again within
+// minutes, if at all.
+const journalKeep = time.Hour
 
 // entry is what the journal remembers of a task: the highest attempt seen.
 type entry struct {
@@ -54,6 +54,7 @@ type journal struct {
 	head    registration             // under mu
 	entries map[schemas.TaskID]entry // under mu
 	lines   int                      // under mu: in the file
+	torn    bool                     // under mu: a write failed
 }
 
 // openJournal reads the journal in dir, or begins one. A last line that was cut off
@@ -127,7 +128,7 @@ func (j *journal) compact() error {
 	if j.file != nil {
 		j.file.Close()
 	}
-	j.file, j.lines = f, len(j.entries)+1
+	j.file, j.lines, j.torn = f, len(j.entries)+1, false
 	return nil
 }
 
@@ -136,7 +137,11 @@ func (j *journal) append(l line) error {
 	if err != nil {
 		return err
 	}
+	if j.torn { // the last line may be cut off, and must not take this one along
+		return j.compact()
+	}
 	if _, err := j.file.Write(append(b, '\n')); err != nil {
+		j.torn = true
 		return fmt.Errorf("write journal: %w", err)
 	}
 	j.lines++

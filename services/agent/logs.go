@@ -52,14 +52,15 @@ type mark struct {
 	sent offsets
 }
 
-// ship sends what is new in the log and returns when the bus has all of it. Chunks
-// of an attempt go one after the other, so that a reader finds them in order; one
-// that was stored twice is told by its offset.
+// ship sends what is new in the log and returns when the bus has all of it, also what a
+// server that was away may have lost. Chunks of an attempt go one after the other, so
+// that a reader finds them in order; one that was stored twice is told by its offset.
 func (s *shipper) ship(ctx context.Context) error {
 	buf := chunks.Get().(*[logChunk]byte)
 	defer chunks.Put(buf)
 	for progress := true; progress; {
-		progress = false
+		progress = s.rewind()
+		sent := false
 		for _, stream := range streams {
 			off := s.sent.of(stream)
 			n, err := s.out.ReadAt(stream, buf[:], *off)
@@ -73,9 +74,9 @@ func (s *shipper) ship(ctx context.Context) error {
 				return err
 			}
 			*off += int64(n)
-			progress = true
+			progress, sent = true, true
 		}
-		if progress {
+		if sent {
 			s.acknowledged()
 		}
 	}
@@ -101,8 +102,17 @@ func (s *shipper) acknowledged() {
 	}
 }
 
-// rewind goes back to what is surely stored: the server was away.
-func (s *shipper) rewind() { s.sent, s.marks = s.safe, nil }
+// rewind goes back to what is surely stored if the server was away.
+func (s *shipper) rewind() bool {
+	select {
+	case <-s.t.reconnected:
+		s.t.reconnected = s.t.agent.conn.Reconnected()
+		s.sent, s.marks = s.safe, nil
+		return true
+	default:
+		return false
+	}
+}
 
 // settled is how long it takes until all that was sent is surely stored.
 func (s *shipper) settled() time.Duration {

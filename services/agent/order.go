@@ -50,15 +50,18 @@ func (a *Agent) handle(o schemas.Order) {
 	case o.Epoch != a.epoch:
 		return // for an earlier registration of this worker
 	}
+	// Whatever is asked of a later attempt, the record has left an earlier one.
+	before := a.live[o.Task]
+	if before != nil {
+		delete(a.live, o.Task)
+		before.supersede()
+	}
 	t := entry{Assignment: o.Assignment, Revision: o.Revision, Applied: o.Extensions, At: time.Now()}
 	if o.Want == schemas.WantRun && o.Spec != nil {
 		t.NoPermit, t.Needs = o.Spec.OnLost == schemas.OnLostWait, o.Spec.Resources
 		err := a.journal.put(t)
-		before := a.live[o.Task]
-		if before != nil {
-			before.supersede()
-		}
 		live := a.track(t)
+		live.deadline = deadline{left: o.TimeLeft.Std(), at: a.rt.Now(), counting: o.Counting}
 		a.metrics.orders.WithLabelValues(string(o.Want)).Inc()
 		live.run(func() { live.begin(o, before, err) })
 		return
@@ -71,7 +74,12 @@ func (a *Agent) handle(o schemas.Order) {
 	}
 	if o.Want == schemas.WantStop {
 		live := a.track(t)
-		live.run(func() { live.giveBack("stopped before it began") })
+		live.run(func() {
+			if before != nil {
+				<-before.dead // "no process of the task is left" must be true
+			}
+			live.giveBack("stopped before it began")
+		})
 	}
 }
 
@@ -81,7 +89,8 @@ func (a *Agent) update(o schemas.Order, e entry) {
 	a.metrics.orders.WithLabelValues(string(o.Want)).Inc()
 	if t == nil || t.Assignment != o.Assignment {
 		// Closed long ago. If it is still asked for, the record does not know that it ended.
-		if o.Want != schemas.WantClose && o.Revision > e.Revision {
+		// One that is not closed is just being given up with its registration.
+		if e.Closed && o.Want != schemas.WantClose && o.Revision > e.Revision {
 			e.Revision = o.Revision
 			live := a.track(e)
 			live.run(func() {

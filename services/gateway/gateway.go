@@ -84,6 +84,7 @@ type Gateway struct {
 
 	records *bus.Table[record]
 	keys    *bus.Table[schemas.IdempotencyEntry]
+	drains  *bus.Table[schemas.Drain]
 	tasks   *bus.View[*item]
 	recent  *recent
 	index   index
@@ -120,6 +121,13 @@ func New(deps Deps, cfg Config) *Gateway {
 				return b, nil, err
 			},
 			Decode: func(b []byte) (e schemas.IdempotencyEntry, err error) { return e, schemas.Decode(b, &e) },
+		}),
+		drains: bus.NewTable(deps.Conn, schemas.BucketDrains, bus.Codec[schemas.Drain]{
+			Encode: func(d schemas.Drain) ([]byte, nats.Header, error) {
+				b, err := schemas.Encode(d)
+				return b, nil, err
+			},
+			Decode: func(b []byte) (d schemas.Drain, err error) { return d, schemas.Decode(b, &d) },
 		}),
 		fleet:     newFleet(deps.Conn, cfg.Lease),
 		recent:    newRecent(cfg.CacheBytes),

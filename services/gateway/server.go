@@ -57,6 +57,9 @@ func (g *Gateway) Handler() http.Handler {
 		"/v1/tasks/{id}/logs":   {"GET": g.logs},
 		"/v1/workers":           {"GET": g.listWorkers},
 		"/v1/workers/{id}":      {"GET": g.getWorker},
+
+		"/v1/workers/{id}/drain":   {"POST": g.drain},
+		"/v1/workers/{id}/undrain": {"POST": g.undrain},
 	} {
 		mux.Handle(pattern, g.route(pattern, m))
 	}

@@ -140,7 +140,14 @@ func (g *Gateway) extend(w *response, r *http.Request) error {
 	}
 	ctx, cancel := g.operation(r)
 	defer cancel()
-	e, err := g.change(ctx, id, func(_ schemas.Record, m schemas.Meta) schemas.Event {
+	e, err := g.fetch(ctx, id)
+	if err != nil {
+		return err
+	}
+	if err := g.stays(ctx, e.Value.Record); err != nil {
+		return err
+	}
+	e, err = g.change(ctx, id, func(_ schemas.Record, m schemas.Meta) schemas.Event {
 		return schemas.AskExtend{Meta: m, TTL: ask.TTL}
 	})
 	conflict := func(code schemas.Code, detail string) *schemas.Error {

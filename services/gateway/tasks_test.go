@@ -435,3 +435,51 @@ func TestHeadAndOptions(t *testing.T) {
 		}
 	}
 }
+
+// A drain is written once, seen through every gateway, and refuses more time to what
+// runs on the worker.
+func TestDrain(t *testing.T) {
+	w := newWorld(t, gateway.Config{ExtendWait: 20 * time.Millisecond})
+	other := newAPI(t, w.conn, gateway.Config{ExtendWait: 20 * time.Millisecond})
+	drain := func(a api, worker, verb string) reply { return a.do("POST", "/v1/workers/"+worker+"/"+verb, "{}") }
+	state := func(r reply) string {
+		t.Helper()
+		if r.status != 200 {
+			t.Fatalf("%d %s", r.status, r.body)
+		}
+		var worker schemas.Worker
+		if err := schemas.Decode(r.body, &worker); err != nil {
+			t.Fatal(err)
+		}
+		return worker.State
+	}
+	drain(w.api, "w1", "drain").want(t, 404, schemas.CodeNotFound)
+	drain(w.api, "W.1", "undrain").want(t, 404, schemas.CodeNotFound)
+	id := w.create(`{"image":"busybox","ttl":"1m"}`).ID
+	w.run(id)
+	if _, err := w.beats.Create(t.Context(), "w1", schemas.Beat{Worker: "w1", Epoch: "e1", Host: schemas.Host{CPUs: 4, Memory: 1 << 33}}, ""); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "both gateways know the worker", func() bool {
+		return w.get("/v1/workers/w1").status == 200 && other.get("/v1/workers/w1").status == 200
+	})
+	for range 2 { // twice is as once
+		if s := state(drain(w.api, "w1", "drain")); s != "draining" {
+			t.Errorf("drained, it is %s", s)
+		}
+	}
+	extend := func() reply { return other.do("POST", "/v1/tasks/"+string(id)+"/extend", `{"ttl":"10m"}`) }
+	if p := extend().want(t, 409, schemas.CodeDraining); p.Task != id {
+		t.Errorf("the problem is about %q", p.Task)
+	}
+	until(t, "the other gateway shows it", func() bool { return state(other.get("/v1/workers/w1")) == "draining" })
+	for range 2 {
+		if s := state(drain(other, "w1", "undrain")); s != "ready" {
+			t.Errorf("undrained, it is %s", s)
+		}
+	}
+	if r := extend(); r.status != 202 {
+		t.Errorf("extended after undrain: %d %s", r.status, r.body)
+	}
+	w.do("POST", "/v1/workers/w1/drain", `{"now": true}`).want(t, 422, schemas.CodeUnknownField)
+}

@@ -223,7 +223,7 @@ func (g *Gateway) listWorkers(w *response, r *http.Request) error {
 
 // getWorker is GET /v1/workers/{id}.
 func (g *Gateway) getWorker(w *response, r *http.Request) error {
-	none := &schemas.Error{Status: http.StatusNotFound, Code: schemas.CodeNotFound, Detail: "there is no such worker"}
+	none := noWorker()
 	id, err := schemas.ParseWorkerID(r.PathValue("id"))
 	if err != nil {
 		return none

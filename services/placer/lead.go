@@ -170,6 +170,9 @@ func (p *Placer) place(ctx context.Context, l *lease, d decision) {
 			if r.Attempt != d.queued.attempt {
 				return r, nil, errMoved
 			}
+			if !l.Valid() { // this process may have been stopped since it decided
+				return r, nil, errDeposed
+			}
 			next, err := schemas.Next(r, event)
 			a = next.Assignment()
 			return next, nil, err

@@ -258,7 +258,7 @@ func TestTheFirstBeatMakesTheWorkersQueue(t *testing.T) {
 			return false
 		}
 		cfg := c.CachedInfo().Config
-		return cfg.FilterSubject == schemas.OrderSubject("w1", "*") && cfg.AckWait == 30*time.Second && cfg.MaxAckPending == -1 && cfg.MaxDeliver == -1
+		return cfg.FilterSubject == schemas.OrderSubject("w1", "*") && cfg.AckWait == 5*time.Second && cfg.MaxAckPending == -1 && cfg.MaxDeliver == -1
 	})
 }
 

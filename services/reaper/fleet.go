@@ -3,6 +3,7 @@ package reaper
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -51,6 +52,17 @@ func (f *fleet) restart(now time.Time) {
 	}
 }
 
+// awake takes note that time has come to now. If this process was stopped since, or
+// the machine was too busy for it, beats may have come that it has not looked at: then
+// every worker's silence counts anew, and awake says so.
+func (f *fleet) awake(last, now time.Time, fence time.Duration) (slept bool) {
+	if now.Sub(last) < fence/4 {
+		return false
+	}
+	f.restart(now)
+	return true
+}
+
 // silent lists the workers whose beat has been the same for the fence.
 func (f *fleet) silent(now time.Time, fence time.Duration) map[schemas.WorkerID]uint64 {
 	f.mu.Lock()
@@ -91,6 +103,7 @@ func (r *Reaper) lookAtWorker(w schemas.WorkerID) {
 func (r *Reaper) watchFleet(ctx context.Context) error {
 	tick := time.NewTicker(max(r.cfg.Fence/20, 10*time.Millisecond))
 	defer tick.Stop()
+	last := time.Now()
 	for {
 		reconnected := r.conn.Reconnected()
 		select {
@@ -99,7 +112,14 @@ func (r *Reaper) watchFleet(ctx context.Context) error {
 		case <-reconnected:
 			r.fleet.restart(time.Now())
 			continue
-		case now := <-tick.C:
+		case <-tick.C:
+			now := time.Now() // a tick may have waited
+			slept := r.fleet.awake(last, now, r.cfg.Fence)
+			last = now
+			if slept {
+				r.log.Warn().Msg("this reaper was stopped for a while: it counts the silence of workers anew")
+				continue
+			}
 			if !r.conn.Connected() {
 				r.fleet.restart(now)
 				continue
@@ -140,15 +160,11 @@ func (r *Reaper) checkHolder(ctx context.Context, e bus.Entry[schemas.Record]) (
 	if !ok || !former && !(beat.Epoch == rec.Epoch && beat.Lost()) {
 		return false, nil
 	}
-	gone := false
-	if former && !beat.Lost() && beat.Reported {
-		gone = true
-		for _, kept := range beat.Kept {
-			if kept == rec.ID {
-				return false, nil // it is back with its worker, under the old epoch
-			}
-		}
+	back := former && !beat.Lost()
+	if back && slices.Contains(beat.Kept, rec.ID) {
+		return false, nil // it is with its worker again, under the old epoch
 	}
+	gone := back && beat.Reported
 	_, err := r.apply(ctx, e, func(m schemas.Meta) schemas.Event {
 		return schemas.Lose{Meta: m, Worker: rec.Worker, Epoch: rec.Epoch, Gone: gone}
 	})

@@ -25,13 +25,14 @@ type Config struct {
 	Redrive   time.Duration // how long nothing may come of an order before it is sent again
 	Overdue   time.Duration // how long after its deadline and grace a task is stopped from here
 	Scan      time.Duration // between two looks at every record, the safety net
+	Unknown   time.Duration // how long a report that no record explains is tried again before its attempt is closed
 }
 
 // DefaultConfig has the values that production uses.
 func DefaultConfig() Config {
 	return Config{
 		Retention: 24 * time.Hour, Fence: 75 * time.Second, Redrive: 15 * time.Second,
-		Overdue: 2 * time.Second, Scan: time.Minute,
+		Overdue: 2 * time.Second, Scan: time.Minute, Unknown: time.Minute,
 	}
 }
 
@@ -65,6 +66,7 @@ type Reaper struct {
 	beats   *bus.View[schemas.Beat]
 	due     *timers
 	fleet   *fleet
+	unknown *unknown
 }
 
 // Run runs the reaper until ctx ends.
@@ -89,7 +91,7 @@ func Run(ctx context.Context, deps Deps, cfg Config) error {
 			// under the same epoch.
 			Wrote: func(b schemas.Beat, _ string) bool { return b.Lost() },
 		}),
-		due: newTimers(), fleet: newFleet(),
+		due: newTimers(), fleet: newFleet(), unknown: newUnknown(),
 	}
 	r.tasks = bus.NewView(deps.Conn, schemas.BucketTasks, decodeTask, bus.ViewOptions[task]{OnChange: r.taskChanged})
 	r.beats = bus.NewView(deps.Conn, schemas.BucketWorkers, decodeBeat, bus.ViewOptions[schemas.Beat]{OnChange: r.beatChanged})

@@ -452,3 +452,69 @@ func TestUnknownFieldsOfARecordSurviveTheReaper(t *testing.T) {
 		t.Errorf("the field is gone: %s", now)
 	}
 }
+
+func TestAKeptTaskIsNoLongerMarkedAsAway(t *testing.T) {
+	b := newBench(t)
+	b.cfg.Fence = time.Hour
+	b.beat(func(v *schemas.Beat) { v.Epoch = "e1" })
+	b.start()
+	id := b.accept(func(s *schemas.Spec) { s.OnLost = schemas.OnLostWait })
+	a := b.assign(id, "e1")
+	report := schemas.Report{Assignment: a, Phase: schemas.PhaseRunning, Ran: true}
+	b.report(report)
+	b.state(id, schemas.Running)
+	lost := func(m schemas.Meta) schemas.Event { return schemas.Lose{Meta: m, Worker: worker, Epoch: "e1"} }
+	b.next(id, lost)
+	b.beat(func(v *schemas.Beat) { v.Epoch, v.Reported, v.Kept = "e2", false, []schemas.TaskID{id} })
+	b.report(report)
+	back := func(r schemas.Record) bool { return r.WorkerLostAt.IsZero() }
+	b.wait(id, "the end of the mark", back)
+
+	other := b.accept(func(s *schemas.Spec) { s.Timeouts.Queue = schemas.Duration(time.Second) })
+	b.state(other, schemas.Failed) // by then the reaper has looked at the other too
+	if e, err := b.table.Get(b.ctx(), string(id)); err != nil || !back(e.Value) {
+		t.Errorf("marked again, though its worker says that it keeps it: %+v (%v)", e.Value.History, err)
+	}
+
+	b.next(id, lost) // by a reaper that has not seen the beat yet
+	b.order(id, func(o schemas.Order) bool { return o.Want == schemas.WantRun && o.Assignment == a })
+}
+
+func TestAReportThatNoRecordExplainsIsClosedThoughItIsRepeated(t *testing.T) {
+	b := newBench(t)
+	b.cfg.Unknown = 2 * time.Second
+	b.start()
+	id, err := schemas.NewTaskID(time.Now(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := schemas.Assignment{Task: id, Attempt: 1, Worker: worker, Epoch: "e1"}
+	b.background(func(ctx context.Context) error { // each repetition replaces the one before
+		body, err := schemas.Encode(ended(a, schemas.EndedItself, 0))
+		for tick := time.NewTicker(300 * time.Millisecond); err == nil; {
+			_, err = b.core.Publish(ctx, schemas.ReportSubject(worker, id), nil, body)
+			select {
+			case <-tick.C:
+			case <-ctx.Done():
+				return nil
+			}
+		}
+		return err
+	})
+	b.order(id, func(o schemas.Order) bool { return o.Want == schemas.WantClose && o.Assignment == a })
+}
+
+func TestARecordWithoutHistoryStopsNoReaper(t *testing.T) {
+	b := newBench(t)
+	b.start()
+	id := b.accept(nil)
+	m := meta()
+	if _, err := b.table.Update(b.ctx(), string(id), m.Op, func(r schemas.Record) (schemas.Record, []bus.WriteOption, error) {
+		n, err := schemas.Next(r, schemas.Choose{Meta: m, Worker: worker, Epoch: "e1"})
+		n.History = nil
+		return n, nil, err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	b.order(id, func(o schemas.Order) bool { return o.Want == schemas.WantRun })
+}

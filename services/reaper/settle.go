@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"sync"
 	"time"
 
 	"dayfly.dev/bus"
@@ -12,10 +14,7 @@ import (
 
 const (
 	// durable is the consumer of REPORTS that all reapers share.
-	durable = "reaper"
-	// unknownFor is how long a report without a record, or ahead of it, is tried again
-	// before its attempt is stopped: a read may be stale, a restored bucket is older.
-	unknownFor = time.Minute
+	durable    = "reaper"
 	retryAfter = time.Second
 	settlers   = 16
 	// ackWait is how long the reports that another reaper has taken wait when it dies.
@@ -47,7 +46,7 @@ func (r *Reaper) reports(ctx context.Context) error {
 			_ = m.Ack()
 			return
 		}
-		result, err := r.settle(ctx, rep, m.Delivered)
+		result, err := r.settle(ctx, rep)
 		r.metrics.reports.WithLabelValues(result).Inc()
 		if err != nil {
 			r.log.Warn().Err(err).Str("task", string(rep.Task)).Msg("settle")
@@ -61,10 +60,42 @@ func (r *Reaper) reports(ctx context.Context) error {
 // errAhead says that the record is missing or of a lower attempt than the report.
 var errAhead = errors.New("the report is ahead of the record")
 
+// unknown remembers since when there have been reports of an attempt that no record
+// explains: a read may be stale, a restored bucket is older. The count of deliveries
+// cannot tell, since a worker repeats its last report and each is a new message.
+type unknown struct {
+	mu    sync.Mutex
+	first map[schemas.Assignment]time.Time // under mu
+}
+
+func newUnknown() *unknown { return &unknown{first: map[schemas.Assignment]time.Time{}} }
+
+func (u *unknown) since(a schemas.Assignment) time.Time {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if _, ok := u.first[a]; !ok {
+		u.first[a] = time.Now()
+	}
+	return u.first[a]
+}
+
+func (u *unknown) forget(a schemas.Assignment) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	delete(u.first, a)
+}
+
+// prune forgets those of which nothing was heard any more.
+func (u *unknown) prune(before time.Time) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	maps.DeleteFunc(u.first, func(_ schemas.Assignment, at time.Time) bool { return at.Before(before) })
+}
+
 // settle folds one report into its record. An attempt that the record has left
 // behind is told to close, which is safe by a read: a final record and a higher
 // attempt never become untrue.
-func (r *Reaper) settle(ctx context.Context, rep schemas.Report, delivered uint64) (string, error) {
+func (r *Reaper) settle(ctx context.Context, rep schemas.Report) (string, error) {
 	e, err := r.entry(ctx, rep.Task)
 	if err == nil && (e.Value.Attempt < rep.Attempt || e.Value.Attempt == rep.Attempt && e.Value.Assignment() != rep.Assignment && e.Value.State.Held()) {
 		e, err = r.table.Get(ctx, string(rep.Task)) // the view may lag behind the report
@@ -73,9 +104,10 @@ func (r *Reaper) settle(ctx context.Context, rep schemas.Report, delivered uint6
 		}
 	}
 	if errors.Is(err, bus.ErrNotFound) || errors.Is(err, errAhead) {
-		if time.Duration(delivered)*retryAfter < unknownFor {
+		if time.Since(r.unknown.since(rep.Assignment)) < r.cfg.Unknown {
 			return "ahead", err
 		}
+		r.unknown.forget(rep.Assignment)
 		r.log.Warn().Str("task", string(rep.Task)).Int("attempt", rep.Attempt).Msg("no record of a reported attempt: close it")
 		r.order(schemas.Record{ID: rep.Task, State: schemas.Failed}, rep.Revision+1, rep.Assignment)
 		return "unknown", nil
@@ -83,6 +115,7 @@ func (r *Reaper) settle(ctx context.Context, rep schemas.Report, delivered uint6
 	if err != nil {
 		return "error", err
 	}
+	r.unknown.forget(rep.Assignment)
 	after, err := r.apply(ctx, e, func(m schemas.Meta) schemas.Event { return schemas.Settle{Meta: m, Report: rep} })
 	switch {
 	case err == nil:

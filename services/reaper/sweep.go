@@ -31,6 +31,7 @@ func (r *Reaper) sweeps(ctx context.Context) error {
 			return nil
 		case <-scan.C:
 			r.scan()
+			r.unknown.prune(time.Now().Add(-10 * r.cfg.Unknown))
 		case <-timer.C:
 		case <-r.due.wake:
 		}
@@ -121,7 +122,10 @@ func (r *Reaper) redrive(e bus.Entry[schemas.Record], now time.Time) time.Time {
 	if !rec.State.Held() {
 		return rec.SweepAt()
 	}
-	last := rec.History[len(rec.History)-1].At
+	last := rec.AssignedAt
+	if n := len(rec.History); n > 0 {
+		last = rec.History[n-1].At
+	}
 	at := r.orderDue(rec, last)
 	for !at.IsZero() && !at.After(now) { // the times of earlier orders are over
 		if next := at.Add(r.cfg.Redrive); next.After(now) {
@@ -146,6 +150,8 @@ func (r *Reaper) orderDue(rec schemas.Record, last time.Time) time.Time {
 		return later(rec.Cancel.At, last).Add(rec.Cancel.Grace.Std() + r.cfg.Redrive/3)
 	case rec.Applied < rec.Extensions:
 		return last.Add(r.cfg.Redrive / 3)
+	case !rec.WorkerLostAt.IsZero(): // its worker answers with a report once it is back
+		return last.Add(r.cfg.Redrive)
 	case rec.State == schemas.Assigned:
 		return last.Add(r.cfg.Redrive)
 	case rec.State == schemas.Starting:

@@ -1,0 +1,62 @@
+package agent
+
+import (
+	"os"
+	"testing"
+	"time"
+
+	"dayfly.dev/schemas"
+)
+
+func remembered(id schemas.TaskID, closed bool, at time.Time) entry {
+	return entry{Assignment: schemas.Assignment{Task: id, Attempt: 1, Worker: "w1", Epoch: "e1"}, Closed: closed, At: at}
+}
+
+func TestAJournalOutlivesAKillAndAFailedWrite(t *testing.T) {
+	dir, now := t.TempDir(), time.Now()
+	j, err := openJournal(dir, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := j.register(registration{Epoch: "e1", Boot: "b1"}, func(entry) bool { return true }); err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range []entry{remembered("t-open", false, now), remembered("t-closed", true, now), remembered("t-old", true, now.Add(-2*journalKeep))} {
+		if err := j.put(e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	j.file.Close() // the disk refuses
+	if err := j.put(remembered("t-refused", false, now)); err == nil {
+		t.Error("a write to a closed file went well")
+	}
+	if err := j.put(remembered("t-later", false, now)); err != nil {
+		t.Errorf("after the disk took writes again: %v", err)
+	}
+	// A kill in the midst of a line.
+	f, err := os.OpenFile(j.path, os.O_APPEND|os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteString(`{"entry":{"task":"t-cut"`); err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+
+	again, err := openJournal(dir, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.close()
+	if r := again.registered(); r.Epoch != "e1" || r.Boot != "b1" {
+		t.Errorf("registration %+v", r)
+	}
+	for id, want := range map[schemas.TaskID]bool{"t-open": true, "t-closed": true, "t-later": true, "t-refused": true, "t-old": false, "t-cut": false} {
+		if _, ok := again.get(id); ok != want {
+			t.Errorf("%s is remembered: %t, want %t", id, ok, want)
+		}
+	}
+	if n := len(again.open()); n != 3 {
+		t.Errorf("%d open attempts, want 3", n)
+	}
+}

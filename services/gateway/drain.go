@@ -1,0 +1,98 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"time"
+
+	"dayfly.dev/bus"
+	"dayfly.dev/schemas"
+)
+
+func noWorker() *schemas.Error {
+	return &schemas.Error{Status: http.StatusNotFound, Code: schemas.CodeNotFound, Detail: "there is no such worker"}
+}
+
+// drain is POST /v1/workers/{id}/drain: the worker takes nothing new, what it has goes
+// on to its end. It stays drained until undrain, over restarts too.
+func (g *Gateway) drain(w *response, r *http.Request) error {
+	return g.setDrain(w, r, true, func(ctx context.Context, key string) error {
+		m := meta("client")
+		_, err := g.drains.Create(ctx, key, schemas.Drain{Since: m.At, By: m.By}, m.Op)
+		if errors.Is(err, bus.ErrConflict) {
+			return nil // it drains already
+		}
+		return err
+	})
+}
+
+// undrain is POST /v1/workers/{id}/undrain.
+func (g *Gateway) undrain(w *response, r *http.Request) error {
+	return g.setDrain(w, r, false, func(ctx context.Context, key string) error {
+		e, err := g.drains.Get(ctx, key)
+		if err == nil {
+			err = g.drains.Delete(ctx, key, e.Revision)
+		}
+		if errors.Is(err, bus.ErrNotFound) {
+			return nil
+		}
+		return err
+	})
+}
+
+// setDrain makes the change and answers with the worker as it is then.
+func (g *Gateway) setDrain(w *response, r *http.Request, draining bool, change func(ctx context.Context, key string) error) error {
+	id, err := schemas.ParseWorkerID(r.PathValue("id"))
+	if err != nil {
+		return noWorker()
+	}
+	if _, err := parseQuery(r); err != nil {
+		return err
+	}
+	body, err := readBody(w, r)
+	if err != nil {
+		return err
+	}
+	if err := schemas.DecodeStrict(body, &struct{}{}); err != nil {
+		return err
+	}
+	if err := g.upToDate(r.Context()); err != nil {
+		return err
+	}
+	if _, _, ok := g.fleet.beats.Get(string(id)); !ok {
+		return noWorker()
+	}
+	ctx, cancel := g.operation(r)
+	defer cancel()
+	if err := change(ctx, string(id)); err != nil {
+		return busError(err, "")
+	}
+	if err := g.fleet.drains.Wait(ctx, string(id), func(_ schemas.Drain, _ uint64, there bool) bool { return there == draining }); err != nil {
+		return unavailable()
+	}
+	g.log.Info().Str("worker", string(id)).Bool("draining", draining).Msg("worker drain")
+	b, _, ok := g.fleet.beats.Get(string(id))
+	if !ok {
+		return noWorker()
+	}
+	b.Worker = id
+	return answer(w, http.StatusOK, g.fleet.worker(b, time.Now()))
+}
+
+// stays refuses more time to a task that keeps a draining worker busy. It asks the
+// leader: another gateway may have drained the worker a moment ago.
+func (g *Gateway) stays(ctx context.Context, rec schemas.Record) error {
+	if !rec.State.Held() {
+		return nil
+	}
+	_, err := g.drains.Get(ctx, string(rec.Worker))
+	if errors.Is(err, bus.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return readError(err)
+	}
+	return &schemas.Error{Status: http.StatusConflict, Code: schemas.CodeDraining, Task: rec.ID, State: rec.State,
+		Detail: "worker " + string(rec.Worker) + " is being drained, so its tasks get no more time; create a new one"}
+}
