@@ -3,7 +3,6 @@ package reaper
 import (
 	"context"
 	"errors"
-	"fmt"
 	"maps"
 	"sync"
 	"time"
