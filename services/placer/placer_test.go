@@ -282,8 +282,11 @@ func TestWhyIsAnsweredByTheLeader(t *testing.T) {
 
 func TestTwoPlacersShareAQueueAndAssignOnce(t *testing.T) {
 	w := newWorld(t)
-	w.placer(quick("a"))
-	w.placer(quick("b"))
+	for _, identity := range []string{"a", "b"} {
+		c := quick(identity)
+		c.Leadership = 10 * time.Second // a busy machine shall not take it away: whoever leads next sends orders again
+		w.placer(c)
+	}
 	for n := range 5 {
 		w.beat(schemas.WorkerID(fmt.Sprintf("w%d", n)), host(1000, 1000*gib, 0))
 	}

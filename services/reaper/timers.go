@@ -30,17 +30,10 @@ func (t *timers) add(id schemas.TaskID, at time.Time) {
 		return
 	}
 	t.at[id] = at
-	if len(t.heap) > 2*len(t.at)+1024 {
+	if len(t.heap) > 2*len(t.at)+1024 { // most are outdated, and may be so for days
 		t.compact()
 	}
 	heap.Push(&t.heap, timer{id, at})
-	if len(t.heap) > 2*len(t.at)+1024 { // most are outdated, and may be so for days
-		t.heap = t.heap[:0]
-		for id, at := range t.at {
-			t.heap = append(t.heap, timer{id, at})
-		}
-		heap.Init(&t.heap)
-	}
 	if t.heap[0].id == id {
 		select {
 		case t.wake <- struct{}{}:
