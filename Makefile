@@ -74,6 +74,10 @@ bench: build ## measure: cold starts beside raw Docker, and the control plane al
 	CGO_ENABLED=0 go build -trimpath -o bin/bench ./test/bench
 	bin/bench
 
+.PHONY: faults
+faults: ## break things by SEED=… for MINUTES=…, and check that nothing is lost or doubled; HISTORY=folder keeps what happened
+	cd test && SEED=$(SEED) MINUTES=$(MINUTES) HISTORY=$(HISTORY) go test ./faults -count=1 -v -timeout 24h
+
 .PHONY: clean
 clean: ## remove what was built
 	rm -rf bin

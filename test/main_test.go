@@ -30,7 +30,7 @@ var binaries = sync.OnceValues(func() (string, error) {
 		return "", err
 	}
 	for _, b := range []struct{ out, pkg, cgo string }{
-		{"dayfly", "dayfly.dev/cmd/dayfly", "1"},
+		{"dayfly", "dayfly.dev/cmd/dayfly", "0"},
 		{"dayfly-init", "dayfly.dev/services/agent/cmd/dayfly-init", "0"},
 	} {
 		cmd := exec.Command("go", "build", "-trimpath", "-o", filepath.Join(dir, b.out), b.pkg)

@@ -147,6 +147,7 @@ type agentConfig struct {
 	labels                []string
 	init                  string
 	runtime               string
+	fakeJournal           string
 }
 
 func (a *agentConfig) flags(f *pflag.FlagSet) {
@@ -156,7 +157,8 @@ func (a *agentConfig) flags(f *pflag.FlagSet) {
 	f.StringVar(&a.cluster, "cluster", "", "label of this dayfly's containers (default: made up once for the data folder)")
 	f.StringVar(&a.init, "init", "", "the dayfly-init binary, if it is not beside dayfly")
 	f.StringVar(&a.runtime, "runtime", "docker", "docker, or fake: tasks are only played, for tests")
-	_ = f.MarkHidden("runtime")
+	f.StringVar(&a.fakeJournal, "fake-journal", "", "file in which the fake runtime keeps what it runs, so that it outlives the agent")
+	_ = errors.Join(f.MarkHidden("runtime"), f.MarkHidden("fake-journal"))
 }
 
 func (a *agentConfig) check() error {
@@ -205,7 +207,7 @@ func (a *agentConfig) open(p *process) (agent.Runtime, error) {
 		if a.slots > 0 {
 			host.Slots = a.slots
 		}
-		return fakeruntime.New(fakeruntime.Config{Host: host}), nil
+		return fakeruntime.New(fakeruntime.Config{Host: host, Journal: a.fakeJournal, StateDir: a.stateDir()}), nil
 	}
 	initPath, err := findInit(a.init)
 	if err == nil {

@@ -184,9 +184,10 @@ func TestUnknownOutcome(t *testing.T) {
 	if e.Task == "" || r.header.Get("Retry-After") == "" {
 		t.Errorf("%s", r.body)
 	}
-	if got := w.task(e.Task); got.State != schemas.Queued { // it was done
-		t.Error(got.State)
-	}
+	until(t, "it was done", func() bool {
+		r, err := w.records.Get(deadline(t), string(e.Task))
+		return err == nil && r.Value.State == schemas.Queued
+	})
 	a.do("DELETE", "/v1/tasks/"+string(e.Task), "").want(t, 503, schemas.CodeUnavailable)
 	a.do("POST", "/v1/tasks", spec, "Idempotency-Key", "k").want(t, 503, schemas.CodeUnavailable)
 	p.deaf.Store(false)

@@ -135,6 +135,9 @@ func (p *Process) Running() bool {
 	}
 }
 
+// PID is the process.
+func (p *Process) PID() int { return p.cmd.Process.Pid }
+
 // Exited is closed when the process has ended.
 func (p *Process) Exited() <-chan struct{} { return p.exited }
 
@@ -185,6 +188,12 @@ func (p *Process) Tail() string {
 // Call does one request of the API at url, with JSON in and out. A problem comes back
 // as *schemas.Error; key is the Idempotency-Key, "" for none.
 func Call(ctx context.Context, method, url, key string, in, out any) error {
+	_, err := Request(ctx, http.DefaultTransport, method, url, key, in, out)
+	return err
+}
+
+// Request is Call over a transport, with the status; 0 if there was no answer.
+func Request(ctx context.Context, over http.RoundTripper, method, url, key string, in, out any) (status int, err error) {
 	var body io.Reader
 	switch v := in.(type) {
 	case nil:
@@ -193,13 +202,13 @@ func Call(ctx context.Context, method, url, key string, in, out any) error {
 	default:
 		b, err := schemas.Encode(v)
 		if err != nil {
-			return err
+			return 0, err
 		}
 		body = bytes.NewReader(b)
 	}
 	req, err := http.NewRequestWithContext(ctx, method, url, body)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	if body != nil {
 		req.Header.Set("Content-Type", "application/json")
@@ -207,30 +216,30 @@ func Call(ctx context.Context, method, url, key string, in, out any) error {
 	if key != "" {
 		req.Header.Set("Idempotency-Key", key)
 	}
-	res, err := http.DefaultClient.Do(req)
+	res, err := (&http.Client{Transport: over}).Do(req)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer res.Body.Close()
 	b, err := io.ReadAll(res.Body)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	if res.StatusCode >= 400 {
 		e := &schemas.Error{Status: res.StatusCode}
 		if schemas.Decode(b, e) != nil {
-			return fmt.Errorf("%s %s: %s", method, url, res.Status)
+			return res.StatusCode, fmt.Errorf("%s %s: %s", method, url, res.Status)
 		}
-		return e
+		return res.StatusCode, e
 	}
 	switch out := out.(type) {
 	case nil:
-		return nil
+		return res.StatusCode, nil
 	case *string:
 		*out = string(b)
-		return nil
+		return res.StatusCode, nil
 	}
-	return schemas.Decode(b, out)
+	return res.StatusCode, schemas.Decode(b, out)
 }
 
 // errAll joins what several at a time ended with.

@@ -155,13 +155,17 @@ func (s *Site) NewAgent(ctx context.Context, worker string) (*Process, error) {
 	}
 	args := []string{"agent", "--nats", s.URLs(), "--credentials", file, "--data", s.AgentData(worker), "--cluster", s.Cluster}
 	if s.o.Fake {
-		args = append(args, "--runtime", "fake")
+		args = append(args, "--runtime", "fake", "--fake-journal", s.FakeJournal(worker))
 	}
 	return s.process("agent-"+worker, append(args, s.o.AgentArgs...)), nil
 }
 
 // AgentData is the folder of a worker's agent.
 func (s *Site) AgentData(worker string) string { return filepath.Join(s.Dir, "data-"+worker) }
+
+// FakeJournal is the file in which a worker's fake runtime keeps what it runs. It
+// outlives AgentData.
+func (s *Site) FakeJournal(worker string) string { return filepath.Join(s.Dir, worker+".host") }
 
 // All lists every process.
 func (s *Site) All() (all []*Process) {

@@ -27,6 +27,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"strconv"
 	"strings"
 	"sync"
@@ -34,6 +35,7 @@ import (
 
 	"dayfly.dev/schemas"
 	"dayfly.dev/services/agent"
+	"dayfly.dev/services/agent/initproto"
 )
 
 // MissingImage is an image that does not exist.
@@ -43,6 +45,13 @@ const MissingImage = "missing"
 type Config struct {
 	Host       schemas.Host  // zero: 1e6 slots, 1e6 CPUs, 1 PiB
 	StartDelay time.Duration // before a process counts as started
+
+	// Journal is a file in which the host keeps what it runs, so that containers outlive
+	// the agent's process as real ones do: see journal.go. "" keeps it in memory.
+	Journal string
+	// StateDir is the agent's, with a Journal. If it is wiped, no attempt can be made of
+	// the containers of before.
+	StateDir string
 }
 
 // Runtime implements agent.Runtime.
@@ -55,6 +64,8 @@ type Runtime struct {
 	timer  *time.Timer                             // under mu: at the permit's end
 	all    map[schemas.Assignment]*attempt         // under mu: not removed
 	starts map[schemas.TaskID][]schemas.Assignment // under mu: every start there ever was
+
+	journal *journal // nil without Config.Journal
 }
 
 // New makes an empty host.
@@ -68,11 +79,16 @@ func New(cfg Config) *Runtime {
 // Host implements agent.Runtime.
 func (r *Runtime) Host(context.Context) (schemas.Host, error) { return r.cfg.Host, nil }
 
-// Recover gives what was started through this Runtime and not removed: an agent that
-// is started again on the same Runtime finds it.
+// Recover gives what was started through this Runtime, or stands in its journal, and
+// was not removed: an agent that is started again finds it.
 func (r *Runtime) Recover(context.Context) ([]agent.Attempt, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.journal == nil && r.cfg.Journal != "" {
+		if err := r.reopen(); err != nil {
+			return nil, err
+		}
+	}
 	var list []agent.Attempt
 	for _, a := range r.all {
 		list = append(list, a)
@@ -112,22 +128,31 @@ func (r *Runtime) Start(ctx context.Context, req agent.StartRequest) (agent.Atte
 	case is(req.Spec, "refuse"):
 		return nil, errors.New("the host refuses")
 	}
-	a := &attempt{r: r, req: req, started: r.Now(), done: make(chan struct{}), changed: make(chan struct{})}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	a := r.newAttempt(req, r.Now())
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
-	if r.Now() >= r.permit {
+	if a.started >= r.permit {
 		return nil, errors.New("the permit is over")
 	}
 	if r.all[req.Assignment] != nil {
 		return nil, fmt.Errorf("%s exists", req.Assignment)
 	}
+	if err := r.journal.write(entry{At: a.started, Do: doStart, Assignment: req.Assignment, Request: &req}); err != nil {
+		return nil, err
+	}
 	r.all[req.Assignment] = a
 	r.starts[req.Assignment.Task] = append(r.starts[req.Assignment.Task], req.Assignment)
 	a.begin()
+	a.catchUp(a.started)
 	return a, nil
+}
+
+func (r *Runtime) newAttempt(req agent.StartRequest, started time.Duration) *attempt {
+	return &attempt{r: r, req: req, started: started, lifeAt: never, deadlineAt: never, killAt: never,
+		done: make(chan struct{}), changed: make(chan struct{})}
 }
 
 // Starts lists every start of a task, in order.
@@ -148,30 +173,43 @@ func (r *Runtime) Live() int {
 func (r *Runtime) Permit(until time.Duration) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	now := r.Now()
+	if r.permit > 0 && now >= r.permit {
+		r.permitOver(now) // this process slept; the containers did not
+	}
+	if err := r.journal.write(entry{At: now, Do: doPermit, Until: until}); err != nil {
+		return err
+	}
 	r.permit = until
 	if r.timer == nil {
-		r.timer = time.AfterFunc(until-r.Now(), r.permitOver)
+		r.timer = time.AfterFunc(until-now, func() {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			r.permitOver(r.Now())
+		})
 	} else {
-		r.timer.Reset(until - r.Now())
+		r.timer.Reset(until - now)
 	}
 	return nil
 }
 
-func (r *Runtime) permitOver() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.Now() < r.permit {
+// permitOver ends what needed the permit, if it is over. It runs under r.mu.
+func (r *Runtime) permitOver(now time.Duration) {
+	if now < r.permit {
 		return // it was lengthened
 	}
 	for _, a := range r.all {
-		if !a.req.NoPermit {
-			a.end(agent.Outcome{By: schemas.EndedPermit, Exit: &schemas.Exit{Code: 137, Signal: 9}})
-		}
+		a.catchUp(now)
 	}
 }
 
 // Now implements agent.Runtime.
-func (r *Runtime) Now() time.Duration { return time.Since(r.began) + time.Hour }
+func (r *Runtime) Now() time.Duration {
+	if r.cfg.Journal != "" {
+		return initproto.Now()
+	}
+	return time.Since(r.began) + time.Hour
+}
 
 // Close implements agent.Runtime: what runs goes on.
 func (r *Runtime) Close() error { return nil }
@@ -182,7 +220,7 @@ func (r *Runtime) Kill(id schemas.TaskID) {
 	defer r.mu.Unlock()
 	for as, a := range r.all {
 		if as.Task == id {
-			a.end(agent.Outcome{By: schemas.EndedLost, Reason: schemas.ReasonWorkerLost, Message: "its container was killed"})
+			a.end(r.Now(), agent.Outcome{By: schemas.EndedLost, Reason: schemas.ReasonWorkerLost, Message: "its container was killed"})
 		}
 	}
 }
@@ -204,17 +242,25 @@ type attempt struct {
 	termCode int  // at TERM
 	termSig  int
 	stopping *agent.Outcome // who first asked for the end
-	killAt   time.Duration  // when the grace is over
-	life     *time.Timer    // until it ends by itself
-	kill     *time.Timer    // after a grace
-	deadline *time.Timer
+
+	orphan     bool          // no attempt can be made of it: it gets no new permit
+	lastPermit time.Duration // of an orphan
+
+	lifeAt     time.Duration // when it ends by itself
+	lifeCode   int           // with this code
+	deadlineAt time.Duration
+	killAt     time.Duration // when the grace is over
+	wake       *time.Timer   // at the first of them
 }
+
+// never is later than everything.
+const never = time.Duration(math.MaxInt64)
 
 // begin does what the command says. It runs under r.mu, like all small methods here.
 func (a *attempt) begin() {
 	c := append(append([]string(nil), a.req.Spec.Command...), "", "", "")
 	a.termCode, a.termSig = 143, 15
-	a.deadlineIn(a.req.TimeLeft)
+	a.deadlineAt = a.started + a.req.TimeLeft
 	switch c[0] {
 	case "sleep", "ignore-term":
 		if a.deaf = c[0] == "ignore-term"; a.deaf {
@@ -233,13 +279,13 @@ func (a *attempt) begin() {
 		a.exit(0)
 	case "signal":
 		n := number(c[1])
-		a.end(agent.Outcome{By: schemas.EndedItself, Reason: schemas.ReasonSignal, Exit: &schemas.Exit{Code: 128 + n, Signal: n}})
+		a.end(a.started, agent.Outcome{By: schemas.EndedItself, Reason: schemas.ReasonSignal, Exit: &schemas.Exit{Code: 128 + n, Signal: n}})
 	case "log", "spam":
 		a.write(number(c[1]))
 		d, _ := time.ParseDuration(c[2])
 		a.endAfter(d, 0)
 	case "oom", "eat":
-		a.end(agent.Outcome{By: schemas.EndedItself, Reason: schemas.ReasonOOM, Exit: &schemas.Exit{Code: 137, Signal: 9, OOMKilled: true}})
+		a.end(a.started, agent.Outcome{By: schemas.EndedItself, Reason: schemas.ReasonOOM, Exit: &schemas.Exit{Code: 137, Signal: 9, OOMKilled: true}})
 	case "exit":
 		a.exit(number(c[1]))
 	default:
@@ -253,23 +299,58 @@ func number(s string) int {
 }
 
 func (a *attempt) exit(code int) {
-	a.end(agent.Outcome{By: schemas.EndedItself, Reason: schemas.ReasonExit, Exit: &schemas.Exit{Code: code}})
+	a.lifeAt, a.lifeCode = a.started, code
 }
 
 func (a *attempt) endAfter(d time.Duration, code int) {
-	if d <= 0 {
-		a.exit(code)
-		return
+	a.lifeAt, a.lifeCode = a.started+max(0, d), code
+	if a.lifeAt < a.started {
+		a.lifeAt = never
 	}
-	a.life = a.after(d, func() { a.exit(code) })
 }
 
-func (a *attempt) after(d time.Duration, fn func()) *time.Timer {
-	return time.AfterFunc(d, func() {
-		a.r.mu.Lock()
-		defer a.r.mu.Unlock()
-		fn()
-	})
+// catchUp lets happen, each at its own time, what was due by now, and sets the timer
+// for what comes next. A process that was stopped for a while finds its containers as
+// if it had not been.
+func (a *attempt) catchUp(now time.Duration) {
+	for !a.ended {
+		permit := never
+		if !a.req.NoPermit {
+			permit = a.permit()
+		}
+		at := min(a.lifeAt, permit, a.killAt, a.deadlineAt)
+		if at > now {
+			if next := min(a.lifeAt, a.killAt, a.deadlineAt); a.wake == nil {
+				a.wake = time.AfterFunc(next-now, func() {
+					a.r.mu.Lock()
+					defer a.r.mu.Unlock()
+					a.catchUp(a.r.Now())
+				})
+			} else {
+				a.wake.Reset(next - now)
+			}
+			return
+		}
+		switch at {
+		case a.lifeAt:
+			a.end(at, agent.Outcome{By: schemas.EndedItself, Reason: schemas.ReasonExit, Exit: &schemas.Exit{Code: a.lifeCode}})
+		case permit:
+			a.end(at, agent.Outcome{By: schemas.EndedPermit, Exit: &schemas.Exit{Code: 137, Signal: 9}})
+		case a.killAt:
+			a.end(at, *a.stopping)
+		default:
+			a.deadlineAt = never
+			a.stop(at, a.req.Grace, agent.Outcome{By: schemas.EndedDeadline, Reason: schemas.ReasonExpired, Exit: &schemas.Exit{TimedOut: true}})
+		}
+	}
+}
+
+// permit is until when the attempt may run if it needs a permit.
+func (a *attempt) permit() time.Duration {
+	if a.orphan {
+		return a.lastPermit
+	}
+	return a.r.permit
 }
 
 // write writes numbered lines, those of the guest's spam.
@@ -287,34 +368,24 @@ func (a *attempt) write(n int) {
 
 func (a *attempt) print(s string) { a.out = append(a.out, s...) }
 
-func (a *attempt) end(o agent.Outcome) {
+func (a *attempt) end(at time.Duration, o agent.Outcome) {
 	if a.ended {
 		return
 	}
 	a.ended = true
-	for _, t := range []*time.Timer{a.life, a.kill, a.deadline} {
-		if t != nil {
-			t.Stop()
-		}
+	if a.wake != nil {
+		a.wake.Stop()
 	}
-	o.Usage.WallMillis = (a.r.Now() - a.started).Milliseconds()
+	o.Usage.WallMillis = (at - a.started).Milliseconds()
 	a.outcome = o
+	_ = a.r.journal.write(entry{At: at, Do: doEnd, Assignment: a.req.Assignment, Outcome: &o})
 	close(a.changed)
 	close(a.done)
 }
 
-func (a *attempt) deadlineIn(left time.Duration) {
-	if a.deadline != nil {
-		a.deadline.Stop()
-	}
-	a.deadline = a.after(left, func() {
-		a.stop(a.req.Grace, agent.Outcome{By: schemas.EndedDeadline, Reason: schemas.ReasonExpired, Exit: &schemas.Exit{TimedOut: true}})
-	})
-}
-
 // stop is TERM now and KILL after grace. The first who asks is the one who ended it;
 // a later one may only make it sooner.
-func (a *attempt) stop(grace time.Duration, o agent.Outcome) {
+func (a *attempt) stop(now, grace time.Duration, o agent.Outcome) {
 	if a.ended {
 		return
 	}
@@ -326,23 +397,11 @@ func (a *attempt) stop(grace time.Duration, o agent.Outcome) {
 			a.print("term\n") // as the guest does
 		}
 		a.stopping.Exit.Code, a.stopping.Exit.Signal = a.termCode, a.termSig
-		a.end(*a.stopping)
+		a.end(now, *a.stopping)
 		return
 	}
 	a.stopping.Exit.Code, a.stopping.Exit.Signal = 137, 9
-	if grace <= 0 {
-		a.end(*a.stopping)
-		return
-	}
-	at := a.r.Now() + grace
-	if a.kill != nil && at >= a.killAt {
-		return
-	}
-	if a.kill != nil {
-		a.kill.Stop()
-	}
-	a.killAt = at
-	a.kill = a.after(grace, func() { a.end(*a.stopping) })
+	a.killAt = min(a.killAt, now+max(0, grace))
 }
 
 // Assignment implements agent.Attempt.
@@ -365,17 +424,26 @@ func (a *attempt) Outcome() agent.Outcome {
 func (a *attempt) Stop(grace time.Duration) {
 	a.r.mu.Lock()
 	defer a.r.mu.Unlock()
-	a.stop(grace, agent.Outcome{By: schemas.EndedStop, Exit: &schemas.Exit{}})
+	now := a.r.Now()
+	a.catchUp(now)
+	a.stop(now, grace, agent.Outcome{By: schemas.EndedStop, Exit: &schemas.Exit{}})
+	_ = a.r.journal.write(entry{At: now, Do: doStop, Assignment: a.req.Assignment, Until: now + grace})
+	a.catchUp(now)
 }
 
 // SetDeadline implements agent.Attempt.
 func (a *attempt) SetDeadline(left time.Duration) error {
 	a.r.mu.Lock()
 	defer a.r.mu.Unlock()
-	if !a.ended {
-		a.deadlineIn(left)
+	now := a.r.Now()
+	a.catchUp(now)
+	if a.ended {
+		return nil
 	}
-	return nil
+	a.deadlineAt = now + left
+	err := a.r.journal.write(entry{At: now, Do: doDeadline, Assignment: a.req.Assignment, Until: a.deadlineAt})
+	a.catchUp(now)
+	return err
 }
 
 // Output implements agent.Attempt.
@@ -385,9 +453,16 @@ func (a *attempt) Output() agent.Output { return a }
 func (a *attempt) Remove(context.Context) error {
 	a.r.mu.Lock()
 	defer a.r.mu.Unlock()
-	a.end(agent.Outcome{By: schemas.EndedStop, Exit: &schemas.Exit{Code: 137, Signal: 9}})
+	return a.remove()
+}
+
+// remove runs under r.mu.
+func (a *attempt) remove() error {
+	now := a.r.Now()
+	a.catchUp(now)
+	a.end(now, agent.Outcome{By: schemas.EndedStop, Exit: &schemas.Exit{Code: 137, Signal: 9}})
 	delete(a.r.all, a.req.Assignment)
-	return nil
+	return a.r.journal.write(entry{At: now, Do: doRemove, Assignment: a.req.Assignment})
 }
 
 // ReadAt implements agent.Output.

@@ -1,0 +1,154 @@
+package fakeruntime
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"dayfly.dev/schemas"
+	"dayfly.dev/services/agent"
+)
+
+// The journal of a fake host stands for its Docker Engine, the inits of its containers
+// and its kernel: a container in it goes on while no agent is there, or one that is
+// stopped, and ends when its command, its permit, its deadline or a grace says so, at
+// that time, even if it is written down only when an agent is there again. So it is
+// also the full account of which attempt lived when: `end` has the time of the end,
+// not of the line. Instants are of CLOCK_BOOTTIME.
+
+// What a line tells.
+const (
+	doOpen     = "open" // an agent's process began
+	doStart    = "start"
+	doStop     = "stop"
+	doDeadline = "deadline"
+	doEnd      = "end"
+	doRemove   = "remove"
+	doPermit   = "permit"
+)
+
+type entry struct {
+	At         time.Duration       `json:"at"`
+	Do         string              `json:"do"`
+	Assignment schemas.Assignment  `json:"assignment,omitzero"`
+	Until      time.Duration       `json:"until,omitzero"`   // of permit, deadline, and stop: when the grace is over
+	Request    *agent.StartRequest `json:"request,omitzero"` // of start
+	Outcome    *agent.Outcome      `json:"outcome,omitzero"` // of end
+	State      string              `json:"state,omitzero"`   // of open: which state folder
+}
+
+type journal struct{ file *os.File }
+
+// write appends a line in one write, which outlives a kill of this process. A nil
+// journal takes everything.
+func (j *journal) write(e entry) error {
+	if j == nil {
+		return nil
+	}
+	b, err := json.Marshal(e)
+	if err == nil {
+		_, err = j.file.Write(append(b, '\n'))
+	}
+	if err != nil {
+		return fmt.Errorf("write the fake host's journal: %w", err)
+	}
+	return nil
+}
+
+// orphanRemoval is how long the removal of a container takes of which no attempt can
+// be made: as on a Docker Engine, it is done in the background.
+const orphanRemoval = 300 * time.Millisecond
+
+// reopen reads what an earlier process left. It runs under r.mu.
+func (r *Runtime) reopen() error {
+	state, err := stateID(r.cfg.StateDir)
+	if err != nil {
+		return err
+	}
+	old, err := os.ReadFile(r.cfg.Journal)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("read the fake host's journal: %w", err)
+	}
+	file, err := os.OpenFile(r.cfg.Journal, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return fmt.Errorf("open the fake host's journal: %w", err)
+	}
+	found := map[schemas.Assignment]*attempt{}
+	lines := bufio.NewScanner(bytes.NewReader(old))
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() {
+		var e entry
+		if json.Unmarshal(lines.Bytes(), &e) != nil {
+			continue // cut off: it never happened
+		}
+		a := found[e.Assignment]
+		switch {
+		case e.Do == doOpen && e.State != state:
+			for _, a := range found {
+				a.orphan = true
+			}
+		case e.Do == doPermit:
+			r.permit = e.Until
+			for _, a := range found {
+				if !a.orphan {
+					a.lastPermit = e.Until
+				}
+			}
+		case e.Do == doStart:
+			a = r.newAttempt(*e.Request, e.At)
+			a.lastPermit = r.permit
+			a.begin()
+			found[e.Assignment] = a
+		case a == nil:
+		case e.Do == doDeadline:
+			a.deadlineAt = e.Until
+		case e.Do == doStop && !a.ended:
+			a.stop(e.At, e.Until-e.At, agent.Outcome{By: schemas.EndedStop, Exit: &schemas.Exit{}})
+		case e.Do == doEnd:
+			a.end(e.At, *e.Outcome)
+		case e.Do == doRemove:
+			delete(found, e.Assignment)
+		}
+	}
+	r.journal = &journal{file}
+	now := r.Now()
+	if err := r.journal.write(entry{At: now, Do: doOpen, State: state}); err != nil {
+		return err
+	}
+	for id, a := range found {
+		a.catchUp(now)
+		if a.orphan {
+			time.AfterFunc(orphanRemoval, func() {
+				r.mu.Lock()
+				defer r.mu.Unlock()
+				_ = a.remove()
+			})
+			continue
+		}
+		r.all[id] = a
+	}
+	return nil
+}
+
+// stateID names a state folder for as long as it is not wiped.
+func stateID(dir string) (string, error) {
+	path := filepath.Join(dir, "fake-host")
+	if b, err := os.ReadFile(path); err == nil && len(b) > 0 {
+		return string(b), nil
+	}
+	id := rand.Text()
+	err := os.MkdirAll(dir, 0o700)
+	if err == nil {
+		err = os.WriteFile(path, []byte(id), 0o600)
+	}
+	if err != nil {
+		return "", fmt.Errorf("mark the state folder: %w", err)
+	}
+	return id, nil
+}

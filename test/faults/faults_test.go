@@ -1,0 +1,322 @@
+package faults
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/rs/zerolog"
+
+	"dayfly.dev/bus"
+	"dayfly.dev/bus/natsd"
+	"dayfly.dev/schemas"
+	"dayfly.dev/test/harness"
+)
+
+// The times of beats, leases and fences, in the proportion of production. Elections of
+// NATS servers do not get shorter with them.
+const (
+	scale = 0.15
+	lease = time.Duration(scale * float64(30*time.Second))
+	fence = time.Duration(scale * float64(75*time.Second))
+)
+
+// number reads an environment variable.
+func number(t *testing.T, name string, otherwise uint64) uint64 {
+	v := os.Getenv(name)
+	if v == "" {
+		return otherwise
+	}
+	n, err := strconv.ParseUint(v, 10, 64)
+	if err != nil {
+		t.Fatalf("%s: %v", name, err)
+	}
+	return n
+}
+
+// TestFaults runs for MINUTES (of faults; the short form is one and a half) by SEED. The
+// history of a run that failed stays, and that of any with HISTORY=folder.
+func TestFaults(t *testing.T) {
+	if testing.Short() {
+		t.Skip("it takes minutes")
+	}
+	seed := number(t, "SEED", rand.Uint64N(1e6))
+	length := time.Duration(number(t, "MINUTES", 0)) * time.Minute
+	if length == 0 {
+		length = 90 * time.Second
+	}
+	t.Logf("make faults SEED=%d MINUTES=%d", seed, int(length.Minutes()))
+	rng := func(n uint64) *rand.Rand { return rand.New(rand.NewPCG(seed, n)) }
+
+	dir, err := os.MkdirTemp(os.Getenv("HISTORY"), fmt.Sprintf("dayfly-faults-%d-", seed))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if !t.Failed() && os.Getenv("HISTORY") == "" {
+			os.RemoveAll(dir)
+			return
+		}
+		t.Logf("history and logs: %s", dir)
+	})
+	bin := t.TempDir()
+	binary, err := harness.Binaries(t.Context(), bin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := harness.NewSite(t.Context(), harness.SiteOptions{Bin: binary, NATS: 3, Gateways: 2, Placers: 2, Reapers: 2, Agents: 3, Scale: scale, Fake: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		for _, p := range s.All() {
+			p.Kill()
+			_ = os.WriteFile(filepath.Join(dir, p.Name+".log"), []byte(p.Log()), 0o600)
+		}
+		for _, w := range workers(s) {
+			b, _ := os.ReadFile(s.FakeJournal(w))
+			_ = os.WriteFile(filepath.Join(dir, w+".host"), b, 0o600)
+		}
+		if err := s.Remove(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	begin, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := s.Start(begin); err != nil {
+		t.Fatal(err)
+	}
+
+	path := filepath.Join(dir, "history.jsonl")
+	file, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	out := bufio.NewWriter(file)
+	rec := NewRecorder(out)
+	now := Now()
+	rec.Add(now, Event{Run: &Run{Seed: seed, Lease: lease, Fence: fence, Epoch: time.Now().Add(-now)}})
+	observe(t, s, rec)
+
+	traffic, cancel := context.WithTimeout(t.Context(), length)
+	defer cancel()
+	var clients, lanes, managers sync.WaitGroup
+	var all []*client
+	for i := range 4 {
+		c := &client{name: fmt.Sprintf("c%d", i+1), site: s, rec: rec, rng: rng(uint64(10 + i)), run: fmt.Sprint(seed)}
+		all = append(all, c)
+		clients.Go(func() { c.drive(traffic) })
+	}
+	in := &injector{rec: rec, site: s, fence: fence, log: t.Logf}
+	units, parts := manned(s)
+	managing, unmanage := context.WithCancel(t.Context())
+	defer func() { unmanage(); managers.Wait() }()
+	managers.Go(func() { in.manage(managing, units) })
+	for i, name := range []string{"agents", "services", "nats"} {
+		lanes.Go(func() {
+			if err := in.lane(traffic, name, parts[name], rng(uint64(i))); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	lanes.Wait()
+	clients.Wait()
+
+	// What is left of the longest task, of a queue, of an election, and two fences.
+	within := 2*fence + 50*time.Second
+	healed := Now()
+	rec.Add(healed, Event{Healed: &Healed{Within: within}})
+	settle(t, rec, all[0], healed+within)
+	unmanage()
+	managers.Wait()
+	for _, w := range workers(s) {
+		f, err := os.Open(s.FakeJournal(w))
+		if err != nil {
+			t.Fatal(err)
+		}
+		lives, err := ReadLives(f)
+		f.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range lives {
+			rec.Add(e.T, e)
+		}
+	}
+	_, err = rec.History()
+	if err == nil {
+		err = out.Flush()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	verdict(t, path)
+}
+
+// verdict judges a history file.
+func verdict(t *testing.T, path string) {
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	history, err := Read(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	result := Check(history)
+	var table strings.Builder
+	result.Print(&table)
+	t.Log("\n" + table.String())
+	for _, v := range result.Violations {
+		t.Error(v)
+	}
+	if result.Accepted == 0 {
+		t.Error("no task was accepted")
+	}
+}
+
+// TestCheckAgain judges a history that a run has left: HISTORY is its file.
+func TestCheckAgain(t *testing.T) {
+	path := os.Getenv("HISTORY")
+	if info, err := os.Stat(path); err != nil || info.IsDir() {
+		t.Skip("HISTORY is no file")
+	}
+	verdict(t, path)
+}
+
+func workers(s *harness.Site) (list []string) {
+	for _, p := range s.Agent {
+		list = append(list, strings.TrimPrefix(p.Name, "agent-"))
+	}
+	return list
+}
+
+func manned(s *harness.Site) (all []*unit, parts map[string][][]*unit) {
+	parts = map[string][][]*unit{}
+	add := func(part string, list []*harness.Process) {
+		var group []*unit
+		for _, p := range list {
+			group = append(group, &unit{Process: p, worker: strings.TrimPrefix(p.Name, "agent-")})
+		}
+		all = append(all, group...)
+		parts[part] = append(parts[part], group)
+	}
+	add("agents", s.Agent)
+	add("services", s.Gateway)
+	add("services", s.Placer)
+	add("services", s.Reaper)
+	add("nats", s.NATS)
+	return all, parts
+}
+
+// observe records every revision of a record, and every write that is no
+// compare-and-set, until the test ends.
+func observe(t *testing.T, s *harness.Site, rec *Recorder) {
+	b, err := os.ReadFile(s.Core())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var secrets struct {
+		Core string `json:"core"`
+	}
+	if err := json.Unmarshal(b, &secrets); err != nil {
+		t.Fatal(err)
+	}
+	c, err := bus.Connect(t.Context(), bus.Config{Name: "observer", URL: s.URLs(), User: natsd.CoreUser, Password: secrets.Core, Logger: zerolog.Nop()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	view := bus.NewView(c, schemas.BucketTasks, func(_ string, _ nats.Header, data []byte) (r schemas.Record, err error) {
+		return r, schemas.Decode(data, &r)
+	}, bus.ViewOptions[schemas.Record]{OnChange: func(ch bus.Change[schemas.Record]) {
+		rev := &Rev{Task: schemas.TaskID(ch.Key), Revision: ch.Revision, Deleted: ch.Deleted}
+		if !ch.Deleted {
+			rev.Record = &ch.New
+		}
+		rec.Add(Now(), Event{Rev: rev})
+	}})
+	prefix := "$KV." + schemas.BucketTasks + "."
+	_, err = c.NC.Subscribe(prefix+">", func(m *nats.Msg) {
+		if m.Header.Get(jetstream.ExpectedLastSubjSeqHeader) == "" {
+			rec.Add(Now(), Event{Write: &Write{Task: schemas.TaskID(strings.TrimPrefix(m.Subject, prefix))}})
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() {
+		if err := view.Run(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(func() { cancel(); running.Wait(); c.Close() })
+}
+
+// settle waits until every task that any client was told of, and every other that
+// there is, is final; both gateways must know all of them.
+func settle(t *testing.T, rec *Recorder, c *client, until time.Duration) {
+	for ; Now() < until; time.Sleep(300 * time.Millisecond) {
+		history, _ := rec.History()
+		state := map[schemas.TaskID]bool{} // final
+		for _, e := range history {
+			switch {
+			case e.Rev != nil && e.Rev.Record != nil:
+				state[e.Rev.Task] = state[e.Rev.Task] || e.Rev.Record.State.Final()
+			case e.Op != nil && e.Op.Name == "create" && e.Op.Outcome == OK:
+				state[e.Op.Task] = state[e.Op.Task] || false
+			}
+		}
+		open := 0
+		for _, final := range state {
+			if !final {
+				open++
+			}
+		}
+		if open == 0 {
+			break
+		}
+	}
+	time.Sleep(time.Second) // agents are told to close
+	for g := range c.site.Gateway {
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		err := harness.Poll(ctx, func() error {
+			return harness.Call(ctx, http.MethodGet, c.site.Gateway[g].Addrs.HTTP+"/v1/workers", "", nil, nil)
+		})
+		cancel()
+		if err != nil {
+			t.Errorf("gateway %d: %v", g+1, err)
+		}
+		listed := map[schemas.TaskID]bool{}
+		for _, id := range c.list(g).Tasks {
+			listed[id] = true
+		}
+		history, _ := rec.History()
+		asked := map[schemas.TaskID]bool{}
+		for _, e := range history {
+			if e.Op == nil || e.Op.Name != "create" || e.Op.Outcome != OK || asked[e.Op.Task] {
+				continue
+			}
+			asked[e.Op.Task] = true
+			if !listed[e.Op.Task] {
+				t.Errorf("gateway %d does not list %s", g+1, e.Op.Task)
+			}
+			c.get(e.Op.Task, g)
+		}
+	}
+}
