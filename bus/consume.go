@@ -130,6 +130,11 @@ func (c *Conn) Consume(ctx context.Context, o ConsumeOptions, handle func(contex
 const (
 	pullExpiry    = 30 * time.Second // the answers to an agent's request are let through for two minutes
 	pullHeartbeat = 2 * time.Second
+	// clusterExpiry is the same on a cluster. When an agent's server dies, another may
+	// still hold its pull and take the way of the answers for open, since that begins in
+	// the account of the stream: what it delivers there is lost until AckWait. So such a
+	// pull must not live long.
+	clusterExpiry = 5 * time.Second
 	pullSilence   = 5 * time.Second // without a message or heartbeat
 )
 
@@ -289,7 +294,11 @@ func (p *puller) pull() error {
 	if p.asked == 0 {
 		p.heard = time.Now()
 	}
-	body := fmt.Sprintf(`{"batch":%d,"expires":%d,"idle_heartbeat":%d}`, want, pullExpiry, pullHeartbeat)
+	expiry := pullExpiry
+	if p.c.Clustered() {
+		expiry = clusterExpiry
+	}
+	body := fmt.Sprintf(`{"batch":%d,"expires":%d,"idle_heartbeat":%d}`, want, expiry, pullHeartbeat)
 	subject := p.c.apiPrefix + "CONSUMER.MSG.NEXT." + p.o.Stream + "." + p.o.Durable
 	if err := p.c.NC.PublishRequest(subject, p.inbox, []byte(body)); err != nil {
 		return sendError(err)

@@ -181,7 +181,7 @@ type traffic struct {
 }
 
 // traffick starts clients. finish stops them and checks that every accepted task
-// completes, and that each gateway lists all of them.
+// completes.
 func traffick(t testing.TB, s *harness.Site, clients int) (finish func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
