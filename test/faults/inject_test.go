@@ -56,7 +56,8 @@ func (in *injector) kinds(part string) []fault {
 	kill := func(u *unit) string { u.Kill(); return "killed" }
 	term := func(u *unit) string {
 		if err := u.Stop(); err != nil {
-			return "did not end: " + err.Error()
+			in.log("%v", err)
+			return "did not end well"
 		}
 		return "ended"
 	}
