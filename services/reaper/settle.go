@@ -28,16 +28,14 @@ func (r *Reaper) reports(ctx context.Context) error {
 	case <-ctx.Done():
 		return nil
 	}
-	for {
-		err := r.conn.EnsureConsumer(ctx, bus.ConsumerSpec{
-			Stream: schemas.StreamReports, Durable: durable, Filter: schemas.ReportSubject("*", "*"),
-			AckWait: ackWait, MaxAckPending: 4096,
-		})
-		if err == nil {
-			break
-		}
-		r.log.Warn().Err(err).Msg("make the consumer of reports")
-		select { // the bus may be away for longer than one try
+	spec := bus.ConsumerSpec{
+		Stream: schemas.StreamReports, Durable: durable, Filter: schemas.ReportSubject("*", "*"),
+		AckWait: ackWait, MaxAckPending: 4096,
+	}
+	// A cluster without a leader for the consumer refuses it for a while.
+	for err := r.conn.EnsureConsumer(ctx, spec); err != nil; err = r.conn.EnsureConsumer(ctx, spec) {
+		r.log.Warn().Err(err).Msg("make the consumer of reports, trying again")
+		select {
 		case <-time.After(retryAfter):
 		case <-ctx.Done():
 			return nil

@@ -56,7 +56,8 @@ func (in *injector) kinds(part string) []fault {
 	kill := func(u *unit) string { u.Kill(); return "killed" }
 	term := func(u *unit) string {
 		if err := u.Stop(); err != nil {
-			return "did not end: " + err.Error()
+			in.log("%v", err)
+			return "did not end well"
 		}
 		return "ended"
 	}
@@ -133,7 +134,11 @@ func (in *injector) heal(u *unit) error {
 // comes again.
 func (in *injector) lane(ctx context.Context, part string, groups [][]*unit, rng *rand.Rand) error {
 	var deck []fault
-	for sleep(ctx, time.Duration(1+rng.IntN(3))*time.Second); ctx.Err() == nil; sleep(ctx, time.Duration(2+rng.IntN(5))*time.Second) {
+	least := 2
+	if part == "nats" {
+		least = 10 // an election takes 4 to 10 s; without a pause nothing would be at work to be hurt
+	}
+	for sleep(ctx, time.Duration(1+rng.IntN(3))*time.Second); ctx.Err() == nil; sleep(ctx, time.Duration(least+rng.IntN(5))*time.Second) {
 		if len(deck) == 0 {
 			deck = in.kinds(part)
 			rng.Shuffle(len(deck), func(i, j int) { deck[i], deck[j] = deck[j], deck[i] })
