@@ -3,7 +3,6 @@ package reaper
 import (
 	"context"
 	"errors"
-	"fmt"
 	"maps"
 	"sync"
 	"time"
@@ -29,11 +28,20 @@ func (r *Reaper) reports(ctx context.Context) error {
 	case <-ctx.Done():
 		return nil
 	}
-	if err := r.conn.EnsureConsumer(ctx, bus.ConsumerSpec{
-		Stream: schemas.StreamReports, Durable: durable, Filter: schemas.ReportSubject("*", "*"),
-		AckWait: ackWait, MaxAckPending: 4096,
-	}); err != nil {
-		return fmt.Errorf("make the consumer of reports: %w", err)
+	for {
+		err := r.conn.EnsureConsumer(ctx, bus.ConsumerSpec{
+			Stream: schemas.StreamReports, Durable: durable, Filter: schemas.ReportSubject("*", "*"),
+			AckWait: ackWait, MaxAckPending: 4096,
+		})
+		if err == nil {
+			break
+		}
+		r.log.Warn().Err(err).Msg("make the consumer of reports")
+		select { // the bus may be away for longer than one try
+		case <-time.After(retryAfter):
+		case <-ctx.Done():
+			return nil
+		}
 	}
 	return r.conn.Consume(ctx, bus.ConsumeOptions{
 		Stream: schemas.StreamReports, Durable: durable, MaxMessages: 1024, Workers: settlers,

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -218,6 +219,14 @@ func traffick(t testing.TB, s *harness.Site, clients int) (finish func()) {
 		}
 		t.Logf("%d tasks accepted, the slowest after %v", len(f.ids), f.longest.Round(time.Millisecond))
 		var slowest schemas.Task
+		defer func() {
+			if !t.Failed() {
+				return
+			}
+			for id := range f.ids {
+				t.Logf("%s\n%s", id, history(get(t, s, id)))
+			}
+		}()
 		eventually(t, "all tasks completed", func() error {
 			for id := range f.ids {
 				task := get(t, s, id)
@@ -236,10 +245,18 @@ func traffick(t testing.TB, s *harness.Site, clients int) (finish func()) {
 			return nil
 		})
 		t.Logf("the slowest ended after %v", lifetime(slowest))
-		for _, c := range slowest.History {
-			t.Logf("  %s %s attempt %d by %s %s %s", c.At.Format("15:04:05.000"), c.State, c.Attempt, c.By, c.Worker, c.Note)
+		if lifetime(slowest) > 3*time.Second {
+			t.Logf("%s\n%s", slowest.ID, history(slowest))
 		}
 	}
+}
+
+func history(t schemas.Task) string {
+	var b strings.Builder
+	for _, c := range t.History {
+		fmt.Fprintf(&b, "  %s %s attempt %d by %s %s %s\n", c.At.Format("15:04:05.000"), c.State, c.Attempt, c.By, c.Worker, c.Note)
+	}
+	return b.String()
 }
 
 func lifetime(t schemas.Task) time.Duration { return t.Timings.Ended.Sub(t.Timings.Accepted) }
