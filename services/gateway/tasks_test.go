@@ -339,6 +339,10 @@ func TestNoCapacity(t *testing.T) {
 		t.Errorf("%+v", e)
 	}
 	w.create(`{"image":"busybox","resources":{"cpus":16,"memory":"8GiB"}}`)
+	if e := w.do("POST", "/v1/tasks", `{"image":"busybox","constraints":{"arch":"arm64"}}`).want(t, 422, schemas.CodeNoCapacity); e.Field != "constraints.arch" || !strings.HasSuffix(e.Detail, "there are: amd64") {
+		t.Errorf("%+v", e)
+	}
+	w.create(`{"image":"busybox","constraints":{"arch":"amd64","os":"linux","zone":"nowhere yet"}}`)
 	lost := beat("w1", 4, 16<<30)
 	lost.LostAt = time.Now()
 	w.beat(lost)

@@ -118,36 +118,53 @@ func (it *item) resources() *schemas.Resources {
 }
 
 // misfit says why no worker could ever hold the task, nil if one could or none is
-// known. A worker that is silent may come back; one that is lost does not count.
+// known. A worker that is silent may come back; one that is lost does not count. Of
+// the constraints only those on the host itself count: labels can be given later.
 func (f *fleet) misfit(spec schemas.Spec) *schemas.Error {
 	need := spec.Resources
-	var largest schemas.Host
-	cpus, memory := false, false
+	refuse := func(field, format string, args ...any) *schemas.Error {
+		return &schemas.Error{Status: http.StatusUnprocessableEntity, Code: schemas.CodeNoCapacity, Field: field, Detail: fmt.Sprintf(format, args...)}
+	}
 	hosts := f.known()
+	if len(hosts) == 0 {
+		return nil
+	}
+	for key, has := range map[string]func(schemas.Host) string{
+		"arch": func(h schemas.Host) string { return h.Arch },
+		"os":   func(h schemas.Host) string { return h.OS },
+	} {
+		want, asked := spec.Constraints[key]
+		if !asked {
+			continue
+		}
+		there := map[string]bool{}
+		for _, h := range hosts {
+			there[has(h)] = true
+		}
+		hosts = slices.DeleteFunc(slices.Clone(hosts), func(h schemas.Host) bool { return has(h) != want })
+		if len(hosts) == 0 {
+			return refuse("constraints."+key, "no worker is of that kind; there are: %s", strings.Join(slices.Sorted(maps.Keys(there)), ", "))
+		}
+	}
+	var largest, fastest schemas.Host
 	for _, h := range hosts {
 		if h.CPUs >= need.CPUs && h.Memory >= need.Memory {
 			return nil
 		}
-		cpus, memory = cpus || h.CPUs >= need.CPUs, memory || h.Memory >= need.Memory
 		if h.Memory > largest.Memory || h.Memory == largest.Memory && h.CPUs > largest.CPUs {
 			largest = h
 		}
+		if h.CPUs > fastest.CPUs {
+			fastest = h
+		}
 	}
-	if len(hosts) == 0 {
-		return nil
-	}
-	e := &schemas.Error{Status: http.StatusUnprocessableEntity, Code: schemas.CodeNoCapacity, Field: "resources",
-		Detail: fmt.Sprintf("no worker has both; the largest has %s of memory and %s CPUs", largest.Memory, largest.CPUs)}
 	switch {
-	case !memory:
-		e.Field = "resources.memory"
-		e.Detail = fmt.Sprintf("no worker has as much memory; the largest has %s", largest.Memory)
-	case !cpus:
-		most := slices.MaxFunc(hosts, func(a, b schemas.Host) int { return int(a.CPUs.Nano() - b.CPUs.Nano()) })
-		e.Field = "resources.cpus"
-		e.Detail = fmt.Sprintf("no worker has as many CPUs; the largest has %s", most.CPUs)
+	case largest.Memory < need.Memory:
+		return refuse("resources.memory", "no worker has as much memory; the largest has %s", largest.Memory)
+	case fastest.CPUs < need.CPUs:
+		return refuse("resources.cpus", "no worker has as many CPUs; the largest has %s", fastest.CPUs)
 	}
-	return e
+	return refuse("resources", "no worker has both; the one with the most memory has %s and %s CPUs", largest.Memory, largest.CPUs)
 }
 
 // known lists the hosts that are not lost.
