@@ -32,7 +32,7 @@ up: build ## run dayfly in the foreground: API 8080, ingress 8081, admin 8082
 	bin/dayfly up $(if $(DATA),--data $(DATA))
 
 .PHONY: test
-test: setup build ## run all tests: real NATS, real Docker
+test: setup build ## run the tests: real NATS, real Docker; `make cluster` and `make faults` run the longest
 	go test -count=1 -p $(P) -timeout 15m work # never from the cache: the tests build and start binaries that it knows nothing of
 
 .PHONY: race
@@ -52,11 +52,11 @@ check-format:
 
 .PHONY: check-vet
 check-vet:
-	go vet work
+	go vet -tags cluster,faults work
 
 .PHONY: check-static
 check-static:
-	go run $(STATICCHECK) $(PACKAGES)
+	go run $(STATICCHECK) -tags cluster,faults $(PACKAGES)
 
 .PHONY: check-modules
 check-modules: # each module is tidy, and whole without the workspace
@@ -74,9 +74,13 @@ bench: build ## measure: cold starts beside raw Docker, and the control plane al
 	CGO_ENABLED=0 go build -trimpath -o bin/bench ./test/bench
 	bin/bench
 
+.PHONY: cluster
+cluster: build ## test services as processes of their own on three NATS servers that are killed; a minute
+	cd test && go test -tags cluster ./cluster -count=1 -timeout 10m
+
 .PHONY: faults
 faults: ## break things by SEED=… for MINUTES=…, and check that nothing is lost or doubled; HISTORY=folder keeps what happened
-	cd test && SEED=$(SEED) MINUTES=$(MINUTES) HISTORY=$(HISTORY) go test ./faults -count=1 -v -timeout 24h
+	cd test && SEED=$(SEED) MINUTES=$(MINUTES) HISTORY=$(HISTORY) go test -tags faults ./faults -count=1 -v -timeout 24h
 
 .PHONY: clean
 clean: ## remove what was built

@@ -1,3 +1,5 @@
+//go:build cluster
+
 // Package cluster runs dayfly as production does: several of each service as
 // processes of their own, and three NATS servers. It stops, kills and replaces them
 // while clients go on.
