@@ -386,7 +386,9 @@ func (r *Record) giveBack(end End, m Meta) {
 	if n := len(r.Avoid); n > MaxHolders {
 		r.Avoid = slices.Delete(r.Avoid, 0, n-MaxHolders)
 	}
+	waits := r.QueuedAt // a task that no worker can run has waited since then
 	r.requeue(ReasonGaveBack, end.Message, min(back, backoffMost), m)
+	r.QueuedAt = waits
 }
 
 // lostAttempt ends an attempt that its worker lost: on_lost decides.

@@ -619,3 +619,21 @@ func TestNewOrder(t *testing.T) {
 		})
 	}
 }
+
+// A task that every worker gives back still ends by its queue timeout.
+func TestGiveBacksDoNotProlongTheQueueTimeout(t *testing.T) {
+	r := newRecord(schemas.OnLostRequeue)
+	at := t0
+	for range 5 {
+		at = at.Add(time.Minute)
+		r = must(t, r, schemas.Choose{Meta: meta(at), Worker: "w1", Epoch: "e1"})
+		r = must(t, r, ended(r, at, false, schemas.End{By: schemas.EndedGaveBack}))
+	}
+	if !r.SweepAt().Equal(t0.Add(r.Spec.Timeouts.Queue.Std())) {
+		t.Errorf("swept at %s, accepted at %s", r.SweepAt(), t0)
+	}
+	r = must(t, r, schemas.Sweep{Meta: meta(r.SweepAt())})
+	if r.State != schemas.Failed || r.Reason != schemas.ReasonQueueTimeout {
+		t.Errorf("%s (%s)", r.State, r.Reason)
+	}
+}

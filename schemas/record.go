@@ -80,7 +80,7 @@ type Record struct {
 	Progress string `json:"progress,omitzero"` // while starting: what the worker is doing
 
 	AcceptedAt time.Time `json:"accepted_at"`
-	QueuedAt   time.Time `json:"queued_at"` // the last time
+	QueuedAt   time.Time `json:"queued_at"` // when it last began to wait; a give-back goes on waiting
 	AssignedAt time.Time `json:"assigned_at,omitzero"`
 	StartingAt time.Time `json:"starting_at,omitzero"`
 	RunningAt  time.Time `json:"running_at,omitzero"` // the first time, of any attempt
