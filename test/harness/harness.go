@@ -209,9 +209,15 @@ func RemoveImage(ctx context.Context, name string) error {
 		return err
 	}
 	defer engine.Close()
-	_, err = engine.ImageRemove(ctx, name, client.ImageRemoveOptions{Force: true})
-	if cerrdefs.IsNotFound(err) {
-		return nil
-	}
-	return err
+	// Without force, which would leave the image without a name while a container of it
+	// is still being removed.
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	return Poll(ctx, func() error {
+		_, err := engine.ImageRemove(ctx, name, client.ImageRemoveOptions{})
+		if cerrdefs.IsNotFound(err) {
+			return nil
+		}
+		return err
+	})
 }
