@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"io"
 	"time"
 
 	"dayfly.dev/schemas"
@@ -119,21 +118,6 @@ type Output interface {
 	// Changed returns a channel that is closed at the next change of a Size, and when
 	// the attempt is done.
 	Changed() <-chan struct{}
-}
-
-var _ io.Reader = (*outputReader)(nil)
-
-// outputReader reads one stream of an Output from its start to its present end.
-type outputReader struct {
-	out    Output
-	stream schemas.Stream
-	off    int64
-}
-
-func (r *outputReader) Read(p []byte) (int, error) {
-	n, err := r.out.ReadAt(r.stream, p, r.off)
-	r.off += int64(n)
-	return n, err
 }
 
 // StartError says that the task itself cannot be started, on this worker or any:

@@ -190,15 +190,18 @@ func (r *Reaper) apply(ctx context.Context, e bus.Entry[schemas.Record], event f
 	return after, nil
 }
 
+// observe folds an own write into the view. A final record is kept without its
+// bytes, so it is not encoded again.
 func (r *Reaper) observe(e bus.Entry[schemas.Record]) {
-	h := nats.Header(e.Value.Headers())
-	data, err := schemas.Encode(e.Value)
-	if err != nil {
-		return
+	t := task{state: e.Value.State, holder: nats.Header(e.Value.Headers()).Get(schemas.HeaderHolder)}
+	if !t.state.Final() {
+		raw, err := schemas.Encode(e.Value)
+		if err != nil {
+			return
+		}
+		t.raw = raw
 	}
-	if t, err := decodeTask(e.Key, h, data); err == nil {
-		r.tasks.Observe(e.Key, t, e.Revision)
-	}
+	r.tasks.Observe(e.Key, t, e.Revision)
 }
 
 // order sends the order that follows from a record to the worker of an assignment.
