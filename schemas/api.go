@@ -30,6 +30,8 @@ type Task struct {
 	Stderr string  `json:"stderr,omitzero"`
 	Logs   *LogSum `json:"logs,omitzero"`
 
+	Callback *CallbackStatus `json:"callback,omitzero"` // of a single final task that has one
+
 	Revision uint64 `json:"revision"`
 }
 
@@ -51,10 +53,23 @@ func (r *Record) View(revision uint64, now time.Time) Task {
 		History: r.History, ExpiresAt: r.ExpiresAt, Cancel: r.Cancel, WorkerLostAt: r.WorkerLostAt,
 		Exit: r.Exit, Usage: r.Usage, Stdout: r.Stdout, Stderr: r.Stderr, Logs: r.Logs, Revision: revision,
 	}
+	t.Spec.Callback = r.Spec.Callback.public()
 	if !r.ExpiresAt.IsZero() && !r.State.Final() {
 		t.SecondsLeft = int64(r.TimeLeft(now).Round(time.Second).Seconds())
 	}
 	return t
+}
+
+// WithoutBodies is the task as lists show it and callbacks carry it: its spec without
+// what may be long or secret.
+func (t Task) WithoutBodies() Task {
+	t.Spec = t.Spec.withoutBodies()
+	return t
+}
+
+func (s Spec) withoutBodies() Spec {
+	s.Stdin, s.Files, s.Env, s.Callback, s.Unknown = "", nil, nil, nil, nil
+	return s
 }
 
 // TaskList is a page of tasks, newest first.

@@ -42,6 +42,7 @@ const (
 	BucketDrains      = "drains"      // <worker>: Drain
 	BucketIdempotency = "idempotency" // hash of the key: IdempotencyEntry
 	BucketLeaders     = "leaders"     // <role>: Leadership
+	BucketCallbacks   = "callbacks"   // <task or batch>: Delivery
 )
 
 // Names of the streams.
@@ -93,6 +94,7 @@ func Assets(logAge time.Duration) []Asset {
 		{Name: BucketDrains, Bucket: true},
 		{Name: BucketIdempotency, Bucket: true, MaxAge: IdempotencyAge},
 		{Name: BucketLeaders, Bucket: true, Hint: true},
+		{Name: BucketCallbacks, Bucket: true, TTL: true},
 		{Name: StreamReports, Subjects: []string{"dayfly.reports.>"}, Hint: true, Latest: true, MaxAge: ReportAge},
 		{Name: StreamLogs, Subjects: []string{"dayfly.logs.>"}, Hint: true, MaxAge: logAge},
 	}

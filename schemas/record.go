@@ -214,6 +214,9 @@ func (r Record) Headers() map[string][]string {
 	if r.State.Held() {
 		h[HeaderHolder] = []string{string(r.Worker) + " " + string(r.Epoch)}
 	}
+	if r.State.Final() && r.Spec.Callback != nil {
+		h[HeaderCallback] = r.Spec.Callback.header(r.EndedAt)
+	}
 	return h
 }
 

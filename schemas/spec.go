@@ -121,14 +121,6 @@ type TCPCheck struct {
 	Unknown Unknown `json:",embed"`
 }
 
-// Callback is where the end of the task is announced.
-type Callback struct {
-	URL    string `json:"url"`
-	Secret string `json:"secret,omitzero"`
-
-	Unknown Unknown `json:",embed"`
-}
-
 // Network is what a task may reach.
 type Network string
 

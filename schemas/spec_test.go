@@ -184,7 +184,6 @@ func TestParseSpecRefuses(t *testing.T) {
 		"restarts":             {`{"image":"a","restart":{"max":3}}`, 422, "not_available", "restart", ""},
 		"health":               {`{"image":"a","health":{"tcp":{"port":1}}}`, 422, "not_available", "health", ""},
 		"a kind":               {`{"image":"a","kind":"judge"}`, 422, "not_available", "kind", ""},
-		"a callback":           {`{"image":"a","callback":{"url":"http://a"}}`, 422, "not_available", "callback", ""},
 		"a blob":               {`{"image":"a","files":[{"path":"a","blob":"sha256:00"}]}`, 422, "not_available", "files.0.blob", ""},
 		"the image's own user": {`{"image":"a","user":"image"}`, 422, "not_allowed", "user", ""},
 		"big files":            {`{"image":"a","files":[{"path":"a","content":"` + strings.Repeat("x", 100_000) + `"}]}`, 413, "too_large", "files", ""},

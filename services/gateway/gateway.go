@@ -87,10 +87,13 @@ type Gateway struct {
 	records *bus.Table[record]
 	keys    *bus.Table[schemas.IdempotencyEntry]
 	drains  *bus.Table[schemas.Drain]
-	tasks   *bus.View[*item]
-	recent  *recent
-	index   index
-	fleet   *fleet
+
+	deliveries *bus.Table[schemas.Delivery]
+
+	tasks  *bus.View[*item]
+	recent *recent
+	index  index
+	fleet  *fleet
 
 	followers chan struct{} // one per open log
 }
@@ -154,6 +157,8 @@ func New(deps Deps, cfg Config) *Gateway {
 			},
 			Decode: func(b []byte) (d schemas.Drain, err error) { return d, schemas.Decode(b, &d) },
 		}),
+		deliveries: newDeliveries(deps.Conn),
+
 		fleet:     newFleet(deps.Conn, cfg.Lease),
 		recent:    newRecent(cfg.CacheBytes),
 		followers: make(chan struct{}, cfg.MaxFollowers),

@@ -17,9 +17,12 @@ type metrics struct {
 	start     prometheus.Histogram
 	lifetime  prometheus.Histogram
 	lastSweep prometheus.Gauge
+	callbacks *prometheus.CounterVec
+	overdue   prometheus.GaugeFunc
 }
 
-func newMetrics(reg prometheus.Registerer) *metrics {
+// newMetrics makes them; oldest gives the age of the oldest callback that is not delivered.
+func newMetrics(reg prometheus.Registerer, oldest func() float64) *metrics {
 	m := &metrics{
 		reports:   prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_reports_total", Help: "Reports of workers, by what came of them."}, []string{"result"}),
 		finished:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_tasks_finished_total", Help: "Tasks that became final, by state and reason."}, []string{"state", "reason"}),
@@ -30,9 +33,11 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		start:     prometheus.NewHistogram(prometheus.HistogramOpts{Name: "dayfly_task_start_seconds", Help: "From accepted to running.", Buckets: ops.BucketsStart}),
 		lifetime:  prometheus.NewHistogram(prometheus.HistogramOpts{Name: "dayfly_task_lifetime_seconds", Help: "From running to final.", Buckets: ops.BucketsLife}),
 		lastSweep: prometheus.NewGauge(prometheus.GaugeOpts{Name: "dayfly_reaper_last_sweep_timestamp_seconds", Help: "When this reaper last looked at what is due."}),
+		callbacks: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_callbacks_total", Help: "Tries to deliver a callback from here, by what came of them."}, []string{"outcome"}),
+		overdue:   prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "dayfly_callback_oldest_seconds", Help: "Age of the oldest callback that is not delivered yet."}, oldest),
 	}
 	if reg != nil {
-		reg.MustRegister(m.reports, m.finished, m.requeued, m.lost, m.redriven, m.lag, m.start, m.lifetime, m.lastSweep)
+		reg.MustRegister(m.reports, m.finished, m.requeued, m.lost, m.redriven, m.lag, m.start, m.lifetime, m.lastSweep, m.callbacks, m.overdue)
 	}
 	return m
 }

@@ -25,6 +25,7 @@ type Config struct {
 	Redrive   time.Duration // how long nothing may come of an order before it is sent again
 	Overdue   time.Duration // how long after its deadline and grace a task is stopped from here
 	Scan      time.Duration // between two looks at every record, the safety net
+	Callbacks Callbacks
 	Unknown   time.Duration // how long a report that no record explains is tried again before its attempt is closed
 }
 
@@ -32,7 +33,7 @@ type Config struct {
 func DefaultConfig() Config {
 	return Config{
 		Retention: 24 * time.Hour, Fence: 75 * time.Second, Redrive: 15 * time.Second,
-		Overdue: 2 * time.Second, Scan: time.Minute, Unknown: time.Minute,
+		Overdue: 2 * time.Second, Scan: time.Minute, Unknown: time.Minute, Callbacks: defaultCallbacks(),
 	}
 }
 
@@ -50,6 +51,8 @@ type task struct {
 	state  schemas.State
 	holder string // "<worker> <epoch>", "" if none
 	raw    []byte // nil once final
+
+	callback string // schemas.HeaderCallback: it is final, and that is to be announced
 }
 
 func (t task) record() (r schemas.Record, err error) { return r, schemas.Decode(t.raw, &r) }
@@ -64,15 +67,16 @@ type Reaper struct {
 	workers *bus.Table[schemas.Beat]
 	tasks   *bus.View[task]
 	beats   *bus.View[schemas.Beat]
-	due     *timers
+	due     *timers[schemas.TaskID]
 	fleet   *fleet
 	unknown *unknown
+	courier *courier
 }
 
 // Run runs the reaper until ctx ends.
 func Run(ctx context.Context, deps Deps, cfg Config) error {
 	r := &Reaper{
-		cfg: cfg, conn: deps.Conn, log: deps.Logger, metrics: newMetrics(deps.Metrics),
+		cfg: cfg, conn: deps.Conn, log: deps.Logger,
 		table: bus.NewTable(deps.Conn, schemas.BucketTasks, bus.Codec[schemas.Record]{
 			Encode: func(r schemas.Record) ([]byte, nats.Header, error) {
 				b, err := schemas.Encode(r)
@@ -91,8 +95,11 @@ func Run(ctx context.Context, deps Deps, cfg Config) error {
 			// under the same epoch.
 			Wrote: func(b schemas.Beat, _ string) bool { return b.Lost() },
 		}),
-		due: newTimers(), fleet: newFleet(), unknown: newUnknown(),
+		due: newTimers[schemas.TaskID](), fleet: newFleet(), unknown: newUnknown(),
 	}
+	r.courier = newCourier(deps.Conn, r.table, deps.Logger, cfg)
+	r.metrics = newMetrics(deps.Metrics, r.courier.oldest)
+	r.courier.metrics = r.metrics
 	r.tasks = bus.NewView(deps.Conn, schemas.BucketTasks, decodeTask, bus.ViewOptions[task]{OnChange: r.taskChanged})
 	r.beats = bus.NewView(deps.Conn, schemas.BucketWorkers, decodeBeat, bus.ViewOptions[schemas.Beat]{OnChange: r.beatChanged})
 
@@ -102,6 +109,7 @@ func Run(ctx context.Context, deps Deps, cfg Config) error {
 	g.Go(func() error { return r.reports(ctx) })
 	g.Go(func() error { return r.sweeps(ctx) })
 	g.Go(func() error { return r.watchFleet(ctx) })
+	g.Go(func() error { return r.courier.run(ctx, r.tasks.Ready()) })
 	if deps.Health != nil {
 		deps.Health.Add("reaper: views", r.checkViews)
 	}
@@ -123,7 +131,9 @@ func (r *Reaper) checkViews(context.Context) error {
 
 func decodeTask(_ string, h nats.Header, data []byte) (task, error) {
 	t := task{state: schemas.State(h.Get(schemas.HeaderState)), holder: h.Get(schemas.HeaderHolder)}
-	if !t.state.Final() {
+	if t.state.Final() {
+		t.callback = h.Get(schemas.HeaderCallback)
+	} else {
 		t.raw = bytes.Clone(data)
 	}
 	return t, nil
@@ -137,6 +147,7 @@ func decodeBeat(_ string, _ nats.Header, data []byte) (b schemas.Beat, err error
 // that a short task is never decoded here.
 func (r *Reaper) taskChanged(c bus.Change[task]) {
 	id := schemas.TaskID(c.Key)
+	r.courier.changed(c.Key, c.Old.callback, c.New.callback)
 	if c.Deleted || c.New.state.Final() {
 		r.due.drop(id)
 		return
@@ -193,7 +204,8 @@ func (r *Reaper) apply(ctx context.Context, e bus.Entry[schemas.Record], event f
 // observe folds an own write into the view. A final record is kept without its
 // bytes, so it is not encoded again.
 func (r *Reaper) observe(e bus.Entry[schemas.Record]) {
-	t := task{state: e.Value.State, holder: nats.Header(e.Value.Headers()).Get(schemas.HeaderHolder)}
+	h := nats.Header(e.Value.Headers())
+	t := task{state: e.Value.State, holder: h.Get(schemas.HeaderHolder), callback: h.Get(schemas.HeaderCallback)}
 	if !t.state.Final() {
 		raw, err := schemas.Encode(e.Value)
 		if err != nil {
