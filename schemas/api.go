@@ -4,12 +4,13 @@ import "time"
 
 // Task is a task as the API shows it.
 type Task struct {
-	ID       TaskID `json:"id"`
-	State    State  `json:"state"`
-	Reason   Reason `json:"reason,omitzero"`
-	Message  string `json:"message,omitzero"`
-	Why      *Why   `json:"why,omitzero"` // while queued, of a single task
-	Progress string `json:"progress,omitzero"`
+	ID       TaskID  `json:"id"`
+	Batch    BatchID `json:"batch,omitzero"`
+	State    State   `json:"state"`
+	Reason   Reason  `json:"reason,omitzero"`
+	Message  string  `json:"message,omitzero"`
+	Why      *Why    `json:"why,omitzero"` // while queued, of a single task
+	Progress string  `json:"progress,omitzero"`
 
 	Attempt  int      `json:"attempt"`
 	Restarts int      `json:"restarts"`
@@ -47,7 +48,7 @@ type Timings struct {
 // View is the task as the API shows it at now.
 func (r *Record) View(revision uint64, now time.Time) Task {
 	t := Task{
-		ID: r.ID, State: r.State, Reason: r.Reason, Message: r.Message, Progress: r.Progress,
+		ID: r.ID, Batch: r.Batch, State: r.State, Reason: r.Reason, Message: r.Message, Progress: r.Progress,
 		Attempt: r.Attempt, Restarts: r.Restarts, Worker: r.Worker, Spec: r.Spec,
 		Timings: Timings{Accepted: r.AcceptedAt, Assigned: r.AssignedAt, Starting: r.StartingAt, Running: r.RunningAt, Ended: r.EndedAt},
 		History: r.History, ExpiresAt: r.ExpiresAt, Cancel: r.Cancel, WorkerLostAt: r.WorkerLostAt,

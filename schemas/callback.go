@@ -123,7 +123,8 @@ func (d Delivery) Done() bool { return d.State != "" && d.State != DeliveryPendi
 
 // CallbackStatus is a delivery as the API shows it.
 type CallbackStatus struct {
-	State       DeliveryState `json:"state"`
+	URL         string        `json:"url,omitzero"`   // of a batch; that of a task stands in its spec
+	State       DeliveryState `json:"state,omitzero"` // once it is due
 	Tries       int           `json:"tries"`
 	LastStatus  int           `json:"last_status,omitzero"`
 	LastError   string        `json:"last_error,omitzero"`
@@ -136,5 +137,7 @@ func (d Delivery) View() *CallbackStatus {
 	if d.State == "" {
 		d.State = DeliveryPending
 	}
-	return &CallbackStatus{d.State, d.Tries, d.LastStatus, d.LastError, d.NextAt, d.DeliveredAt}
+	return &CallbackStatus{
+		State: d.State, Tries: d.Tries, LastStatus: d.LastStatus, LastError: d.LastError, NextAt: d.NextAt, DeliveredAt: d.DeliveredAt,
+	}
 }

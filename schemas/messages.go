@@ -184,7 +184,8 @@ type Drain struct {
 // IdempotencyEntry remembers which task a key made.
 type IdempotencyEntry struct {
 	Fingerprint string    `json:"fingerprint"` // of the request's body
-	Task        TaskID    `json:"task"`
+	Task        TaskID    `json:"task,omitzero"`
+	Batch       BatchID   `json:"batch,omitzero"`
 	At          time.Time `json:"at"`
 }
 

@@ -61,9 +61,10 @@ const (
 // key in the bucket "tasks". It changes only through Next and compare-and-set.
 // Its fields are only ever added to; those this version does not know are kept.
 type Record struct {
-	Version int    `json:"v"`
-	ID      TaskID `json:"id"`
-	Spec    Spec   `json:"spec"`
+	Version int     `json:"v"`
+	ID      TaskID  `json:"id"`
+	Batch   BatchID `json:"batch,omitzero"` // the batch that it is an item of
+	Spec    Spec    `json:"spec"`
 
 	State   State  `json:"state"`
 	Reason  Reason `json:"reason,omitzero"`

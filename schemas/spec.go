@@ -179,6 +179,11 @@ func ParseSpec(body []byte, p Policy) (Spec, error) {
 	if err := DecodeStrict(body, &s); err != nil {
 		return Spec{}, err
 	}
+	return s.complete(p)
+}
+
+// complete fills in what follows from other fields, and checks the spec.
+func (s Spec) complete(p Policy) (Spec, error) {
 	if s.OnLost == "" {
 		s.OnLost = OnLostRequeue
 		if len(s.Ports) > 0 {
