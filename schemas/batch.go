@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/go-json-experiment/json/jsontext"
 	"github.com/oklog/ulid/v2"
 )
 
@@ -96,27 +97,24 @@ const (
 	ItemGone    State = "gone"    // its record went before anybody looked at it
 )
 
-// Letters of Results.
-const itemOpen = '.'
+// The letters of Results, and what they say.
+const (
+	itemOpen    = '.'
+	itemLetters = "cfxeg"
+)
 
-var itemLetters = map[State]byte{Completed: 'c', Failed: 'f', Canceled: 'x', Expired: 'e', ItemGone: 'g'}
+var itemStates = [len(itemLetters)]State{Completed, Failed, Canceled, Expired, ItemGone}
 
 // ItemLetter is how a result stands in Results; a dot for one that is none.
 func ItemLetter(s State) byte {
-	if l, ok := itemLetters[s]; ok {
-		return l
+	if i := slices.Index(itemStates[:], s); i >= 0 {
+		return itemLetters[i]
 	}
 	return itemOpen
 }
 
-func itemState(letter byte) State {
-	for s, l := range itemLetters {
-		if l == letter {
-			return s
-		}
-	}
-	return ItemPending
-}
+// ItemDone says whether a letter is a result.
+func ItemDone(letter byte) bool { return strings.IndexByte(itemLetters, letter) >= 0 }
 
 // NewBatch is the record of a batch that was just accepted.
 func NewBatch(id BatchID, r BatchRequest, upload string, parts []int, m Meta) Batch {
@@ -159,7 +157,7 @@ func (b Batch) Next(s BatchStep) (Batch, error) {
 	b.Made = min(b.Made, b.Begun)
 	if b.Cancel != nil {
 		for i := b.Begun; i < b.Items; i++ {
-			results[i] = itemLetters[Canceled]
+			results[i] = ItemLetter(Canceled)
 		}
 	}
 	b.Results = string(results)
@@ -247,8 +245,8 @@ func (b Batch) View(revision uint64, live func(index int) State) BatchStatus {
 
 // Item is the state of an item; live is that of View.
 func (b Batch) Item(index int, live func(index int) State) State {
-	if l := b.Results[index]; l != itemOpen {
-		return itemState(l)
+	if i := strings.IndexByte(itemLetters, b.Results[index]); i >= 0 {
+		return itemStates[i]
 	}
 	if index >= b.Begun || live == nil {
 		return ItemPending
@@ -271,3 +269,7 @@ type BatchItemList struct {
 	Items      []BatchItem `json:"items"`
 	NextCursor string      `json:"next_cursor,omitzero"`
 }
+
+// BatchPart is some items of a batch as they are stored: what they differ in from the
+// template.
+type BatchPart []jsontext.Value

@@ -26,7 +26,7 @@ type BatchRequest struct {
 
 // ReadBatch reads the body of POST /v1/batches as it comes: {template, items, labels,
 // callback} in any order. It holds no more than one item, and gives each in its turn,
-// compact, to item, which may not keep it and whose error ends it. What is wrong with
+// compact, to item, whose error ends it. What is wrong with
 // the body is an *Error that repeats no value; the reader's own error comes back wrapped.
 func ReadBatch(r io.Reader, item func(index int, raw []byte) error) (BatchRequest, error) {
 	b := batchReader{from: &portions{r: r}}

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/netip"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -48,7 +49,7 @@ const (
 	claimSlack = 5 * time.Second
 )
 
-// courier delivers the callbacks of final records, at least once. The records say which
+// courier delivers the callbacks of final tasks and of batches that are done, at least once. The records say which
 // there are, by a header; the bucket "callbacks" says what became of each. Before a try
 // the courier claims it there by compare-and-set, until a time when the try is surely
 // over: a reaper that dies with it in its hands is followed by any other.
@@ -56,6 +57,8 @@ type courier struct {
 	cfg       Callbacks
 	retention time.Duration
 	records   *bus.Table[schemas.Record]
+	batches   *bus.Table[schemas.Batch]
+	done      *bus.View[string] // schemas.HeaderCallback of each batch
 	table     *bus.Table[schemas.Delivery]
 	marks     *bus.View[schemas.Delivery]
 	log       zerolog.Logger
@@ -87,6 +90,12 @@ func newCourier(conn *bus.Conn, records *bus.Table[schemas.Record], log zerolog.
 		}),
 		due: newTimers[string](), lanes: newLanes(perHost, atOnce), pending: map[string]announcement{},
 	}
+	c.batches = bus.NewTable(conn, schemas.BucketBatches, bus.Codec[schemas.Batch]{ // only read here
+		Decode: func(data []byte) (b schemas.Batch, err error) { return b, schemas.Decode(data, &b) },
+	})
+	c.done = bus.NewView(conn, schemas.BucketBatches, func(_ string, h nats.Header, _ []byte) (string, error) {
+		return h.Get(schemas.HeaderCallback), nil
+	}, bus.ViewOptions[string]{OnChange: func(b bus.Change[string]) { c.changed(b.Key, b.Old, b.New) }})
 	c.poster = newPoster(c.cfg.Allow, c.cfg.Timeout)
 	c.marks = bus.NewView(conn, schemas.BucketCallbacks, func(_ string, _ nats.Header, data []byte) (schemas.Delivery, error) {
 		return decodeDelivery(data)
@@ -161,7 +170,8 @@ func (c *courier) run(ctx context.Context, records <-chan struct{}) error {
 	defer c.poster.close()
 	defer tries.Wait()
 	tries.Go(func() { _ = c.marks.Run(ctx) })
-	for _, ready := range []<-chan struct{}{records, c.marks.Ready()} {
+	tries.Go(func() { _ = c.done.Run(ctx) })
+	for _, ready := range []<-chan struct{}{records, c.done.Ready(), c.marks.Ready()} {
 		select {
 		case <-ready:
 		case <-ctx.Done():
@@ -315,6 +325,9 @@ type message struct {
 
 // compose makes the message of a final record: the same one each time.
 func (c *courier) compose(ctx context.Context, id string) (m message, err error) {
+	if strings.HasPrefix(id, "b-") {
+		return c.composeBatch(ctx, id)
+	}
 	e, err := c.records.Get(ctx, id)
 	if err != nil {
 		return m, err
@@ -327,6 +340,22 @@ func (c *courier) compose(ctx context.Context, id string) (m message, err error)
 		schemas.CallbackDelivery: "d-" + id, schemas.CallbackTask: id, schemas.CallbackAttempt: strconv.Itoa(e.Value.Attempt),
 	}
 	m.body, err = schemas.Encode(e.Value.View(e.Revision, time.Now()).WithoutBodies())
+	return m, err
+}
+
+func (c *courier) composeBatch(ctx context.Context, id string) (m message, err error) {
+	e, err := c.batches.Get(ctx, id)
+	if err != nil {
+		return m, err
+	}
+	if e.Value.Callback == nil {
+		return m, bus.ErrNotFound
+	}
+	m.Callback = *e.Value.Callback
+	m.fields = map[string]string{schemas.CallbackDelivery: "d-" + id, schemas.CallbackBatch: id}
+	v := e.Value.View(e.Revision, nil)
+	v.Callback = nil
+	m.body, err = schemas.Encode(v)
 	return m, err
 }
 
