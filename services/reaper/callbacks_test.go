@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/rs/zerolog"
 
@@ -371,5 +372,49 @@ func TestCallbacksAreCounted(t *testing.T) {
 	}
 	if got["retry"] != 1 || got["delivered"] != 1 {
 		t.Error(got)
+	}
+}
+
+func TestABatchIsAnnouncedOnceItIsDone(t *testing.T) {
+	b, marks := newCallbackBench(t)
+	r := newReceiver(t, func(http.ResponseWriter, *http.Request, int) {})
+	b.start()
+	b.start()
+	batches := bus.NewTable(b.core, schemas.BucketBatches, bus.Codec[schemas.Batch]{
+		Encode: func(v schemas.Batch) ([]byte, nats.Header, error) {
+			data, err := schemas.Encode(v)
+			return data, v.Headers(), err
+		},
+		Decode: func(data []byte) (v schemas.Batch, err error) { return v, schemas.Decode(data, &v) },
+	})
+	const id = "b-01arz3ndektsv4rrffq69g5000"
+	req := schemas.BatchRequest{Items: 3, Callback: &schemas.Callback{URL: r.URL + "/x", Secret: secret}}
+	e, err := batches.Create(b.ctx(), id, schemas.NewBatch(id, req, "u", []int{0}, meta()), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, results := range []string{"c..", "cf.", "cfx"} {
+		if n := len(r.to("/x")); n > 0 {
+			t.Fatal("announced before its end")
+		}
+		next, err := e.Value.Next(schemas.BatchStep{Meta: meta(), Begun: 3, Made: 3, Results: []byte(results)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e, err = batches.Replace(b.ctx(), e, next, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b.delivered(marks, id, schemas.DeliveryDelivered)
+	got := r.to("/x")
+	if len(got) != 1 || got[0].header.Get(schemas.CallbackBatch) != id || got[0].header.Get(schemas.CallbackSignature) == "" {
+		t.Fatalf("%+v", got)
+	}
+	var v schemas.BatchStatus
+	if err := schemas.Decode(got[0].body, &v); err != nil || v.ID != id || v.State != "done" || fmt.Sprint(v.Counts) != "map[canceled:1 completed:1 failed:1]" {
+		t.Errorf("%v %s", err, got[0].body)
+	}
+	if strings.Contains(string(got[0].body), secret) {
+		t.Error("the secret went out")
 	}
 }
