@@ -5,12 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strings"
 	"testing"
 	"testing/iotest"
 	"time"
-
-	"github.com/google/go-cmp/cmp"
 
 	"dayfly.dev/schemas"
 )
@@ -59,8 +59,8 @@ func TestReadBatch(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff([]string{`{"command":["a"],"env":{"X":"1"}}`, `{}`}, items); diff != "" || r.Items != 2 || r.Callback.URL != "http://a" {
-		t.Error(diff, r)
+	if !slices.Equal(items, []string{`{"command":["a"],"env":{"X":"1"}}`, `{}`}) || r.Items != 2 || r.Callback.URL != "http://a" {
+		t.Error(items, r)
 	}
 	other, _, err := readBatch(strings.NewReader(same))
 	if err != nil || other.Fingerprint != r.Fingerprint {
@@ -74,11 +74,11 @@ func TestReadBatch(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff(map[string]string{"X": "1", "Y": "2"}, s.Env); diff != "" || s.Image != "i" || s.OnLost != schemas.OnLostRequeue || s.Resources.Pids != 256 {
-		t.Error(diff, s)
+	if !maps.Equal(s.Env, map[string]string{"X": "1", "Y": "2"}) || s.Image != "i" || s.OnLost != schemas.OnLostRequeue || s.Resources.Pids != 256 {
+		t.Error(s)
 	}
-	if diff := cmp.Diff(map[string]string{"k": "v", "l": "v", "name": "n-1"}, s.Labels); diff != "" {
-		t.Error(diff)
+	if !maps.Equal(s.Labels, map[string]string{"k": "v", "l": "v", "name": "n-1"}) {
+		t.Error(s.Labels)
 	}
 	if s, _ := r.ParseItem([]byte(`{}`), schemas.DefaultPolicy()); s.Env["X"] != "0" || s.Labels["name"] != "" {
 		t.Error("an item changed the template", s)

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net/http"
 	"runtime"
 	"strings"
 	"sync"
@@ -388,6 +390,55 @@ func BenchmarkBatch(b *testing.B) {
 			b.ReportMetric(float64(peak-before.HeapAlloc)/(1<<20), "MiB-peak-more")
 		}()
 	}
+}
+
+// The largest body that is taken: how much more memory than before is in use while it
+// is accepted, beside what the embedded NATS server keeps of it.
+func BenchmarkLargestBatch(b *testing.B) {
+	w := newStore(b)
+	a, _ := w.another(gateway.Config{BatchAhead: 1})
+	item := `{"stdin":"` + strings.Repeat("x", 3100) + `"}`
+	size := 0
+	for b.Loop() {
+		var before, now runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&before)
+		body, out := io.Pipe()
+		var writer sync.WaitGroup
+		writer.Go(func() {
+			fmt.Fprint(out, `{"template":{"image":"busybox"},"items":[`+item)
+			for range schemas.MaxBatchItems - 1 {
+				fmt.Fprint(out, ","+item)
+			}
+			fmt.Fprint(out, "]}")
+			out.Close()
+		})
+		peak := before.HeapAlloc
+		done := make(chan struct{})
+		writer.Go(func() {
+			tick := time.NewTicker(5 * time.Millisecond)
+			defer tick.Stop()
+			for {
+				select {
+				case <-done:
+					return
+				case <-tick.C:
+					runtime.ReadMemStats(&now)
+					peak = max(peak, now.HeapAlloc)
+				}
+			}
+		})
+		res, err := http.Post(a.url+"/v1/batches", "application/json", body)
+		if err != nil || res.StatusCode != 201 {
+			b.Fatal(err, res)
+		}
+		res.Body.Close()
+		close(done)
+		writer.Wait()
+		b.ReportMetric(float64(peak-before.HeapAlloc)/(1<<20), "MiB-peak-more")
+		size = schemas.MaxBatchItems * (len(item) + 1)
+	}
+	b.SetBytes(int64(size))
 }
 
 func (a api) waitDone(id schemas.BatchID) {

@@ -200,7 +200,7 @@ func TestWhatReceiversAnswer(t *testing.T) {
 				w.WriteHeader(429)
 			}
 		case "/moved":
-			http.Redirect(w, r, "/elsewhere", 307)
+			http.Redirect(w, r, "/elsewhere", http.StatusTemporaryRedirect)
 		case "/hangs":
 			if nth == 1 {
 				select {
