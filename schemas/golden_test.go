@@ -142,6 +142,17 @@ func messages(t *testing.T) map[string]any {
 	queuedView.Why = &why
 	listed := running.View(4, second(7))
 	listed.History = nil
+	announced := canceled
+	announced.Spec.Callback = &schemas.Callback{URL: "https://judge.example/dayfly", Secret: "sixteen or more bytes"}
+	delivery := schemas.Delivery{State: schemas.DeliveryDelivered, Tries: 2, LastStatus: 204, DeliveredAt: second(101), Op: "op"}
+	announcedView := announced.View(7, second(102))
+	announcedView.Callback = delivery.View()
+	const batchID = schemas.BatchID("b-01arz3ndektsv4rrffq69g5000")
+	batch, err := schemas.NewBatch(batchID, schemas.BatchRequest{Items: 4, Labels: map[string]string{"contest": "7"}, Callback: announced.Spec.Callback},
+		"upload", []int{0, 3}, by(0, "gateway")).Next(schemas.BatchStep{Meta: by(2, "gateway"), Begun: 4, Made: 3, Results: []byte("cf..")})
+	if err != nil {
+		t.Fatal(err)
+	}
 
 	return map[string]any{
 		"record_queued": queued, "record_assigned": assigned, "record_starting": starting, "record_running": running,
@@ -164,9 +175,16 @@ func messages(t *testing.T) map[string]any {
 			ID: "w1", State: "ready", Epoch: "e1", Version: "0.1.0", Host: beat.Host, Assigned: schemas.Allocation{Tasks: 3, CPUs: 1.5, Memory: 768 << 20},
 			Running: 3, Load: beat.Load, BeatAgo: schemas.Duration(1200 * time.Millisecond), RegisteredAt: t0,
 		}}},
-		"log_line":        schemas.LogLine{Attempt: 1, Stream: schemas.Stdout, Offset: 16, At: t0, Data: "hi\n"},
-		"log_line_binary": schemas.LogLine{Attempt: 1, Stream: schemas.Stderr, Offset: 19, At: t0, Base64: "/wA="},
-		"error_invalid":   *invalid.(*schemas.Error),
+		"record_canceled_to_be_announced": announced, "task_announced": announcedView, "delivery": delivery,
+		"delivery_pending":  schemas.Delivery{State: schemas.DeliveryPending, Tries: 1, LastStatus: 503, LastError: "status 503", NextAt: second(101), Op: "op"},
+		"batch":             batch,
+		"batch_items":       schemas.BatchPart{jsontext.Value(`{"command":["echo","1"]}`), jsontext.Value(`{"name":"two"}`)},
+		"batch_status":      batch.View(3, func(int) schemas.State { return schemas.Running }),
+		"batch_item_list":   schemas.BatchItemList{Items: []schemas.BatchItem{{Index: 3, Name: "d", Task: batchID.Task(3), State: schemas.Running}}, NextCursor: "4"},
+		"idempotency_batch": schemas.IdempotencyEntry{Fingerprint: "sha256:00", Batch: batchID, At: t0},
+		"log_line":          schemas.LogLine{Attempt: 1, Stream: schemas.Stdout, Offset: 16, At: t0, Data: "hi\n"},
+		"log_line_binary":   schemas.LogLine{Attempt: 1, Stream: schemas.Stderr, Offset: 19, At: t0, Base64: "/wA="},
+		"error_invalid":     *invalid.(*schemas.Error),
 		"error_state": schemas.Error{Status: 409, Code: schemas.CodeStateConflict, Title: "Conflict", Detail: "the task is final",
 			Task: taskID, State: schemas.Failed, RequestID: "r1"},
 		"error_unavailable": schemas.Error{Status: 503, Code: schemas.CodeUnavailable, RetryAfter: schemas.Duration(2 * time.Second), Detail: "the bus is away; nothing was done"},
