@@ -19,6 +19,14 @@ build: ## build bin/dayfly and bin/dayfly-init, both static
 	CGO_ENABLED=0 go build $(GOFLAGS_BUILD) -o bin/dayfly ./cmd/dayfly
 	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w" -o bin/dayfly-init ./services/agent/cmd/dayfly-init
 
+# The name of the image.
+IMAGE ?= dayfly
+
+.PHONY: image
+image: build ## build the Docker image, from scratch and without any network
+	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && cp bin/dayfly bin/dayfly-init deploy/image/Dockerfile /etc/ssl/certs/ca-certificates.crt "$$dir" && \
+	docker build -q -t $(IMAGE) "$$dir"
+
 .PHONY: demo
 demo: build ## show dayfly at work on this machine's Docker, in under a minute; leaves nothing behind
 	CGO_ENABLED=0 go build -trimpath -o bin/demo ./test/demo
