@@ -17,7 +17,7 @@ import (
 	"dayfly.dev/test/faults"
 )
 
-// wishes are what the clients of one gateway will ask for.
+// wish is what a client will ask for.
 type wish struct {
 	at     time.Duration
 	spec   string
@@ -120,7 +120,8 @@ func (c *client) create(ctx context.Context, x wish) (schemas.TaskID, bool) {
 	if err != nil {
 		panic(err)
 	}
-	m, op := meta(), &faults.Op{Name: "create", Task: id, Began: c.w.now()}
+	spec.Labels = map[string]string{"key": string(id)} // so that the checker can tell what was refused and made all the same
+	m, op := meta(), &faults.Op{Name: "create", Task: id, Key: string(id), Began: c.w.now()}
 	c.w.tell("client", "%s creates %s", id, spec.Command)
 	e, err := c.table.Create(ctx, string(id), schemas.NewRecord(id, spec, schemas.DefaultPolicy(), m), m.Op)
 	c.answer(op, e, http.StatusCreated, err)

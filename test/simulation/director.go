@@ -13,11 +13,12 @@ import (
 	"dayfly.dev/test/faults"
 )
 
-// Unassigned: an attempt was started that no record has ever named.
-const Unassigned faults.Rule = "unassigned"
-
-// Left: a host keeps a container that no record needs.
-const Left faults.Rule = "left behind"
+// Rules beside those of package faults.
+const (
+	Unassigned faults.Rule = "unassigned"  // an attempt was started that no record has ever named
+	Overfull   faults.Rule = "overfull"    // a worker was given more tasks than it has room for
+	Left       faults.Rule = "left behind" // a host keeps a container that no record needs
+)
 
 // within is how long after the last fault all tasks shall be final and all hosts empty.
 const within = 8 * time.Minute
@@ -77,7 +78,7 @@ func simulate(seed uint64, dir string) Outcome {
 	}
 
 	var all sync.WaitGroup
-	for range w.number(10) {
+	for range w.number(12) {
 		at := w.between(0, 150*time.Second)
 		if w.chance(0.5) { // agents are the most delicate
 			r := roles[agents+w.number(len(roles)-agents)]
@@ -123,8 +124,8 @@ func (w *world) settle() {
 			open += h.runtime.Live()
 		}
 		w.mu.Lock()
-		for _, final := range w.final {
-			if !final {
+		for _, r := range w.records {
+			if !r.State.Final() {
 				open++
 			}
 		}
@@ -149,9 +150,9 @@ func (w *world) settle() {
 // fault makes one fault and heals it.
 func (w *world) fault(at time.Duration, r *role, clients []*process) {
 	time.Sleep(at)
-	lengths := []time.Duration{100 * time.Millisecond, 2 * time.Second, 12 * time.Second, 40 * time.Second, 130 * time.Second}
+	lengths := []time.Duration{100 * time.Millisecond, 2 * time.Second, 12 * time.Second, 50 * time.Second, 100 * time.Second, 130 * time.Second}
 	most := lengths[w.number(len(lengths))]
-	long := w.between(most/10, most)
+	long := w.between(most/2, most)
 	kind := []string{"kill", "kill", "stop", "cut", "cut", "hold", "hold", "server", "container", "gateway"}[w.number(10)]
 	target := r.name
 	switch kind {

@@ -35,12 +35,12 @@ type world struct {
 	all    sync.WaitGroup // everything that was started
 
 	mu       sync.Mutex
-	rng      *rand.Rand                      // under mu: of the director
-	history  []faults.Event                  // under mu
-	trace    []line                          // under mu
-	final    map[schemas.TaskID]bool         // under mu: by record
-	assigned map[schemas.Assignment]struct{} // under mu: what any record has said
-	strays   []faults.Violation              // under mu: found on the way
+	rng      *rand.Rand                        // under mu: of the director
+	history  []faults.Event                    // under mu
+	trace    []line                            // under mu
+	records  map[schemas.TaskID]schemas.Record // under mu
+	assigned map[schemas.Assignment]struct{}   // under mu: what any record has said
+	strays   []faults.Violation                // under mu: found on the way
 }
 
 // line is one line of the trace.
@@ -52,7 +52,7 @@ type line struct {
 
 func newWorld(seed uint64, dir string) *world {
 	w := &world{start: time.Now(), dir: dir, rng: rand.New(rand.NewPCG(seed, 2)),
-		final: map[schemas.TaskID]bool{}, assigned: map[schemas.Assignment]struct{}{}}
+		records: map[schemas.TaskID]schemas.Record{}, assigned: map[schemas.Assignment]struct{}{}}
 	f := natssim.Faults{}
 	if w.chance(0.7) {
 		f = natssim.Faults{Slow: 0.02, SlowMost: w.between(20*time.Millisecond, 4*time.Second), LostAnswer: 0.01, LostAck: 0.02, Spurious: 0.005}
@@ -118,13 +118,30 @@ func (w *world) stored(m natssim.Stored) {
 	}
 	w.add(faults.Event{Rev: &faults.Rev{Task: id, Revision: m.Sequence, Record: &r}})
 	w.mu.Lock()
-	w.final[id] = r.State.Final()
+	w.records[id] = r
 	if r.State.Held() {
 		w.assigned[r.Assignment()] = struct{}{}
+		w.promised(r)
 	}
 	w.mu.Unlock()
 	last := r.History[len(r.History)-1]
 	w.tell("record", "%s r%d %s attempt %d on %s by %s: %s %s", id, m.Sequence, r.State, r.Attempt, r.Worker, last.By, last.Note, r.Message)
+}
+
+// promised checks that a worker has the room that it is given tasks for. w.mu is held.
+func (w *world) promised(r schemas.Record) {
+	held := 0
+	for _, other := range w.records {
+		if other.State.Held() && other.Worker == r.Worker {
+			held++
+		}
+	}
+	for _, h := range w.hosts {
+		if h.worker == r.Worker && r.State == schemas.Assigned && held > h.slots {
+			w.strays = append(w.strays, faults.Violation{Rule: Overfull, Task: r.ID, At: time.Since(w.start),
+				What: fmt.Sprintf("%s has room for %d tasks and holds %d", r.Worker, h.slots, held)})
+		}
+	}
 }
 
 // process is one run of a service or client.
@@ -155,10 +172,6 @@ func (w *world) launch(name string, worker schemas.WorkerID, run func(context.Co
 		}
 		if err = run(ctx, p, conn, log); err != nil {
 			w.tell(name, "ended: %v", err)
-		}
-		p.link.Cut() // in virtual time a connection cannot be drained: the client library keeps timers between runs
-		for conn.Connected() {
-			time.Sleep(time.Millisecond)
 		}
 		conn.Close()
 	})
@@ -192,20 +205,23 @@ func (p *process) stop() {
 type host struct {
 	w       *world
 	worker  schemas.WorkerID
+	slots   int
 	runtime *fakeruntime.Runtime
 	states  int // folders that its agents have had
 }
 
 func (w *world) newHost(i int) *host {
-	h := &host{w: w, worker: schemas.WorkerID(fmt.Sprintf("w%d", i+1))}
+	h := &host{w: w, worker: schemas.WorkerID(fmt.Sprintf("w%d", i+1)), slots: 2 + w.number(4)}
 	h.runtime = fakeruntime.New(fakeruntime.Config{
-		Host:       schemas.Host{OS: "linux", Arch: "amd64", CPUs: 4, Memory: 1 << 30, Slots: 2 + w.number(4)},
+		Host:       schemas.Host{OS: "linux", Arch: "amd64", CPUs: 4, Memory: 1 << 30, Slots: h.slots},
 		StartDelay: []time.Duration{0, 100 * time.Millisecond, time.Second}[w.number(3)],
 	})
 	return h
 }
 
-func (h *host) folder() string { return filepath.Join(h.w.dir, fmt.Sprintf("%s-%d", h.worker, h.states)) }
+func (h *host) folder() string {
+	return filepath.Join(h.w.dir, fmt.Sprintf("%s-%d", h.worker, h.states))
+}
 
 // runAgent starts an agent on what the one before left, or without its state folder.
 // The folder is a copy: the one before may be dead without knowing it yet.
