@@ -31,8 +31,7 @@ type Faults struct {
 
 // Config of a server.
 type Config struct {
-	Seed   uint64
-	Faults Faults
+	Seed uint64
 	// Alias is a second prefix of the JetStream API, for agents: schemas.AgentAPIPrefix.
 	Alias string
 	// Stored is told of each message that a stream takes. It must not use the server.
@@ -62,18 +61,18 @@ type Server struct {
 
 // New makes an empty server.
 func New(c Config) *Server {
-	s := &Server{alias: c.Alias, stored: c.Stored, rng: rand.New(rand.NewPCG(c.Seed, 1)), faults: c.Faults}
+	s := &Server{alias: c.Alias, stored: c.Stored, rng: rand.New(rand.NewPCG(c.Seed, 1))}
 	if s.alias != "" {
 		s.alias += "."
 	}
 	return s
 }
 
-// Calm ends all faults of messages.
-func (s *Server) Calm() {
+// SetFaults changes what goes wrong from now on.
+func (s *Server) SetFaults(f Faults) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.faults = Faults{}
+	s.faults = f
 }
 
 // Kill ends the server as kill -9 does: all connections break, what was under way is
