@@ -42,6 +42,9 @@ func (w *world) wish() wish {
 		n -= weights[i]
 	}
 	x := wish{at: w.between(0, 100*time.Second), ttl: w.between(10*time.Second, 3*time.Minute)}
+	if w.chance(0.5) { // many at once
+		x.at = x.at.Truncate(40*time.Second) + w.between(0, 20*time.Millisecond)
+	}
 	if w.chance(0.3) {
 		x.cancel = w.between(0, 20*time.Second)
 		if w.chance(0.5) {

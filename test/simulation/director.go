@@ -9,6 +9,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"dayfly.dev/bus"
+	"dayfly.dev/bus/natssim"
 	"dayfly.dev/schemas"
 	"dayfly.dev/test/faults"
 )
@@ -92,7 +93,7 @@ func simulate(seed uint64, dir string) Outcome {
 	for _, c := range clients {
 		<-c.ended
 	}
-	w.server.Calm()
+	w.server.SetFaults(natssim.Faults{})
 	w.add(faults.Event{Healed: &faults.Healed{Within: within}})
 	w.tell("director", "everything is healed")
 	w.settle()
@@ -150,6 +151,10 @@ func (w *world) settle() {
 // fault makes one fault and heals it.
 func (w *world) fault(at time.Duration, r *role, clients []*process) {
 	time.Sleep(at)
+	if w.chance(0.6) { // in the middle of something
+		w.nextStored([]string{"$KV.tasks.", "$KV.tasks.", "$KV.workers.", "$KV.leaders.", "dayfly.work.", "dayfly.work.", "dayfly.reports."}[w.number(7)])
+		time.Sleep(w.between(0, 1500*time.Microsecond))
+	}
 	lengths := []time.Duration{100 * time.Millisecond, 2 * time.Second, 12 * time.Second, 50 * time.Second, 100 * time.Second, 130 * time.Second}
 	most := lengths[w.number(len(lengths))]
 	long := w.between(most/2, most)

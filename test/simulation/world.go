@@ -41,6 +41,7 @@ type world struct {
 	records  map[schemas.TaskID]schemas.Record // under mu
 	assigned map[schemas.Assignment]struct{}   // under mu: what any record has said
 	strays   []faults.Violation                // under mu: found on the way
+	waiters  []*waiter                         // under mu
 }
 
 // line is one line of the trace.
@@ -53,11 +54,10 @@ type line struct {
 func newWorld(seed uint64, dir string) *world {
 	w := &world{start: time.Now(), dir: dir, rng: rand.New(rand.NewPCG(seed, 2)),
 		records: map[schemas.TaskID]schemas.Record{}, assigned: map[schemas.Assignment]struct{}{}}
-	f := natssim.Faults{}
+	w.server = natssim.New(natssim.Config{Seed: seed, Alias: schemas.AgentAPIPrefix, Stored: w.stored})
 	if w.chance(0.7) {
-		f = natssim.Faults{Slow: 0.02, SlowMost: w.between(20*time.Millisecond, 4*time.Second), LostAnswer: 0.01, LostAck: 0.02, Spurious: 0.005}
+		w.server.SetFaults(natssim.Faults{Slow: 0.02, SlowMost: w.between(20*time.Millisecond, 4*time.Second), LostAnswer: 0.01, LostAck: 0.02, Spurious: 0.005})
 	}
-	w.server = natssim.New(natssim.Config{Seed: seed, Faults: f, Alias: schemas.AgentAPIPrefix, Stored: w.stored})
 	w.add(faults.Event{Run: &faults.Run{Seed: seed, Lease: agent.DefaultConfig("", "").Lease, Fence: reaper.DefaultConfig().Fence, Epoch: w.start}})
 	return w
 }
@@ -97,8 +97,35 @@ func (w *world) tell(who, format string, args ...any) {
 	w.trace = append(w.trace, l)
 }
 
+// nextStored waits, but not for long, until the server takes a message whose subject
+// begins so.
+func (w *world) nextStored(prefix string) {
+	x := &waiter{prefix, make(chan struct{})}
+	w.mu.Lock()
+	w.waiters = append(w.waiters, x)
+	w.mu.Unlock()
+	select {
+	case <-x.came:
+	case <-time.After(20 * time.Second):
+	}
+}
+
+type waiter struct {
+	prefix string
+	came   chan struct{}
+}
+
 // stored sees each message that the server takes.
 func (w *world) stored(m natssim.Stored) {
+	w.mu.Lock()
+	w.waiters = slices.DeleteFunc(w.waiters, func(x *waiter) bool {
+		came := strings.HasPrefix(m.Subject, x.prefix)
+		if came {
+			close(x.came)
+		}
+		return came
+	})
+	w.mu.Unlock()
 	if word, short := strings.CutPrefix(m.Subject, "dayfly."); short {
 		w.tell("bus", "%s %s", word, m.Data)
 		return
@@ -211,7 +238,7 @@ type host struct {
 }
 
 func (w *world) newHost(i int) *host {
-	h := &host{w: w, worker: schemas.WorkerID(fmt.Sprintf("w%d", i+1)), slots: 2 + w.number(4)}
+	h := &host{w: w, worker: schemas.WorkerID(fmt.Sprintf("w%d", i+1)), slots: 1 + w.number(4)}
 	h.runtime = fakeruntime.New(fakeruntime.Config{
 		Host:       schemas.Host{OS: "linux", Arch: "amd64", CPUs: 4, Memory: 1 << 30, Slots: h.slots},
 		StartDelay: []time.Duration{0, 100 * time.Millisecond, time.Second}[w.number(3)],

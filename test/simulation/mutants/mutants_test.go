@@ -74,7 +74,7 @@ var mutants = []mutant{
 	{"the permit ends", []edit{{beats,
 		"a.rt.Permit(until)", "a.rt.Permit(until + time.Hour)"}}},
 	{"what ran under the former epoch ends first", []edit{{beats,
-		"\tfor _, t := range old {\n\t\tt.supersede()\n\t}\n", ""}, {beats, "case <-t.dead:", "default:"}}},
+		"\t\tt.supersede()\n", "\t\t_ = t\n"}, {beats, "case <-t.dead:", "default:"}}},
 	{"a new leader waits the old one out", []edit{{lease,
 		"now.Sub(since) >= holder.Length.Std()+e.write", "now.Sub(since) >= 0"}}},
 	{"a new leader knows what was there before it leads", []edit{{lead,
@@ -84,7 +84,7 @@ var mutants = []mutant{
 	{"the verdict is about a beat that was watched", []edit{
 		{fleet, "if !ok || seen != revision || beat.Lost() {", "if !ok || beat.Lost() {"},
 		{fleet, "Value: beat, Revision: revision}", "Value: beat, Revision: seen}"},
-		{fleet, "f.seen[w] = sighting{s.revision, now}\n\t}\n}", "_ = s\n\t}\n}"}}},
+		{fleet, "f.seen[w] = sighting{s.revision, now}\n\t}\n}", "_, _ = w, s\n\t}\n}"}}},
 	{"an order of which nothing came is sent again", []edit{{sweep,
 		"r.order(rec, e.Revision, rec.Assignment())\n", ""}}},
 }
