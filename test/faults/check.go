@@ -489,6 +489,10 @@ func (c *checker) ending(s *subject) {
 				c.ShownLate = append(c.ShownLate, late)
 			}
 		}
+		if r.ExpiresAt.IsZero() && r.Spec.OnLost == schemas.OnLostWait {
+			// Whether it ran is not known: it would have been ended by its init.
+			over = over || r.EndedAt.Sub(r.AssignedAt) >= r.TTL.Std()
+		}
 		if !over {
 			wrong("its time was not over")
 		}

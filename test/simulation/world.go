@@ -241,7 +241,7 @@ func (w *world) newHost(i int) *host {
 	h := &host{w: w, worker: schemas.WorkerID(fmt.Sprintf("w%d", i+1)), slots: 1 + w.number(4)}
 	h.runtime = fakeruntime.New(fakeruntime.Config{
 		Host:       schemas.Host{OS: "linux", Arch: "amd64", CPUs: 4, Memory: 1 << 30, Slots: h.slots},
-		StartDelay: []time.Duration{0, 100 * time.Millisecond, time.Second}[w.number(3)],
+		StartDelay: []time.Duration{0, 0, 100 * time.Millisecond, time.Second, 20 * time.Second}[w.number(5)],
 	})
 	return h
 }
