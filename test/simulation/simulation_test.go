@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -27,29 +28,30 @@ func setting(t *testing.T, name string, otherwise uint64) uint64 {
 	return n
 }
 
-// TestSimulation runs SEEDS seeds from SEED on.
+// TestSimulation runs SEEDS seeds from SEED on, until FAILURES of them have failed.
 func TestSimulation(t *testing.T) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
 	defer debug.SetGCPercent(debug.SetGCPercent(400))
-	first, n := setting(t, "SEED", 1), setting(t, "SEEDS", 100)
-	began, virtual, failed := time.Now(), time.Duration(0), 0
+	first, n, most := setting(t, "SEED", 1), setting(t, "SEEDS", 100), setting(t, "FAILURES", 5)
+	began, virtual, failed := time.Now(), time.Duration(0), uint64(0)
 	seen := map[string]int{}
-	for seed := first; seed < first+n && failed < 5; seed++ {
-		t.Run(fmt.Sprint(seed), func(t *testing.T) {
-			cryptotest.SetGlobalRandom(t, seed)
-			dir := t.TempDir()
-			var o Outcome
-			// The client library pools its timers, and one of another bubble must not be used.
-			runtime.GC()
-			runtime.GC()
-			synctest.Test(t, func(*testing.T) { o = simulate(seed, dir) })
-			virtual += o.Virtual
-			o.count(seen)
-			if len(o.Violations) > 0 {
-				failed++
-				t.Error(o.report(seed))
-			}
-		})
+	for seed := first; seed < first+n && failed < most; seed++ {
+		cryptotest.SetGlobalRandom(t, seed)
+		dir := filepath.Join(t.TempDir(), fmt.Sprint(seed))
+		var o Outcome
+		// The client library pools its timers, and one of another bubble must not be used.
+		runtime.GC()
+		runtime.GC()
+		synctest.Test(t, func(*testing.T) { o = simulate(seed, dir) })
+		if err := os.RemoveAll(dir); err != nil {
+			t.Fatal(err)
+		}
+		virtual += o.Virtual
+		o.count(seen)
+		if len(o.Violations) > 0 {
+			failed++
+			t.Error(o.report(seed))
+		}
 	}
 	took := time.Since(began)
 	t.Logf("%d seeds in %v, %.0f a minute; %v of virtual time", n, took.Round(time.Millisecond), float64(n)/took.Minutes(), virtual.Round(time.Second))

@@ -161,9 +161,9 @@ func simulate(t *testing.T, root, binary string, seed int) (string, error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patient)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, binary, "-test.run", "^TestSimulation$", "-test.failfast")
+	cmd := exec.CommandContext(ctx, binary, "-test.run", "^TestSimulation$")
 	cmd.Dir = filepath.Join(root, "test", "simulation")
-	cmd.Env = append(os.Environ(), fmt.Sprintf("SEED=%d", seed), fmt.Sprintf("SEEDS=%d", seeds))
+	cmd.Env = append(os.Environ(), fmt.Sprintf("SEED=%d", seed), fmt.Sprintf("SEEDS=%d", seeds), "FAILURES=1")
 	out, err := cmd.CombinedOutput()
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {
