@@ -5,7 +5,9 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 
@@ -83,6 +85,9 @@ func (w *world) runClients(name string, wishes []wish) *process {
 		for _, x := range wishes {
 			each.Go(func() { c.serve(ctx, x) })
 		}
+		for range 4 {
+			each.Go(func() { c.meddle(ctx) })
+		}
 		each.Wait()
 		return nil
 	})
@@ -108,6 +113,23 @@ func (c *client) serve(ctx context.Context, x wish) {
 			c.extend(ctx, id, x.ttl)
 		})
 	}
+}
+
+// meddle asks for something about a task that perhaps another gateway has made.
+func (c *client) meddle(ctx context.Context) {
+	pause(ctx, c.w.between(0, 110*time.Second))
+	c.w.mu.Lock()
+	ids := slices.Sorted(maps.Keys(c.w.records))
+	c.w.mu.Unlock()
+	if len(ids) == 0 || ctx.Err() != nil {
+		return
+	}
+	id := ids[len(ids)-1-c.w.number(min(4, len(ids)))]
+	if c.w.chance(0.3) {
+		c.cancel(ctx, id)
+		return
+	}
+	c.extend(ctx, id, c.w.between(20*time.Second, 3*time.Minute))
 }
 
 func meta() schemas.Meta {

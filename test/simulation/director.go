@@ -67,7 +67,7 @@ func simulate(seed uint64, dir string) Outcome {
 	for i := range 2 + w.number(2) {
 		h := w.newHost(i)
 		w.hosts = append(w.hosts, h)
-		add(string(h.worker), func() *process { return h.runAgent(h.states > 0 && w.chance(0.15)) })
+		add(string(h.worker), func() *process { return h.runAgent(h.states > 0 && w.chance(0.35)) })
 	}
 	var clients []*process
 	for i := range 2 {
@@ -80,7 +80,7 @@ func simulate(seed uint64, dir string) Outcome {
 
 	var all sync.WaitGroup
 	for range w.number(12) {
-		at := w.between(0, 150*time.Second)
+		at := w.between(0, 120*time.Second)
 		if w.chance(0.5) { // agents are the most delicate
 			r := roles[agents+w.number(len(roles)-agents)]
 			all.Go(func() { w.fault(at, r, clients) })
@@ -179,6 +179,12 @@ func (w *world) fault(at time.Duration, r *role, clients []*process) {
 		w.killContainer()
 	case "gateway":
 		c := clients[w.number(len(clients))]
+		if w.chance(0.5) {
+			c.link.Hold()
+			time.Sleep(long)
+			c.link.Release()
+			break
+		}
 		c.link.Cut()
 		time.Sleep(long)
 		c.link.Heal()

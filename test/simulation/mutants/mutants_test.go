@@ -62,7 +62,7 @@ var mutants = []mutant{
 	{"what was closed before it came never starts", []edit{{orders,
 		"// A stop or close of what never arrived: it shall never start.\n", "if true {\n\t\treturn\n\t}\n"}}},
 	{"an older order does not replace a newer", []edit{{orders,
-		"if o.Revision >= e.Revision {", "if true {"}}},
+		"if o.Revision >= e.Revision {", "if true {"}, {attempts, "if o.Extensions > t.applied || t.found == nil {", "if true {"}}},
 	{"an extension moves the deadline", []edit{{attempts,
 		"if err := t.found.SetDeadline(o.TimeLeft.Std()); err != nil {", "if err := error(nil); err != nil {"}}},
 	{"a report is repeated until an order closes the attempt", []edit{{attempts,
