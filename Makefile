@@ -60,11 +60,11 @@ check-format:
 
 .PHONY: check-vet
 check-vet:
-	go vet -tags cluster,faults work
+	go vet -tags cluster,faults,mutants work
 
 .PHONY: check-static
 check-static:
-	go run $(STATICCHECK) -tags cluster,faults $(PACKAGES)
+	go run $(STATICCHECK) -tags cluster,faults,mutants $(PACKAGES)
 
 .PHONY: check-modules
 check-modules: # each module is tidy, and whole without the workspace
@@ -89,6 +89,14 @@ cluster: build ## test services as processes of their own on three NATS servers 
 .PHONY: faults
 faults: ## break things by SEED=… for MINUTES=…, and check that nothing is lost or doubled; HISTORY=folder keeps what happened
 	cd test && SEED=$(SEED) MINUTES=$(MINUTES) HISTORY=$(HISTORY) go test -tags faults ./faults -count=1 -v -timeout 24h
+
+.PHONY: simulate
+simulate: ## run agents, placers and reapers in virtual time under faults: SEEDS=… seeds from SEED=… on
+	cd test && SEED=$(SEED) SEEDS=$(or $(SEEDS),1000) go test ./simulation -run TestSimulation -count=1 -v -timeout 24h
+
+.PHONY: mutants
+mutants: ## break one rule of the services at a time, and check that the simulation notices
+	cd test && go test -tags mutants ./simulation/mutants -count=1 -v -timeout 24h
 
 .PHONY: clean
 clean: ## remove what was built

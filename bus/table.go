@@ -232,7 +232,7 @@ func (t *Table[T]) write(ctx context.Context, e Entry[T], v T, op string, opts [
 			if errors.Is(err, ErrConflict) {
 				return e, t.lost(err)
 			}
-			return e, fmt.Errorf("%w: %w", err, readErr)
+			return e, fmt.Errorf("%w: %v", err, readErr) // not ErrUnavailable, which would say that it was surely not done
 		}
 		if try == spuriousTries || !sleep(ctx, pause()) {
 			return e, err
