@@ -64,7 +64,7 @@ var mutants = []mutant{
 	{"an older order does not replace a newer", []edit{{orders,
 		"if o.Revision >= e.Revision {", "if true {"}, {attempts, "if o.Extensions > t.applied || t.found == nil {", "if true {"}}},
 	{"an extension moves the deadline", []edit{{attempts,
-		"if err := t.found.SetDeadline(o.TimeLeft.Std()); err != nil {", "if err := error(nil); err != nil {"}}},
+		"err := t.found.SetDeadline(t.deadline.remaining(t.agent.rt.Now(), ran))", "_, err := ran, error(nil)"}}},
 	{"a report is repeated until an order closes the attempt", []edit{{attempts,
 		"time.AfterFunc(again, func() { t.repeat(this) })", "_ = again"}}},
 	{"what runs is not given back", []edit{{attempts,
