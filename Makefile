@@ -86,6 +86,10 @@ faults: ## break things by SEED=… (SEEDS=… of them) for MINUTES=…, and che
 faults-short: ## the same by two fixed seeds, in under four minutes
 	cd test && SEED=7 SEEDS=2 MINUTES=0.6 go test -tags faults ./faults -count=1 -timeout 10m
 
+.PHONY: faults-mutants
+faults-mutants: ## run the fault test on builds with one rule broken each, MUTANT=… for some of them, until it notices; hours
+	cd test && MUTANT="$(MUTANT)" MUTANT_SEEDS=20 go test -tags faults ./faults -run Mutants -count=1 -v -timeout 24h
+
 .PHONY: clean
 clean: ## remove what was built
 	rm -rf bin

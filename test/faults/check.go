@@ -337,7 +337,7 @@ func (c *checker) living(s *subject) {
 			c.broken(Orphan, s, l.start, "attempt %d on %s was never ended", l.Attempt, l.Worker)
 			l.end = 1 << 62
 		}
-		if before != nil && l.start < before.end {
+		if before != nil && before.ends > 0 && l.start < before.end {
 			c.broken(Overlap, s, l.start, "attempt %d on %s began %v before the end of attempt %d on %s",
 				l.Attempt, l.Worker, (before.end - l.start).Round(time.Millisecond), before.Attempt, before.Worker)
 		}
@@ -353,7 +353,7 @@ func (c *checker) living(s *subject) {
 		}
 		if final := c.ended(s); l.start > final {
 			c.broken(AfterFinal, s, l.start, "attempt %d on %s was started %v after the task was %s", l.Attempt, l.Worker, l.start-final, r.State)
-		} else if l.end > final+clockSlack {
+		} else if l.ends > 0 && l.end > final+clockSlack {
 			c.broken(AfterFinal, s, l.end, "attempt %d on %s lived until %v after the task was %s (%s)", l.Attempt, l.Worker, l.end-final, r.State, r.Reason)
 		}
 		if r.State == schemas.Expired && l.by == schemas.EndedDeadline && !s.skewed {

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -58,15 +59,17 @@ func TestFaults(t *testing.T) {
 	}
 	seed := uint64(number(t, "SEED", float64(rand.IntN(1e6))))
 	minutes := number(t, "MINUTES", 1.5)
-	bin := t.TempDir()
-	binary, err := harness.Binaries(t.Context(), bin)
-	if err != nil {
-		t.Fatal(err)
-	}
-	clock := filepath.Join(bin, "dayfly-clock")
-	o := harness.Overlay{}
-	if err := errors.Join(o.Clock(t.Context()), o.Build(t.Context(), clock)); err != nil {
-		t.Fatal(err)
+	binary, clock := os.Getenv("MUTANT_BINARY"), os.Getenv("MUTANT_BINARY")
+	if binary == "" {
+		var err error
+		if binary, err = harness.Binaries(t.Context(), t.TempDir()); err != nil {
+			t.Fatal(err)
+		}
+		clock = filepath.Join(t.TempDir(), "dayfly")
+		o := harness.Overlay{}
+		if err := errors.Join(o.Clock(t.Context()), o.Build(t.Context(), clock)); err != nil {
+			t.Fatal(err)
+		}
 	}
 	var all Result
 	for n := range uint64(number(t, "SEEDS", 1)) {
@@ -151,6 +154,10 @@ func run(t *testing.T, seed uint64, length time.Duration, binary, clock string) 
 	managing, unmanage := context.WithCancel(t.Context())
 	defer func() { unmanage(); managers.Wait() }()
 	managers.Go(func() { in.manage(managing, units) })
+	var early []Violation
+	if binary == clock { // a mutant
+		lanes.Go(func() { early = hasty(traffic, t, s, rec); cancel() })
+	}
 	for i, name := range []string{"agents", "services", "nats", "all"} {
 		lanes.Go(func() {
 			if err := in.lane(traffic, name, parts[name], rng(uint64(i))); err != nil {
@@ -165,6 +172,9 @@ func run(t *testing.T, seed uint64, length time.Duration, binary, clock string) 
 	})
 	lanes.Wait()
 	clients.Wait()
+	if len(early) > 0 {
+		return Result{Violations: early, Accepted: 1}
+	}
 
 	// What is left of the longest task, of a queue, of an election, and two fences.
 	within := 2*fence + 50*time.Second
@@ -184,6 +194,19 @@ func run(t *testing.T, seed uint64, length time.Duration, binary, clock string) 
 		t.Fatal(err)
 	}
 	return judge(t, path)
+}
+
+// hasty looks, until ctx ends, for a violation that nothing which comes later can undo.
+func hasty(ctx context.Context, t *testing.T, s *harness.Site, rec *Recorder) []Violation {
+	sure := []Rule{StartedTwice, Overlap, AfterFinal, FinalChanged, Unguarded, IllegalStep, Doubled, StaleRead, CancelIgnored}
+	for ; ctx.Err() == nil; sleep(ctx, 3*time.Second) {
+		history, _ := rec.History()
+		found := slices.DeleteFunc(Check(append(history, lives(t, s)...)).Violations, func(v Violation) bool { return !slices.Contains(sure, v.Rule) })
+		if len(found) > 0 {
+			return found
+		}
+	}
+	return nil
 }
 
 // lives reads the journals of all hosts.
