@@ -232,7 +232,8 @@ func (t *Table[T]) write(ctx context.Context, e Entry[T], v T, op string, opts [
 			if errors.Is(err, ErrConflict) && !sent {
 				return e, t.lost(err)
 			}
-			return e, fmt.Errorf("%w: %v: %w", ErrUnknownOutcome, err, readErr)
+			// Not ErrUnavailable, which would say that it was surely not done.
+			return e, fmt.Errorf("%w: %v: %v", ErrUnknownOutcome, err, readErr)
 		}
 		if try == spuriousTries || !sleep(ctx, pause()) {
 			if sent { // what is in the way may be an earlier try that no quorum has taken yet

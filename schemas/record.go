@@ -55,7 +55,6 @@ const (
 	ReasonExpired      Reason = "expired"
 	ReasonWorkerLost   Reason = "worker_lost"
 	ReasonGaveBack     Reason = "gave_back" // the worker could not hold it
-	ReasonTooOften     Reason = "max_attempts"
 )
 
 // Record is the truth about one task: its spec and its status, the value of its

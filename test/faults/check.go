@@ -422,6 +422,11 @@ func (c *checker) wishes(s *subject) {
 				c.broken(ExtendLost, s, e.T, "its deadline is %v before the acknowledged one", op.Seen.ExpiresAt.Sub(r.ExpiresAt))
 			}
 			promised := c.since(op.Seen.ExpiresAt)
+			if len(s.lives) > 0 && op.Seen.ExpiresAt.Equal(r.RunningAt.Add(r.TTL.Std())) {
+				// Nothing moved it: it counts from the first report of the start, and that may have
+				// been under way for a while.
+				promised -= max(0, c.since(r.RunningAt)-s.lives[0].start)
+			}
 			for _, l := range s.lives {
 				if op.Status != 200 || l.by != schemas.EndedDeadline || l.end <= e.T || l.end >= promised-time.Second {
 					continue
@@ -525,6 +530,10 @@ func (c *checker) ending(s *subject) {
 			if late := c.since(r.ExpiresAt) - final.end; over && r.Extensions == 0 && !s.skewed {
 				c.ShownLate = append(c.ShownLate, late)
 			}
+		}
+		if r.ExpiresAt.IsZero() && r.Spec.OnLost == schemas.OnLostWait {
+			// Whether it ran is not known: it would have been ended by its init.
+			over = over || r.EndedAt.Sub(r.AssignedAt) >= r.TTL.Std()
 		}
 		switch {
 		case over:

@@ -33,6 +33,11 @@ func (o Overlay) Replace(file, old, new string) error {
 
 // Build builds dayfly from the sources as o alters them; the files stay as they are.
 func (o Overlay) Build(ctx context.Context, out string) error {
+	return o.Go(ctx, "build", "-trimpath", "-o", out, "dayfly.dev/cmd/dayfly")
+}
+
+// Go runs the go command on the sources as o alters them: "build" and its flags, or "test".
+func (o Overlay) Go(ctx context.Context, command string, args ...string) error {
 	dir, err := os.MkdirTemp("", "dayfly-overlay-")
 	if err != nil {
 		return err
@@ -54,11 +59,11 @@ func (o Overlay) Build(ctx context.Context, out string) error {
 	if err := os.WriteFile(overlay, b, 0o600); err != nil {
 		return err
 	}
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-overlay", overlay, "-o", out, "dayfly.dev/cmd/dayfly")
+	cmd := exec.CommandContext(ctx, "go", append([]string{command, "-overlay", overlay}, args...)...)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	cmd.WaitDelay = time.Second
 	if b, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("build from altered sources: %w\n%s", err, b)
+		return fmt.Errorf("go %s with altered sources: %w\n%s", command, err, b)
 	}
 	return nil
 }
