@@ -17,6 +17,9 @@ import (
 	"dayfly.dev/schemas"
 )
 
+// copied marks a copy, so that no copy is copied.
+const copied = "Dayfly-Test-Copy"
+
 // copies publishes some of the orders, reports and guarded writes of records again,
 // each after up to two fences, and so in another order, until ctx ends. All that it
 // sends, somebody sent before.
@@ -38,11 +41,11 @@ func (in *injector) copies(ctx context.Context, c *bus.Conn, rng *rand.Rand) err
 		late := time.Duration(rng.Int64N(int64(2 * in.fence)))
 		pending.Go(func() {
 			sleep(ctx, late)
-			copy := &nats.Msg{Subject: m.Subject, Data: m.Data, Header: nats.Header{copied: {"1"}}}
+			twin := &nats.Msg{Subject: m.Subject, Data: m.Data, Header: nats.Header{copied: {"1"}}}
 			for k, v := range m.Header {
-				copy.Header[k] = v
+				twin.Header[k] = v
 			}
-			if c.NC.PublishMsg(copy) == nil {
+			if c.NC.PublishMsg(twin) == nil {
 				mu.Lock()
 				defer mu.Unlock()
 				count[kind]++
@@ -78,6 +81,3 @@ func (in *injector) copies(ctx context.Context, c *bus.Conn, rng *rand.Rand) err
 	in.log("%s: %s", Copies, effect)
 	return nil
 }
-
-// copied marks a copy, so that no copy is copied.
-const copied = "Dayfly-Test-Copy"
