@@ -87,8 +87,16 @@ cluster: build ## test services as processes of their own on three NATS servers 
 	cd test && go test -tags cluster ./cluster -count=1 -timeout 10m
 
 .PHONY: faults
-faults: ## break things by SEED=… for MINUTES=…, and check that nothing is lost or doubled; HISTORY=folder keeps what happened
-	cd test && SEED=$(SEED) MINUTES=$(MINUTES) HISTORY=$(HISTORY) go test -tags faults ./faults -count=1 -v -timeout 24h
+faults: ## break things by SEED=… (SEEDS=… of them) for MINUTES=…, and check that nothing is lost or doubled; HISTORY=folder keeps what happened
+	cd test && SEED=$(SEED) SEEDS=$(SEEDS) MINUTES=$(MINUTES) HISTORY=$(HISTORY) go test -tags faults ./faults -run 'Faults$$' -count=1 -v -timeout 24h
+
+.PHONY: faults-short
+faults-short: ## the same by two fixed seeds, in under four minutes
+	cd test && SEED=7 SEEDS=2 MINUTES=0.6 go test -tags faults ./faults -count=1 -timeout 10m
+
+.PHONY: faults-mutants
+faults-mutants: ## run the fault test on builds with one rule broken each, MUTANT=… for some of them, until it notices; hours
+	cd test && MUTANT="$(MUTANT)" MUTANT_SEEDS=20 go test -tags faults ./faults -run Mutants -count=1 -v -timeout 24h
 
 .PHONY: simulate
 simulate: ## run agents, placers and reapers in virtual time under faults: SEEDS=… seeds from SEED=… on

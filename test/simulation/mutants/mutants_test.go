@@ -7,83 +7,18 @@ package mutants
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"strings"
 	"testing"
 	"time"
+
+	"dayfly.dev/test/harness"
+	"dayfly.dev/test/mutants"
 )
-
-// edit is one change of a source file; old stands in it once.
-type edit struct{ file, old, new string }
-
-// mutant is a rule, and the edits that break it.
-type mutant struct {
-	rule  string
-	edits []edit
-}
-
-const (
-	table    = "bus/table.go"
-	next     = "schemas/next.go"
-	orders   = "services/agent/order.go"
-	attempts = "services/agent/attempt.go"
-	beats    = "services/agent/beat.go"
-	lease    = "services/placer/lease.go"
-	lead     = "services/placer/lead.go"
-	fleet    = "services/reaper/fleet.go"
-	sweep    = "services/reaper/sweep.go"
-)
-
-var mutants = []mutant{
-	{"a record is written by compare-and-set", []edit{{table,
-		"hdr.Set(jetstream.ExpectedLastSubjSeqHeader, strconv.FormatUint(expect, 10))", "_ = strconv.Itoa"}}},
-	{"after a lost compare-and-set the event is applied to what is there now", []edit{{table,
-		"e = fresh", "e.Revision = fresh.Revision"}}},
-	{"a write of unknown outcome is told by its op", []edit{{table,
-		"return t.codec.Wrote(v, op)", "return false"}}},
-	{"final is final", []edit{{next,
-		"if !r.State.Final() {\n\t\tswitch", "if true {\n\t\tswitch"}}},
-	{"a report counts only for its attempt", []edit{{next,
-		"if !r.State.Held() || rep.Assignment != r.Assignment() {", "if !r.State.Held() {"}}},
-	{"a cancel outlives the attempt", []edit{{next,
-		"case r.Cancel != nil:\n\t\tr.finish", "case r.Cancel != nil && end.By == EndedStop:\n\t\tr.finish"}}},
-	{"what waits for its worker is not given up", []edit{{next,
-		"if r.Spec.OnLost == OnLostWait && !e.Gone {", "if false {"}}},
-	{"an order of another epoch is refused", []edit{{orders,
-		"case o.Epoch != a.epoch:", "case false:"}}},
-	{"the journal is written before the start", []edit{{orders,
-		"err := a.journal.put(t)\n", "var err error\n"}}},
-	{"what was closed before it came never starts", []edit{{orders,
-		"// A stop or close of what never arrived: it shall never start.\n", "if true {\n\t\treturn\n\t}\n"}}},
-	{"an older order does not replace a newer", []edit{{orders,
-		"if o.Revision >= e.Revision {", "if true {"}, {attempts, "if o.Extensions > t.applied || t.found == nil {", "if true {"}}},
-	{"an extension moves the deadline", []edit{{attempts,
-		"err := t.found.SetDeadline(t.deadline.remaining(t.agent.rt.Now(), ran))", "_, err := ran, error(nil)"}}},
-	{"a report is repeated until an order closes the attempt", []edit{{attempts,
-		"time.AfterFunc(again, func() { t.repeat(this) })", "_ = again"}}},
-	{"what runs is not given back", []edit{{attempts,
-		"t.watch(found, t.agent.cfg.HoldBack)\n}", "t.giveBack(\"restarted\")\n}"}}},
-	{"the permit ends", []edit{{beats,
-		"a.rt.Permit(until)", "a.rt.Permit(until + time.Hour)"}}},
-	{"a new leader waits the old one out", []edit{{lease,
-		"now.Sub(since) >= holder.Length.Std()+e.write", "now.Sub(since) >= 0"}}},
-	{"a new leader knows what was there before it leads", []edit{{lead,
-		"if err := p.catchUp(gctx); err != nil {", "if err := error(nil); err != nil {"}}},
-	{"a worker is lost only after the fence", []edit{{fleet,
-		"if now.Sub(s.at) >= fence {", "if now.Sub(s.at) >= fence/10 {"}}},
-	{"the verdict is about a beat that was watched", []edit{
-		{fleet, "if !ok || seen != revision || beat.Lost() {", "if !ok || beat.Lost() {"},
-		{fleet, "Value: beat, Revision: revision}", "Value: beat, Revision: seen}"},
-		{fleet, "f.seen[w] = sighting{s.revision, now}\n\t}\n}", "_, _ = w, s\n\t}\n}"}}},
-	{"an order of which nothing came is sent again", []edit{{sweep,
-		"r.order(rec, e.Revision, rec.Assignment())\n", ""}}},
-}
 
 const (
 	batches = 20
@@ -98,8 +33,8 @@ func TestMutants(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, m := range mutants {
-		t.Run(m.rule, func(t *testing.T) {
+	for _, m := range mutants.All {
+		t.Run(m.Rule, func(t *testing.T) {
 			binary := build(t, root, m)
 			for batch := range batches {
 				out, err := simulate(t, root, binary, batch*seeds+1)
@@ -119,39 +54,11 @@ func TestMutants(t *testing.T) {
 }
 
 // build makes the simulation with the mutant in it.
-func build(t *testing.T, root string, m mutant) string {
+func build(t *testing.T, root string, m mutants.Mutant) string {
 	t.Helper()
-	dir, replace := t.TempDir(), map[string]string{}
-	for _, e := range m.edits {
-		path := filepath.Join(root, e.file)
-		from := path
-		if replace[path] != "" {
-			from = replace[path]
-		}
-		source, err := os.ReadFile(from)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if n := strings.Count(string(source), e.old); n != 1 {
-			t.Fatalf("%s has this %d times, so the mutant must be made anew:\n%s", e.file, n, e.old)
-		}
-		replace[path] = filepath.Join(dir, filepath.Base(path))
-		if err := os.WriteFile(replace[path], []byte(strings.Replace(string(source), e.old, e.new, 1)), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	overlay, err := json.Marshal(map[string]any{"Replace": replace})
-	if err != nil {
+	o, binary := harness.Overlay{}, filepath.Join(t.TempDir(), "simulation.test")
+	if err := errors.Join(m.Apply(o, root), o.Go(t.Context(), "test", "-c", "-o", binary, "dayfly.dev/test/simulation")); err != nil {
 		t.Fatal(err)
-	}
-	list, binary := filepath.Join(dir, "overlay.json"), filepath.Join(dir, "simulation.test")
-	if err := os.WriteFile(list, overlay, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.CommandContext(t.Context(), "go", "test", "-c", "-overlay", list, "-o", binary, "./simulation")
-	cmd.Dir = filepath.Join(root, "test")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("build: %v\n%s", err, out)
 	}
 	return binary
 }
