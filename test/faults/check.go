@@ -184,7 +184,7 @@ func (c *checker) takeLife(e Event) {
 	case l.ends == 0:
 		l.end, l.by, l.code = e.T, e.Life.By, e.Life.Code
 		l.ends = 1
-		c.Lives[string(l.by)]++
+		c.Lives[cmp.Or(string(l.by), "unsaid")]++
 	}
 }
 
@@ -343,7 +343,7 @@ func (c *checker) living(s *subject) {
 		} else if l.end > final+clockSlack {
 			c.broken(AfterFinal, s, l.end, "attempt %d on %s lived until %v after the task was %s (%s)", l.Attempt, l.Worker, l.end-final, r.State, r.Reason)
 		}
-		if r.State == schemas.Expired && l.by == schemas.EndedDeadline {
+		if r.State == schemas.Expired && (l.by == schemas.EndedDeadline || l.by == "" && l.Attempt == r.Attempt) {
 			c.Overshoot = append(c.Overshoot, l.end-c.since(r.ExpiresAt))
 		}
 	}
@@ -352,6 +352,9 @@ func (c *checker) living(s *subject) {
 // clockSlack is how far the wall clock of records may drift from that of the history
 // during a run.
 const clockSlack = 50 * time.Millisecond
+
+// sightSlack is how much of the life of a real container may not have been seen.
+const sightSlack = time.Second
 
 // wishes checks what was promised to clients.
 func (c *checker) wishes(s *subject) {
@@ -420,7 +423,9 @@ func scriptOf(spec schemas.Spec) script {
 		return script{life: length(w[1]), code: number(w[2]), reason: schemas.ReasonExit, starts: true}
 	case "log":
 		return script{life: length(w[2]), starts: true}
-	case "oom":
+	case "spam":
+		return script{starts: true}
+	case "oom", "eat":
 		return script{code: 137, reason: schemas.ReasonOOM, starts: true}
 	case "fail":
 		if w[1] == "image" {
@@ -462,6 +467,10 @@ func (c *checker) ending(s *subject) {
 		case !do.starts:
 		case final == nil:
 			wrong("attempt %d never lived", r.Attempt)
+		case final.by == "" && final.ends > 0:
+			if do.life < 0 || final.end-final.start < do.life-sightSlack {
+				wrong("attempt %d lived only %v", r.Attempt, final.end-final.start)
+			}
 		case final.by != schemas.EndedItself:
 			wrong("attempt %d was ended by %s", r.Attempt, cmp.Or(final.by, "nobody"))
 		}

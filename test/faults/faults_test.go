@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/http"
@@ -78,7 +79,12 @@ func TestFaults(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := harness.NewSite(t.Context(), harness.SiteOptions{Bin: binary, NATS: 3, Gateways: 2, Placers: 2, Reapers: 2, Agents: 3, Scale: scale, Fake: true})
+	h := newHosts(t, rng(4))
+	o := harness.SiteOptions{Bin: binary, NATS: 3, Gateways: 2, Placers: 2, Reapers: 2, Agents: 3, Scale: scale, Fake: true, AgentArgs: []string{"--worker-label", fakeEngine}}
+	if h != nil {
+		o.Host = h.network.Host
+	}
+	s, err := harness.NewSite(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -91,6 +97,9 @@ func TestFaults(t *testing.T) {
 			b, _ := os.ReadFile(s.FakeJournal(w))
 			_ = os.WriteFile(filepath.Join(dir, w+".host"), b, 0o600)
 		}
+		if h != nil {
+			h.leave(t, s)
+		}
 		if err := s.Remove(context.Background()); err != nil {
 			t.Error(err)
 		}
@@ -99,6 +108,9 @@ func TestFaults(t *testing.T) {
 	defer cancel()
 	if err := s.Start(begin); err != nil {
 		t.Fatal(err)
+	}
+	if h != nil {
+		h.join(t, s)
 	}
 
 	path := filepath.Join(dir, "history.jsonl")
@@ -118,16 +130,19 @@ func TestFaults(t *testing.T) {
 	var clients, lanes, managers sync.WaitGroup
 	var all []*client
 	for i := range 4 {
-		c := &client{name: fmt.Sprintf("c%d", i+1), site: s, rec: rec, rng: rng(uint64(10 + i)), run: fmt.Sprint(seed)}
+		c := &client{name: fmt.Sprintf("c%d", i+1), site: s, rec: rec, rng: rng(uint64(10 + i)), run: fmt.Sprint(seed), hosts: h}
 		all = append(all, c)
 		clients.Go(func() { c.drive(traffic) })
 	}
-	in := &injector{rec: rec, site: s, fence: fence, log: t.Logf}
+	in := &injector{rec: rec, site: s, fence: fence, hosts: h, log: t.Logf}
 	units, parts := manned(s)
 	managing, unmanage := context.WithCancel(t.Context())
 	defer func() { unmanage(); managers.Wait() }()
 	managers.Go(func() { in.manage(managing, units) })
-	for i, name := range []string{"agents", "services", "nats"} {
+	for i, name := range []string{"agents", "services", "nats", "hosts"} {
+		if len(parts[name]) == 0 {
+			continue
+		}
 		lanes.Go(func() {
 			if err := in.lane(traffic, name, parts[name], rng(uint64(i))); err != nil {
 				t.Error(err)
@@ -142,10 +157,19 @@ func TestFaults(t *testing.T) {
 	healed := Now()
 	rec.Add(healed, Event{Healed: &Healed{Within: within}})
 	settle(t, rec, all[0], healed+within)
+	if h != nil {
+		h.empty(t, s, healed+within)
+		for _, e := range h.witness.lives() {
+			rec.Add(e.T, e)
+		}
+	}
 	unmanage()
 	managers.Wait()
 	for _, w := range workers(s) {
 		f, err := os.Open(s.FakeJournal(w))
+		if h != nil && errors.Is(err, os.ErrNotExist) {
+			continue // a real host
+		}
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -217,7 +241,10 @@ func manned(s *harness.Site) (all []*unit, parts map[string][][]*unit) {
 		all = append(all, group...)
 		parts[part] = append(parts[part], group)
 	}
-	add("agents", s.Agent)
+	add("agents", s.Agent[:3])
+	if len(s.Agent) > 3 {
+		add("hosts", s.Agent[3:])
+	}
 	add("services", s.Gateway)
 	add("services", s.Placer)
 	add("services", s.Reaper)

@@ -92,8 +92,8 @@ type Write struct {
 	Task schemas.TaskID `json:"task"`
 }
 
-// Life is one line of a fake host's journal: an attempt's start or end. T is when that
-// happened.
+// Life is an attempt's start or end, of a fake host's journal or as it was seen of a
+// real container: nobody says then by whom it was ended. T is when that happened.
 type Life struct {
 	Do         string             `json:"do"` // start, end
 	Assignment schemas.Assignment `json:"assignment"`
