@@ -72,6 +72,7 @@ type life struct {
 	ends       int
 	by         schemas.EndedBy
 	code       int
+	idle       bool
 }
 
 type subject struct {
@@ -180,7 +181,7 @@ func (c *checker) takeLife(e Event) {
 	case e.Life.Do == "start" && l.start >= 0:
 		c.broken(StartedTwice, s, e.T, "attempt %d on %s was started again", l.Attempt, l.Worker)
 	case e.Life.Do == "start":
-		l.start = e.T
+		l.start, l.idle = e.T, e.Life.Idle
 	case l.ends == 0:
 		l.end, l.by, l.code = e.T, e.Life.By, e.Life.Code
 		l.ends = 1
@@ -323,6 +324,9 @@ func (c *checker) living(s *subject) {
 		if l.ends == 0 {
 			c.broken(Orphan, s, l.start, "attempt %d on %s was never ended", l.Attempt, l.Worker)
 			l.end = 1 << 62
+		}
+		if l.idle { // of a start that was broken off, or of a process too quick to be seen
+			continue
 		}
 		if before != nil && l.start < before.end {
 			c.broken(Overlap, s, l.start, "attempt %d on %s began %v before the end of attempt %d on %s",

@@ -138,7 +138,21 @@ func TestGoodHistories(t *testing.T) {
 	extended.die(30, schemas.EndedDeadline, 143)
 	extended.end(30.1, schemas.EndedDeadline, 143)
 
-	for name, s := range map[string]*story{"whole": whole(), "again": again, "canceled": canceled, "extended": extended} {
+	idle := running(nil) // a start that was broken off, and done by dockerd when all was over
+	idle.die(4, schemas.EndedPermit, 137)
+	idle.fault(3.5)
+	idle.lose(5)
+	idle.next(6, schemas.AskCancel{Meta: idle.meta(6, "gateway")})
+	idle.op(6.1, Op{Name: "cancel"})
+	late := Life{Do: "start", Assignment: schemas.Assignment{Task: idle.task, Attempt: 2, Worker: "w2"}, Idle: true}
+	idle.add(7, Event{Life: &late})
+	idle.add(7, Event{Life: &Life{Do: "end", Assignment: late.Assignment}})
+
+	seen := running(nil) // a real container
+	seen.die(7.9, "", 0)
+	seen.end(8.1, schemas.EndedItself, 0)
+
+	for name, s := range map[string]*story{"whole": whole(), "again": again, "canceled": canceled, "extended": extended, "seen": seen, "idle": idle} {
 		if r := Check(s.events); len(r.Violations) > 0 {
 			t.Errorf("%s: %v", name, r.Violations)
 		}
@@ -269,6 +283,18 @@ func TestBrokenHistories(t *testing.T) {
 		"completed, but killed": {WrongEnd, func() *story {
 			s := running(nil)
 			s.die(8, schemas.EndedPermit, 137)
+			s.end(8.1, schemas.EndedItself, 0)
+			return s
+		}},
+		"completed, but seen for too short": {WrongEnd, func() *story {
+			s := running(nil)
+			s.die(5, "", 0)
+			s.end(8.1, schemas.EndedItself, 0)
+			return s
+		}},
+		"completed, but a real one never ends": {WrongEnd, func() *story {
+			s := running(func(s *schemas.Spec) { s.Command = []string{"term-exit", "0"} })
+			s.die(8, "", 0)
 			s.end(8.1, schemas.EndedItself, 0)
 			return s
 		}},

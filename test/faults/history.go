@@ -99,6 +99,8 @@ type Life struct {
 	Assignment schemas.Assignment `json:"assignment"`
 	By         schemas.EndedBy    `json:"by,omitzero"`
 	Code       int                `json:"code,omitzero"`
+	// Idle, of a start: a container was there, and no process of the task was seen in it.
+	Idle bool `json:"idle,omitzero"`
 }
 
 // Healed says that all faults are over and no client creates any more. Within all

@@ -3,6 +3,7 @@
 package faults
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"fmt"
@@ -23,8 +24,9 @@ import (
 // witness sees in /proc which real containers live: it asks no Docker, no init and no
 // agent, so it also knows while those are dead. It looks each 20 ms. The life of an
 // attempt is then what was certainly seen, and never longer than the truth: from the
-// first sight of its init until the last sight of another process beside it. An init
-// that is alone has nothing of the task left; it waits for an agent that takes its word.
+// first sight of its init until the last sight of another process beside it, or of init
+// having had one. An init that is alone has nothing of the task left, and waits for an
+// agent that takes its word; or it never had any, and is of a start that was broken off.
 type witness struct {
 	homes []home
 
@@ -47,7 +49,7 @@ type sight struct {
 	looks       int // for whose it is
 	ours        bool
 	first, last time.Duration
-	beside      bool // another process than init was seen
+	ran         bool // another process than init was seen, or init has waited for one
 }
 
 // mounts gives the fields of each line of a mountinfo: device 2, root 3, mount point 4.
@@ -127,8 +129,12 @@ func (w *witness) look() {
 			w.identify(s)
 		}
 		alive[s] = true
-		if s.ours && pid != s.init {
-			s.beside, s.last = true, began
+		switch {
+		case !s.ours:
+		case pid != s.init:
+			s.ran, s.last = true, began
+		case !s.ran:
+			s.ran = hadChild(pid)
 		}
 	}
 	maps.DeleteFunc(w.spaces, func(_ string, s *sight) bool {
@@ -138,6 +144,13 @@ func (w *witness) look() {
 		return !alive[s]
 	})
 	maps.DeleteFunc(w.pids, func(pid int, _ *sight) bool { return !there[pid] })
+}
+
+// hadChild says whether a process has waited for a child: its page faults are counted.
+func hadChild(pid int) bool {
+	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	f := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
+	return len(f) > 8 && f[8] != "0"
 }
 
 var attemptFolder = regexp.MustCompile(`/run/dayfly-(t-[0-9a-z]+)-([0-9]+)/c$`)
@@ -160,22 +173,22 @@ func (w *witness) identify(s *sight) {
 	}
 }
 
-// lives gives what was seen. Of two containers of one attempt the one in which nothing
-// was run is left out: a start that was broken off may be begun again.
+// lives gives what was seen. Of two containers of one attempt that in which nothing was
+// run is left out: a start that was broken off may be begun again.
 func (w *witness) lives() (list []Event) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	ran := map[schemas.Assignment]bool{}
 	all := append(slices.Collect(maps.Values(w.spaces)), w.past...)
 	slices.SortFunc(all, func(a, b *sight) int { // those that ran first
-		return cmp.Or(strings.Compare(fmt.Sprint(b.beside), fmt.Sprint(a.beside)), cmp.Compare(a.first, b.first))
+		return cmp.Or(strings.Compare(fmt.Sprint(b.ran), fmt.Sprint(a.ran)), cmp.Compare(a.first, b.first))
 	})
 	for _, s := range all {
-		if !s.ours || !s.beside && ran[s.Assignment] {
+		if !s.ours || !s.ran && ran[s.Assignment] {
 			continue
 		}
 		ran[s.Assignment] = true
-		list = append(list, Event{T: s.first, Life: &Life{Do: "start", Assignment: s.Assignment}})
+		list = append(list, Event{T: s.first, Life: &Life{Do: "start", Assignment: s.Assignment, Idle: !s.ran}})
 		if slices.Contains(w.past, s) {
 			list = append(list, Event{T: max(s.first, s.last), Life: &Life{Do: "end", Assignment: s.Assignment}})
 		}
