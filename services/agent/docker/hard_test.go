@@ -537,3 +537,25 @@ func TestPullFaults(t *testing.T) {
 	}
 	t.Log(fault.Message)
 }
+
+// A start whose process runs is none that failed, whatever cannot be written down: its
+// task would run elsewhere, too.
+func TestAStartThatCannotBeNoted(t *testing.T) {
+	worker := schemas.WorkerID("w-" + randomID())
+	dir := t.TempDir()
+	rt := openIn(t, dir, worker)
+	req := request(t, rt, worker, "sleep", "1h")
+	// A folder under the name of the note stands for a full disk.
+	noted := filepath.Join(dir, "run", docker.ContainerName(req.Assignment), "started")
+	var obstructing sync.WaitGroup
+	obstructing.Go(func() {
+		for end := time.Now().Add(20 * time.Second); os.Mkdir(noted, 0o700) != nil && time.Now().Before(end); {
+			time.Sleep(time.Millisecond) // between two looks
+		}
+	})
+	defer obstructing.Wait()
+	a := start(t, rt, req)
+	if _, ran := a.StartedFor(); !ran {
+		t.Error("it was not started")
+	}
+}
