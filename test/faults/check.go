@@ -408,6 +408,7 @@ type script struct {
 	code   int
 	reason schemas.Reason // of its failure
 	starts bool
+	bytes  int64 // of its log; 0: that does not matter
 }
 
 func scriptOf(spec schemas.Spec) script {
@@ -426,9 +427,9 @@ func scriptOf(spec schemas.Spec) script {
 	case "sleep", "ignore-term":
 		return script{life: length(w[1]), code: number(w[2]), reason: schemas.ReasonExit, starts: true}
 	case "log":
-		return script{life: length(w[2]), starts: true}
+		return script{life: length(w[2]), starts: true, bytes: int64(number(w[1]))}
 	case "spam":
-		return script{starts: true}
+		return script{starts: true, bytes: int64(number(w[1]))}
 	case "oom", "eat":
 		return script{code: 137, reason: schemas.ReasonOOM, starts: true}
 	case "fail":
@@ -483,6 +484,9 @@ func (c *checker) ending(s *subject) {
 	case r.State == schemas.Completed:
 		if itself(); do.code != 0 || !do.starts {
 			wrong("its script fails")
+		}
+		if l := r.Logs; do.bytes > 0 && (l == nil || !l.Truncated && l.StdoutBytes != do.bytes) {
+			wrong("of its log there is %+v", l)
 		}
 	case r.State == schemas.Canceled:
 		if !slices.ContainsFunc(s.ops, func(e Event) bool { return e.Op.Name == "cancel" && e.Op.Began <= at }) {

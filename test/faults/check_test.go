@@ -298,6 +298,12 @@ func TestBrokenHistories(t *testing.T) {
 			s.end(8.1, schemas.EndedItself, 0)
 			return s
 		}},
+		"completed, but its log is short": {WrongEnd, func() *story {
+			s := running(func(s *schemas.Spec) { s.Command = []string{"log", "20000", "5s"} })
+			s.die(8, schemas.EndedItself, 0)
+			s.end(8.1, schemas.EndedItself, 0)
+			return s
+		}},
 		"canceled by nobody": {WrongEnd, func() *story {
 			s := running(nil)
 			s.next(4, schemas.AskCancel{Meta: s.meta(4, "gateway")})

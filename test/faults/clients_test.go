@@ -81,7 +81,7 @@ func (c *client) spec(key string) map[string]any {
 		"constraints": map[string]string{"engine": "fake"},
 		"on_lost":     []string{"requeue", "requeue", "requeue", "requeue", "fail", "wait"}[c.rng.IntN(6)],
 	}
-	if c.hosts != nil && c.rng.IntN(8) == 0 {
+	if c.hosts != nil && c.rng.IntN(6) == 0 {
 		c.hosts.real(s)
 	}
 	return s

@@ -88,7 +88,7 @@ func newHosts(t *testing.T, rng *rand.Rand) *hosts {
 // join adds the workers to a site that runs. They end with it.
 func (h *hosts) join(t *testing.T, s *harness.Site) {
 	h.image = "dayfly-test:" + s.Cluster
-	if err := harness.MakeImage(t.Context(), h.image, h.docker.Host); err != nil {
+	if err := harness.MakeImage(t.Context(), h.image, "", h.docker.Host); err != nil {
 		t.Fatal(err)
 	}
 	h.behind["w4"], h.behind["d1"] = h.network.NS[0], h.network.NS[1]

@@ -187,14 +187,17 @@ func Poll(ctx context.Context, fn func() error) error {
 // Fatal makes Poll give up.
 func Fatal(err error) error { return fatal{err} }
 
-// MakeImage makes the guest image (services/agent/guest) under a name, on this
-// machine's Engine and those at other hosts.
+// MakeImage makes the guest image (services/agent/guest) under a name, on the
+// Engines at some hosts; "" and none is this machine's.
 func MakeImage(ctx context.Context, name string, hosts ...string) error {
 	archive, err := guest.Build(ctx)
 	if err != nil {
 		return err
 	}
-	for _, host := range append(hosts, "") {
+	if len(hosts) == 0 {
+		hosts = []string{""}
+	}
+	for _, host := range hosts {
 		engine, err := engineAt(host)
 		if err == nil {
 			_, err = guest.ImportImage(ctx, engine, archive, name, guest.Entrypoint)
