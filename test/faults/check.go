@@ -63,6 +63,7 @@ type Result struct {
 	Recovery   []time.Duration // of Faults: from healing until a task that was created after it is completed; -1 if none was
 	Settled    time.Duration   // from the healing of everything until all were final
 	ShownLate  []time.Duration // by how much the deadline in a record was after the one of the container
+	IdleLeft   int             // containers that are left and in which nothing was run: init ends them
 	Overshoot  []time.Duration // how long after its deadline an expired attempt ended
 }
 
@@ -321,12 +322,15 @@ func (c *checker) living(s *subject) {
 	r := s.last()
 	var before *life
 	for _, l := range s.lives {
+		if l.idle { // of a start that was broken off, or of a process too quick to be seen
+			if l.ends == 0 {
+				c.IdleLeft++
+			}
+			continue
+		}
 		if l.ends == 0 {
 			c.broken(Orphan, s, l.start, "attempt %d on %s was never ended", l.Attempt, l.Worker)
 			l.end = 1 << 62
-		}
-		if l.idle { // of a start that was broken off, or of a process too quick to be seen
-			continue
 		}
 		if before != nil && l.start < before.end {
 			c.broken(Overlap, s, l.start, "attempt %d on %s began %v before the end of attempt %d on %s",
@@ -495,7 +499,7 @@ func (c *checker) ending(s *subject) {
 	case r.State == schemas.Expired:
 		// The worker's own clock decides, and its report of the start may have come late.
 		over := !r.ExpiresAt.IsZero() && at >= c.since(r.ExpiresAt)-time.Second
-		if !over && final != nil && final.by == schemas.EndedDeadline {
+		if !over && final != nil && (final.by == schemas.EndedDeadline || final.by == "") {
 			over = final.end-s.lives[0].start >= r.Spec.TTL.Std()-time.Second
 			if late := c.since(r.ExpiresAt) - final.end; over && r.Extensions == 0 {
 				c.ShownLate = append(c.ShownLate, late)
@@ -624,6 +628,7 @@ func (r Result) Print(out io.Writer) {
 		row(fmt.Sprintf("tasks with %d attempts", n), r.Attempts[n])
 	}
 	group("op", r.Ops)
+	row("idle inits left", r.IdleLeft)
 	row("all final after healing", r.Settled.Round(time.Millisecond))
 	if n := len(r.Overshoot); n > 0 {
 		slices.Sort(r.Overshoot)

@@ -146,16 +146,25 @@ func TestGoodHistories(t *testing.T) {
 	idle.op(6.1, Op{Name: "cancel"})
 	late := Life{Do: "start", Assignment: schemas.Assignment{Task: idle.task, Attempt: 2, Worker: "w2"}, Idle: true}
 	idle.add(7, Event{Life: &late})
-	idle.add(7, Event{Life: &Life{Do: "end", Assignment: late.Assignment}})
 
 	seen := running(nil) // a real container
 	seen.die(7.9, "", 0)
 	seen.end(8.1, schemas.EndedItself, 0)
 
-	for name, s := range map[string]*story{"whole": whole(), "again": again, "canceled": canceled, "extended": extended, "seen": seen, "idle": idle} {
+	shown := newStory(func(s *schemas.Spec) { s.Command, s.TTL = []string{"sleep", "1h"}, schemas.Duration(at(9)) })
+	shown.assign(2, "w1") // its report of the start comes 5 s late
+	shown.add(3, Event{Life: &Life{Do: "start", Assignment: shown.rec.Assignment()}})
+	shown.next(8, schemas.Settle{Meta: shown.meta(8, "reaper"), Report: schemas.Report{Assignment: shown.rec.Assignment(), Phase: schemas.PhaseRunning, Ran: true}})
+	shown.die(12, "", 0)
+	shown.end(12.1, schemas.EndedDeadline, 143)
+
+	for name, s := range map[string]*story{"whole": whole(), "again": again, "canceled": canceled, "extended": extended, "seen": seen, "idle": idle, "shown": shown} {
 		if r := Check(s.events); len(r.Violations) > 0 {
 			t.Errorf("%s: %v", name, r.Violations)
 		}
+	}
+	if r := Check(idle.events); r.IdleLeft != 1 {
+		t.Errorf("%d idle inits are left", r.IdleLeft)
 	}
 	r := Check(again.events)
 	if r.Requeues["worker_lost, ended by permit"] != 1 || r.Attempts[2] != 1 || r.Accepted != 1 {

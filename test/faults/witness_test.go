@@ -105,13 +105,21 @@ func (w *witness) look() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	there := make(map[int]bool, len(names))
-	alive := map[*sight]bool{}
 	for _, name := range names {
-		pid, err := strconv.Atoi(name)
-		if err != nil {
-			continue
+		if pid, err := strconv.Atoi(name); err == nil {
+			there[pid] = true
 		}
-		there[pid] = true
+	}
+	// A namespace is gone with its init; its name may be another's in the same moment.
+	maps.DeleteFunc(w.spaces, func(_ string, s *sight) bool {
+		if s.ours && !there[s.init] {
+			w.past = append(w.past, s)
+		}
+		return !there[s.init]
+	})
+	maps.DeleteFunc(w.pids, func(pid int, s *sight) bool { return !there[pid] || !there[s.init] })
+	for _, pid := range slices.Sorted(maps.Keys(there)) { // an init before its children
+		name := strconv.Itoa(pid)
 		s, known := w.pids[pid]
 		if !known {
 			space, err := os.Readlink("/proc/" + name + "/ns/pid")
@@ -128,7 +136,6 @@ func (w *witness) look() {
 			s.looks++
 			w.identify(s)
 		}
-		alive[s] = true
 		switch {
 		case !s.ours:
 		case pid != s.init:
@@ -137,13 +144,6 @@ func (w *witness) look() {
 			s.ran = hadChild(pid)
 		}
 	}
-	maps.DeleteFunc(w.spaces, func(_ string, s *sight) bool {
-		if s.ours && !alive[s] {
-			w.past = append(w.past, s)
-		}
-		return !alive[s]
-	})
-	maps.DeleteFunc(w.pids, func(pid int, _ *sight) bool { return !there[pid] })
 }
 
 // hadChild says whether a process has waited for a child: its page faults are counted.
