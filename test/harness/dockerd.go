@@ -90,34 +90,18 @@ func (d *Dockerd) Remove() error {
 			d.Kill()
 		}
 	}
-	// What has outlived it: a container without its shim ends by the kill below.
-	for _, dir := range cgroups(d.cgroup) {
-		for range 100 {
-			left := 0
-			_ = filepath.WalkDir(dir, func(path string, e os.DirEntry, walking error) error {
-				if walking == nil && e.Name() == "cgroup.procs" {
-					b, _ := os.ReadFile(path)
-					for pid := range strings.FieldsSeq(string(b)) {
-						n, _ := strconv.Atoi(pid)
-						_ = syscall.Kill(n, syscall.SIGKILL)
-						left++
-					}
-				}
-				return nil
-			})
-			if left == 0 {
-				break
-			}
-			time.Sleep(20 * time.Millisecond) // a kill takes its time
-		}
-	}
-	for _, pid := range processesNaming(d.Dir) {
-		_ = syscall.Kill(pid, syscall.SIGKILL)
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
+	// What has outlived it: containers, and the shims between.
 	err = errors.Join(err, Poll(ctx, func() error {
-		if list := processesNaming(d.Dir); len(list) > 0 {
+		list := processesNaming(d.Dir)
+		for _, dir := range cgroups(d.cgroup) {
+			list = append(list, processesIn(dir)...)
+		}
+		for _, pid := range list {
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+		if len(list) > 0 {
 			return fmt.Errorf("processes of dockerd are left: %v", list)
 		}
 		return nil
@@ -145,6 +129,21 @@ func (d *Dockerd) removeContainers() error {
 		err = errors.Join(err, e)
 	}
 	return err
+}
+
+// processesIn lists the processes of a cgroup and those below it.
+func processesIn(dir string) (list []int) {
+	_ = filepath.WalkDir(dir, func(path string, e os.DirEntry, err error) error {
+		if err == nil && e.Name() == "cgroup.procs" {
+			b, _ := os.ReadFile(path)
+			for pid := range strings.FieldsSeq(string(b)) {
+				n, _ := strconv.Atoi(pid)
+				list = append(list, n)
+			}
+		}
+		return nil
+	})
+	return list
 }
 
 // processesNaming lists processes whose command line names a folder.
