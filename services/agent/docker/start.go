@@ -164,8 +164,11 @@ func (r *Runtime) create(ctx context.Context, a *attempt, b *box) (answered <-ch
 			return nil, nil
 		}
 		settle, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
-		id, ours := r.leftover(settle, a)
+		id, ours, err := r.leftover(settle, a)
 		cancel()
+		if err != nil && !cerrdefs.IsConflict(failed) { // Docker is away: what stands under the name goes once it is back
+			id, ours = a.name, true
+		}
 		if ours && cerrdefs.IsConflict(failed) && try == 0 {
 			// Of a start that was broken off, whose folder is gone: it has nothing mounted that
 			// we could use.
@@ -183,14 +186,17 @@ func (r *Runtime) create(ctx context.Context, a *attempt, b *box) (answered <-ch
 }
 
 // leftover finds a container under the attempt's name that bears its labels and was
-// never started.
-func (r *Runtime) leftover(ctx context.Context, a *attempt) (string, bool) {
+// never started. An error says that Docker does not tell.
+func (r *Runtime) leftover(ctx context.Context, a *attempt) (id string, ours bool, err error) {
 	got, err := r.docker.ContainerInspect(ctx, a.name, client.ContainerInspectOptions{})
+	if cerrdefs.IsNotFound(err) {
+		return "", false, nil
+	}
 	if err != nil || got.Container.Config == nil || got.Container.State == nil {
-		return "", false
+		return "", false, err
 	}
 	as, ok := r.assignmentOf(got.Container.Config.Labels, strings.TrimPrefix(got.Container.Name, "/"))
-	return got.Container.ID, ok && as == a.meta.Assignment && got.Container.State.Status == "created"
+	return got.Container.ID, ok && as == a.meta.Assignment && got.Container.State.Status == "created", nil
 }
 
 // launch starts the container and, as soon as init says hello, the process: it does
