@@ -98,6 +98,7 @@ func TestFaults(t *testing.T) {
 			_ = os.WriteFile(filepath.Join(dir, w+".host"), b, 0o600)
 		}
 		if h != nil {
+			_ = os.WriteFile(filepath.Join(dir, "dockerd.log"), []byte(h.docker.Log()), 0o600)
 			h.leave(t, s)
 		}
 		if err := s.Remove(context.Background()); err != nil {
