@@ -216,6 +216,8 @@ func (p *Placer) observe(e bus.Entry[schemas.Record]) {
 	s := seen{state: r.State}
 	switch {
 	case r.State.Final():
+		p.tasks.Forget(e.Key, e.Revision)
+		return
 	case r.State.Held():
 		s.worker, s.need = intern(r.Worker), resourcesOf(r.Spec.Resources)
 	default:

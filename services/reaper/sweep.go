@@ -32,6 +32,8 @@ func (r *Reaper) sweeps(ctx context.Context) error {
 		case <-scan.C:
 			r.scan()
 			r.unknown.prune(time.Now().Add(-10 * r.cfg.Unknown))
+		case <-r.suspected:
+			r.lookAtSuspects()
 		case <-timer.C:
 		case <-r.due.wake:
 		}
@@ -49,10 +51,8 @@ func (r *Reaper) sweeps(ctx context.Context) error {
 // scan asks for a look at every record that can still change.
 func (r *Reaper) scan() {
 	now := time.Now()
-	r.tasks.Range(func(key string, t task, _ uint64) bool {
-		if !t.state.Final() {
-			r.due.add(schemas.TaskID(key), now)
-		}
+	r.tasks.Range(func(key string, _ task, _ uint64) bool {
+		r.due.add(schemas.TaskID(key), now)
 		return true
 	})
 }
@@ -75,7 +75,7 @@ func (r *Reaper) lookAll(ctx context.Context, ids []schemas.TaskID) {
 // look does what the time asks for one task, and says when to look again.
 func (r *Reaper) look(ctx context.Context, id schemas.TaskID) error {
 	t, revision, ok := r.tasks.Get(string(id))
-	if !ok || t.raw == nil {
+	if !ok {
 		return nil
 	}
 	rec, err := t.record()
