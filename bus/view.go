@@ -465,10 +465,11 @@ func (v *View[V]) handle(m jetstream.Msg, meta *jetstream.MsgMetadata) error {
 	ok = ok && strings.HasPrefix(key, v.opts.Prefix)
 	h, revision, stored := m.Headers(), meta.Sequence.Stream, meta.Timestamp.UnixNano()
 	gone := isMarker(h) || len(m.Data()) == 0
+	known := v.has(key, revision, stored)
 	var value V
 	var err error
 	forget := false
-	if ok && !gone && !v.has(key, revision, stored) {
+	if ok && !gone && !known {
 		value, err = v.decode(key, h, m.Data())
 		if forget = errors.Is(err, ErrForget); forget {
 			err = nil
@@ -486,6 +487,12 @@ func (v *View[V]) handle(m jetstream.Msg, meta *jetstream.MsgMetadata) error {
 		return nil
 	}
 	old, had := v.entries[key]
+	if known && !had { // it went meanwhile, with what was there of an older session
+		v.mu.Unlock()
+		err := v.handle(m, meta)
+		v.mu.Lock()
+		return err
+	}
 	newer := !had || revision > old.revision || old.gen < v.gen
 	same := had && revision == old.revision && (old.stored == 0 || old.stored == stored)
 	g, buried := v.forgotten[key]
