@@ -24,11 +24,11 @@ import (
 
 func main() {
 	n := flag.Int("n", 0, "samples of each kind (0: the command's own default)")
-	bin := flag.String("bin", "bin/dayfly", "the dayfly binary, for cold")
+	bin := flag.String("bin", "bin/dayfly", "the dayfly binary, for cold and scale")
 	profile := flag.String("cpuprofile", "", "write a CPU profile to this file")
 	agents := flag.String("agents", "50,1000", "numbers of agents, for scale")
 	live := flag.Int("live", 100_000, "tasks that sleep at a time, for scale")
-	heap := flag.String("memprofile", "", "write a heap profile with all of them live to this file, for scale")
+	syncs := flag.String("sync", "default", "when NATS syncs its files, for scale: default or always")
 	flag.Usage = func() {
 		fmt.Fprintln(os.Stderr, "usage: bench [-n N] [control|cold|scale]")
 		flag.PrintDefaults()
@@ -54,7 +54,7 @@ func main() {
 	case "cold":
 		err = cold(ctx, *bin, *n)
 	case "scale":
-		o := scaleOptions{through: cmp.Or(*n, 20_000), live: *live, heap: *heap}
+		o := scaleOptions{bin: *bin, sync: *syncs, through: cmp.Or(*n, 20_000), live: *live}
 		for f := range strings.SplitSeq(*agents, ",") {
 			count, perr := strconv.Atoi(f)
 			if perr != nil || count < 1 {

@@ -1,6 +1,7 @@
 package harness
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -17,9 +18,9 @@ import (
 
 // SiteOptions say what a site consists of. Zero of a service is one.
 type SiteOptions struct {
-	Bin                                 string // the dayfly binary
-	NATS, Gateways, Placers, Reapers    int    // NATS: 1 or 3
-	Agents                              int
+	Bin                                 string  // the dayfly binary
+	NATS, Gateways, Placers, Reapers    int     // NATS: 1 or 3
+	Agents                              int     // -1: none
 	Scale                               float64 // 0 is 1
 	Fake                                bool    // tasks are only played
 	Sync                                string  // of NATS; "" is always
@@ -43,7 +44,7 @@ type Site struct {
 // NewSite prepares a site in a temporary folder; nothing runs yet. Remove it.
 func NewSite(ctx context.Context, o SiteOptions) (*Site, error) {
 	for _, n := range []*int{&o.NATS, &o.Gateways, &o.Placers, &o.Reapers, &o.Agents} {
-		*n = max(1, *n)
+		*n = max(0, cmp.Or(*n, 1))
 	}
 	if o.Scale == 0 {
 		o.Scale = 1

@@ -45,23 +45,8 @@ type Stack struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 	conns  []*bus.Conn
-	setup  *bus.Conn // the stack's own
-	ctx    context.Context
-	core   map[string]*service
-
-	listener net.Listener // of the gateway
-	addr     string
-
-	mu  sync.Mutex
-	err error // under mu: the first that a service ended with
-}
-
-// service is one of those that a stack has one of.
-type service struct {
-	run     func(context.Context, *ops.Health, prometheus.Registerer) error
-	metrics *prometheus.Registry
-	stop    context.CancelFunc
-	done    chan struct{}
+	mu     sync.Mutex
+	err    error // under mu: the first that a service ended with
 }
 
 // Start starts everything and returns when all workers are registered.
@@ -76,7 +61,7 @@ func Start(ctx context.Context, o Options) (*Stack, error) {
 		return nil, err
 	}
 	run, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	s := &Stack{Runtimes: map[schemas.WorkerID]*fakeruntime.Runtime{}, server: server, cancel: cancel, ctx: run}
+	s := &Stack{Runtimes: map[schemas.WorkerID]*fakeruntime.Runtime{}, server: server, cancel: cancel}
 	if err := s.start(ctx, run, o, password, workers); err != nil {
 		return nil, errors.Join(err, s.Stop())
 	}
@@ -103,24 +88,21 @@ func (s *Stack) start(ctx, run context.Context, o Options, password string, work
 	if err := bus.Provision(ctx, core[3], schemas.Assets(time.Hour), 1); err != nil {
 		return err
 	}
-	s.setup, s.addr = core[3], "127.0.0.1:0"
-	s.core = map[string]*service{
-		"gateway": {run: func(ctx context.Context, h *ops.Health, reg prometheus.Registerer) error {
-			return gateway.Run(ctx, gateway.Deps{Conn: core[0], Logger: o.Logger, Metrics: reg, Health: h, Listener: s.listener}, gateway.Config{})
-		}},
-		"placer": {run: func(ctx context.Context, h *ops.Health, reg prometheus.Registerer) error {
-			return placer.Run(ctx, placer.Deps{Conn: core[1], Logger: o.Logger, Metrics: reg, Health: h}, placer.DefaultConfig())
-		}},
-		"reaper": {run: func(ctx context.Context, h *ops.Health, reg prometheus.Registerer) error {
-			return reaper.Run(ctx, reaper.Deps{Conn: core[2], Logger: o.Logger, Metrics: reg, Health: h}, reaper.DefaultConfig())
-		}},
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
 	}
-	for name := range s.core {
-		if _, err := s.launch(run, name); err != nil {
-			return err
-		}
-	}
-	s.URL = "http://" + s.addr
+	s.URL = "http://" + ln.Addr().String()
+	health := ops.NewHealth()
+	s.run(run, func(ctx context.Context) error {
+		return gateway.Run(ctx, gateway.Deps{Conn: core[0], Logger: o.Logger, Metrics: prometheus.NewRegistry(), Health: health, Listener: ln}, gateway.Config{})
+	})
+	s.run(run, func(ctx context.Context) error {
+		return placer.Run(ctx, placer.Deps{Conn: core[1], Logger: o.Logger, Metrics: prometheus.NewRegistry(), Health: health}, placer.DefaultConfig())
+	})
+	s.run(run, func(ctx context.Context) error {
+		return reaper.Run(ctx, reaper.Deps{Conn: core[2], Logger: o.Logger, Metrics: prometheus.NewRegistry(), Health: health}, reaper.DefaultConfig())
+	})
 	for w, password := range workers {
 		c, err := connect("agent-"+string(w), string(w), password, schemas.AgentInbox(w), schemas.AgentAPIPrefix)
 		if err != nil {
@@ -134,56 +116,6 @@ func (s *Stack) start(ctx, run context.Context, o Options, password string, work
 		})
 	}
 	return s.ready(ctx, core[3], len(workers))
-}
-
-// launch starts gateway, placer or reaper.
-func (s *Stack) launch(ctx context.Context, name string) (*ops.Health, error) {
-	if name == "gateway" {
-		ln, err := net.Listen("tcp", s.addr)
-		if err != nil {
-			return nil, err
-		}
-		s.listener, s.addr = ln, ln.Addr().String()
-	}
-	c, health := s.core[name], ops.NewHealth()
-	ctx, c.stop = context.WithCancel(ctx)
-	c.metrics, c.done = prometheus.NewRegistry(), make(chan struct{})
-	s.run(ctx, func(ctx context.Context) error {
-		defer close(c.done)
-		return c.run(ctx, health, c.metrics)
-	})
-	return health, nil
-}
-
-// Metrics of gateway, placer or reaper, since its last start.
-func (s *Stack) Metrics(name string) prometheus.Gatherer { return s.core[name].metrics }
-
-// Conn is a connection of the control plane that no service uses.
-func (s *Stack) Conn() *bus.Conn { return s.setup }
-
-// Restart stops gateway, placer or reaper and starts it anew, and says how long that
-// took from the start until its views were complete.
-func (s *Stack) Restart(ctx context.Context, name string) (time.Duration, error) {
-	s.core[name].stop()
-	<-s.core[name].done
-	began := time.Now()
-	health, err := s.launch(s.ctx, name)
-	if err != nil {
-		return 0, err
-	}
-	tick := time.NewTicker(2 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		// Before it has added its checks it would seem to be ready.
-		if ready, checks := health.Run(ctx); ready && len(checks) > 0 {
-			return time.Since(began), nil
-		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return 0, fmt.Errorf("%s was not ready: %w", name, ctx.Err())
-		}
-	}
 }
 
 // inProcess gives the embedded server as a provider of connections.
