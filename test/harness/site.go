@@ -31,6 +31,7 @@ type SiteOptions struct {
 type Site struct {
 	Dir     string
 	Cluster string // label of its containers
+	Image   string // of its tasks, if it has one of its own; it goes with them
 	NATS    []*Process
 	Gateway []*Process
 	Placer  []*Process
@@ -184,6 +185,9 @@ func (s *Site) Remove(ctx context.Context, more ...*Process) error {
 	var err error
 	if !s.o.Fake {
 		err = removeContainers(ctx, s.Cluster)
+	}
+	if s.Image != "" {
+		err = errors.Join(err, RemoveImage(ctx, s.Image))
 	}
 	return errors.Join(err, os.RemoveAll(s.Dir))
 }
