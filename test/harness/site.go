@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	cerrdefs "github.com/containerd/errdefs"
 	"github.com/moby/moby/client"
 )
 
@@ -206,7 +207,9 @@ func removeContainers(ctx context.Context, cluster string) error {
 	list, err := Containers(ctx, cluster)
 	for _, id := range list {
 		_, e := engine.ContainerRemove(ctx, id, client.ContainerRemoveOptions{Force: true, RemoveVolumes: true})
-		err = errors.Join(err, e)
+		if !cerrdefs.IsNotFound(e) { // its agent may have been about to remove it
+			err = errors.Join(err, e)
+		}
 	}
 	return err
 }
