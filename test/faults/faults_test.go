@@ -198,7 +198,9 @@ func run(t *testing.T, seed uint64, length time.Duration, binary, clock string) 
 
 // hasty looks, until ctx ends, for a violation that nothing which comes later can undo.
 func hasty(ctx context.Context, t *testing.T, s *harness.Site, rec *Recorder) []Violation {
-	sure := []Rule{StartedTwice, Overlap, AfterFinal, FinalChanged, Unguarded, IllegalStep, Doubled, StaleRead, CancelIgnored}
+	// Not AfterFinal: a clock that is off is in the history only once it is right again. Not
+	// FinalChanged: the observer may be behind the answers.
+	sure := []Rule{StartedTwice, Overlap, Unguarded, IllegalStep, Doubled, StaleRead, CancelIgnored}
 	for ; ctx.Err() == nil; sleep(ctx, 3*time.Second) {
 		history, _ := rec.History()
 		found := slices.DeleteFunc(Check(append(history, lives(t, s)...)).Violations, func(v Violation) bool { return !slices.Contains(sure, v.Rule) })
