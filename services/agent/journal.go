@@ -112,15 +112,22 @@ func (j *journal) compact() error {
 	}
 	w := bufio.NewWriter(f)
 	write := func(l line) {
-		b, e := schemas.Encode(l)
-		_, e2 := w.Write(append(b, '\n'))
-		err = errors.Join(err, e, e2)
+		var b []byte
+		if err == nil {
+			b, err = schemas.Encode(l)
+		}
+		if err == nil {
+			_, err = w.Write(append(b, '\n'))
+		}
 	}
 	write(line{Head: &j.head})
 	for _, e := range j.entries {
 		write(line{Entry: &e})
 	}
-	if err = errors.Join(err, w.Flush()); err == nil {
+	if err == nil {
+		err = w.Flush()
+	}
+	if err == nil {
 		err = os.Rename(tmp, j.path)
 	}
 	if err != nil {

@@ -4,6 +4,7 @@ package cluster
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -23,17 +24,16 @@ import (
 // withDocker starts a site whose tasks are containers, and makes their image.
 func withDocker(t testing.TB, o harness.SiteOptions) (*harness.Site, string) {
 	t.Helper()
-	s := start(t, o)
-	image := "dayfly-test:" + s.Cluster
+	image := "dayfly-test:" + strings.ToLower(rand.Text())
 	if err := harness.MakeImage(t.Context(), image); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
+	t.Cleanup(func() { // once the site is gone, and with it all containers
 		if err := harness.RemoveImage(context.Background(), image); err != nil {
 			t.Error(err)
 		}
 	})
-	return s, image
+	return start(t, o), image
 }
 
 // contained is a small container that runs command.

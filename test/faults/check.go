@@ -69,6 +69,7 @@ type Result struct {
 	Recovery   []time.Duration // of Faults: from healing until what was hurt did its work again; -1 if it did not
 	Settled    time.Duration   // from the healing of everything until all were final
 	ShownLate  []time.Duration // by how much the deadline in a record was after the one of the container
+	IdleLeft   int             // containers that are left and in which nothing was run: init ends them
 	Overshoot  []time.Duration // how long after its deadline an expired attempt ended
 }
 
@@ -78,6 +79,7 @@ type life struct {
 	ends       int
 	by         schemas.EndedBy
 	code       int
+	idle       bool
 }
 
 type subject struct {
@@ -193,11 +195,11 @@ func (c *checker) takeLife(e Event) {
 	case e.Life.Do == "start" && l.start >= 0:
 		c.broken(StartedTwice, s, e.T, "attempt %d on %s was started again", l.Attempt, l.Worker)
 	case e.Life.Do == "start":
-		l.start = e.T
+		l.start, l.idle = e.T, e.Life.Idle
 	case l.ends == 0:
 		l.end, l.by, l.code = e.T, e.Life.By, e.Life.Code
 		l.ends = 1
-		c.Lives[string(l.by)]++
+		c.Lives[cmp.Or(string(l.by), "unsaid")]++
 	}
 }
 
@@ -333,6 +335,12 @@ func (c *checker) living(s *subject) {
 	r := s.last()
 	var before *life
 	for _, l := range s.lives {
+		if l.idle { // of a start that was broken off, or of a process too quick to be seen
+			if l.ends == 0 {
+				c.IdleLeft++
+			}
+			continue
+		}
 		if l.ends == 0 {
 			c.broken(Orphan, s, l.start, "attempt %d on %s was never ended", l.Attempt, l.Worker)
 			l.end = 1 << 62
@@ -356,7 +364,7 @@ func (c *checker) living(s *subject) {
 		} else if l.ends > 0 && l.end > final+clockSlack {
 			c.broken(AfterFinal, s, l.end, "attempt %d on %s lived until %v after the task was %s (%s)", l.Attempt, l.Worker, l.end-final, r.State, r.Reason)
 		}
-		if r.State == schemas.Expired && l.by == schemas.EndedDeadline && !s.skewed {
+		if r.State == schemas.Expired && !s.skewed && (l.by == schemas.EndedDeadline || l.by == "" && l.Attempt == r.Attempt) {
 			c.Overshoot = append(c.Overshoot, l.end-c.since(r.ExpiresAt))
 		}
 	}
@@ -388,6 +396,9 @@ func (c *checker) ended(s *subject) time.Duration {
 // clockSlack is how far the wall clock of records may drift from that of the history
 // during a run.
 const clockSlack = 50 * time.Millisecond
+
+// sightSlack is how much of the life of a real container may not have been seen.
+const sightSlack = time.Second
 
 // wishes checks what was promised to clients.
 func (c *checker) wishes(s *subject) {
@@ -422,11 +433,6 @@ func (c *checker) wishes(s *subject) {
 				c.broken(ExtendLost, s, e.T, "its deadline is %v before the acknowledged one", op.Seen.ExpiresAt.Sub(r.ExpiresAt))
 			}
 			promised := c.since(op.Seen.ExpiresAt)
-			if len(s.lives) > 0 && op.Seen.ExpiresAt.Equal(r.RunningAt.Add(r.TTL.Std())) {
-				// Nothing moved it: it counts from the first report of the start, and that may have
-				// been under way for a while.
-				promised -= max(0, c.since(r.RunningAt)-s.lives[0].start)
-			}
 			for _, l := range s.lives {
 				if op.Status != 200 || l.by != schemas.EndedDeadline || l.end <= e.T || l.end >= promised-time.Second {
 					continue
@@ -447,7 +453,7 @@ type script struct {
 	code   int
 	reason schemas.Reason // of its failure
 	starts bool
-	output int64 // bytes of stdout, if it is a "log"
+	output int64 // bytes of stdout; 0: that does not matter
 }
 
 func scriptOf(spec schemas.Spec) script {
@@ -467,7 +473,9 @@ func scriptOf(spec schemas.Spec) script {
 		return script{life: length(w[1]), code: number(w[2]), reason: schemas.ReasonExit, starts: true}
 	case "log":
 		return script{life: length(w[2]), starts: true, output: int64(number(w[1]))}
-	case "oom":
+	case "spam":
+		return script{starts: true, output: int64(number(w[1]))}
+	case "oom", "eat":
 		return script{code: 137, reason: schemas.ReasonOOM, starts: true}
 	case "fail":
 		if w[1] == "image" {
@@ -509,6 +517,10 @@ func (c *checker) ending(s *subject) {
 		case !do.starts:
 		case final == nil:
 			wrong("attempt %d never lived", r.Attempt)
+		case final.by == "" && final.ends > 0:
+			if do.life < 0 || final.end-final.start < do.life-sightSlack {
+				wrong("attempt %d lived only %v", r.Attempt, final.end-final.start)
+			}
 		case final.by != schemas.EndedItself:
 			wrong("attempt %d was ended by %s", r.Attempt, cmp.Or(final.by, "nobody"))
 		}
@@ -518,6 +530,9 @@ func (c *checker) ending(s *subject) {
 		if itself(); do.code != 0 || !do.starts {
 			wrong("its script fails")
 		}
+		if l := r.Logs; do.output > 0 && (l == nil || !l.Truncated && l.StdoutBytes != do.output) {
+			wrong("of its log there is %+v", l)
+		}
 	case r.State == schemas.Canceled:
 		if !slices.ContainsFunc(s.ops, func(e Event) bool { return e.Op.Name == "cancel" && e.Op.Began <= at }) {
 			wrong("nobody asked")
@@ -525,7 +540,7 @@ func (c *checker) ending(s *subject) {
 	case r.State == schemas.Expired:
 		// The worker's own clock decides, and its report of the start may have come late.
 		over := !s.skewed && !r.ExpiresAt.IsZero() && at >= c.since(r.ExpiresAt)-time.Second
-		if !over && final != nil && final.by == schemas.EndedDeadline {
+		if !over && final != nil && (final.by == schemas.EndedDeadline || final.by == "") {
 			over = final.end-s.lives[0].start >= r.Spec.TTL.Std()-time.Second
 			if late := c.since(r.ExpiresAt) - final.end; over && r.Extensions == 0 && !s.skewed {
 				c.ShownLate = append(c.ShownLate, late)

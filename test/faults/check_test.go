@@ -165,14 +165,38 @@ func TestGoodHistories(t *testing.T) {
 		End: &schemas.End{By: schemas.EndedGaveBack}}})
 	refused.next(6, schemas.Sweep{Meta: refused.meta(6, "reaper")})
 
+	idle := running(nil) // a start that was broken off, and done by dockerd when all was over
+	idle.die(4, schemas.EndedPermit, 137)
+	idle.fault(3.5)
+	idle.lose(5)
+	idle.next(6, schemas.AskCancel{Meta: idle.meta(6, "gateway")})
+	idle.op(6.1, Op{Name: "cancel"})
+	late := Life{Do: "start", Assignment: schemas.Assignment{Task: idle.task, Attempt: 2, Worker: "w2"}, Idle: true}
+	idle.add(7, Event{Life: &late})
+
+	seen := running(nil) // a real container
+	seen.die(7.9, "", 0)
+	seen.end(8.1, schemas.EndedItself, 0)
+
+	shown := newStory(func(s *schemas.Spec) { s.Command, s.TTL = []string{"sleep", "1h"}, schemas.Duration(at(9)) })
+	shown.assign(2, "w1") // its report of the start comes 5 s late
+	shown.add(3, Event{Life: &Life{Do: "start", Assignment: shown.rec.Assignment()}})
+	shown.next(8, schemas.Settle{Meta: shown.meta(8, "reaper"), Report: schemas.Report{Assignment: shown.rec.Assignment(), Phase: schemas.PhaseRunning, Ran: true}})
+	shown.die(12, "", 0)
+	shown.end(12.1, schemas.EndedDeadline, 143)
+
 	for name, s := range map[string]*story{
-		"whole": whole(), "again": again, "canceled": canceled, "extended": extended, "ahead": ahead, "refused": refused,
+		"whole": whole(), "again": again, "canceled": canceled, "extended": extended, "seen": seen, "idle": idle, "shown": shown,
+		"ahead": ahead, "refused": refused,
 		"log":         logged(100, schemas.LogSum{StdoutBytes: 100}, Log{Bytes: 100, Good: 100}),
 		"limited log": logged(100, schemas.LogSum{StdoutBytes: 60, Dropped: 40, Truncated: true, Why: "limit"}, Log{Bytes: 60, Good: 60}),
 	} {
 		if r := Check(s.events); len(r.Violations) > 0 {
 			t.Errorf("%s: %v", name, r.Violations)
 		}
+	}
+	if r := Check(idle.events); r.IdleLeft != 1 {
+		t.Errorf("%d idle inits are left", r.IdleLeft)
 	}
 	r := Check(again.events)
 	if r.Requeues["worker_lost, ended by permit"] != 1 || r.Attempts[2] != 1 || r.Accepted != 1 {
@@ -300,6 +324,24 @@ func TestBrokenHistories(t *testing.T) {
 		"completed, but killed": {WrongEnd, func() *story {
 			s := running(nil)
 			s.die(8, schemas.EndedPermit, 137)
+			s.end(8.1, schemas.EndedItself, 0)
+			return s
+		}},
+		"completed, but seen for too short": {WrongEnd, func() *story {
+			s := running(nil)
+			s.die(5, "", 0)
+			s.end(8.1, schemas.EndedItself, 0)
+			return s
+		}},
+		"completed, but a real one never ends": {WrongEnd, func() *story {
+			s := running(func(s *schemas.Spec) { s.Command = []string{"term-exit", "0"} })
+			s.die(8, "", 0)
+			s.end(8.1, schemas.EndedItself, 0)
+			return s
+		}},
+		"completed, but its log is short": {WrongEnd, func() *story {
+			s := running(func(s *schemas.Spec) { s.Command = []string{"log", "20000", "5s"} })
+			s.die(8, schemas.EndedItself, 0)
 			s.end(8.1, schemas.EndedItself, 0)
 			return s
 		}},

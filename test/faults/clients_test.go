@@ -17,13 +17,14 @@ import (
 
 // client does one thing after the other, by its seed.
 type client struct {
-	name string
-	site *harness.Site
-	rec  *Recorder
-	rng  *rand.Rand
-	run  string // makes keys of this run its own
-	n    int
-	ids  []schemas.TaskID // the newest
+	name  string
+	site  *harness.Site
+	rec   *Recorder
+	rng   *rand.Rand
+	run   string // makes keys of this run its own
+	hosts *hosts // nil: no real containers
+	n     int
+	ids   []schemas.TaskID // the newest
 }
 
 // opTimeout bounds one request.
@@ -76,7 +77,11 @@ func (c *client) spec(key string) map[string]any {
 		"image": "any", "command": commands[i], "ttl": fmt.Sprintf("%ds", 4+c.rng.IntN(20)), "max_attempts": 1 + c.rng.IntN(6),
 		"timeouts": map[string]any{"stop": fmt.Sprintf("%dms", 100+c.rng.IntN(1500)), "queue": "30s"},
 		"labels":   map[string]string{"key": key}, "resources": map[string]any{"cpus": 0.1, "memory": "16MiB"},
-		"on_lost": []string{"requeue", "requeue", "requeue", "requeue", "fail", "wait"}[c.rng.IntN(6)],
+		"constraints": map[string]string{"engine": "fake"},
+		"on_lost":     []string{"requeue", "requeue", "requeue", "requeue", "fail", "wait"}[c.rng.IntN(6)],
+	}
+	if c.hosts != nil && c.rng.IntN(6) == 0 {
+		c.hosts.real(s)
 	}
 	if commands[i][0] == "refuse" {
 		s["timeouts"] = map[string]any{"queue": fmt.Sprintf("%ds", 4+c.rng.IntN(8))}

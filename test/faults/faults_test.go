@@ -105,7 +105,15 @@ func run(t *testing.T, seed uint64, length time.Duration, binary, clock string) 
 		}
 		t.Logf("history and logs: %s", dir)
 	})
-	s, err := harness.NewSite(t.Context(), harness.SiteOptions{Bin: binary, NATS: 3, Gateways: 2, Placers: 2, Reapers: 2, Agents: 3, Scale: scale, Fake: true})
+	var h *hosts
+	if binary != clock { // a mutant shows itself without hosts, and sooner
+		h = newHosts(t, rng(4))
+	}
+	o := harness.SiteOptions{Bin: binary, NATS: 3, Gateways: 2, Placers: 2, Reapers: 2, Agents: 3, Scale: scale, Fake: true, AgentArgs: []string{"--worker-label", fakeEngine}}
+	if h != nil {
+		o.Host = h.network.Host
+	}
+	s, err := harness.NewSite(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -118,6 +126,10 @@ func run(t *testing.T, seed uint64, length time.Duration, binary, clock string) 
 			b, _ := os.ReadFile(s.FakeJournal(w))
 			_ = os.WriteFile(filepath.Join(dir, w+".host"), b, 0o600)
 		}
+		if h != nil {
+			_ = os.WriteFile(filepath.Join(dir, "dockerd.log"), []byte(h.docker.Log()), 0o600)
+			h.leave(t, s)
+		}
 		if err := s.Remove(context.Background()); err != nil {
 			t.Error(err)
 		}
@@ -126,6 +138,9 @@ func run(t *testing.T, seed uint64, length time.Duration, binary, clock string) 
 	defer cancel()
 	if err := s.Start(begin); err != nil {
 		t.Fatal(err)
+	}
+	if h != nil {
+		h.join(t, s)
 	}
 
 	path := filepath.Join(dir, "history.jsonl")
@@ -145,11 +160,11 @@ func run(t *testing.T, seed uint64, length time.Duration, binary, clock string) 
 	var clients, lanes, managers sync.WaitGroup
 	var all []*client
 	for i := range 4 {
-		one := &client{name: fmt.Sprintf("c%d", i+1), site: s, rec: rec, rng: rng(uint64(10 + i)), run: fmt.Sprint(seed)}
+		one := &client{name: fmt.Sprintf("c%d", i+1), site: s, rec: rec, rng: rng(uint64(10 + i)), run: fmt.Sprint(seed), hosts: h}
 		all = append(all, one)
 		clients.Go(func() { one.drive(traffic) })
 	}
-	in := &injector{rec: rec, site: s, clock: clock, fence: fence, log: t.Logf}
+	in := &injector{rec: rec, site: s, clock: clock, fence: fence, hosts: h, log: t.Logf}
 	units, parts := manned(s)
 	managing, unmanage := context.WithCancel(t.Context())
 	defer func() { unmanage(); managers.Wait() }()
@@ -158,7 +173,10 @@ func run(t *testing.T, seed uint64, length time.Duration, binary, clock string) 
 	if binary == clock { // a mutant
 		lanes.Go(func() { early = hasty(traffic, t, s, rec); cancel() })
 	}
-	for i, name := range []string{"agents", "services", "nats", "all"} {
+	for i, name := range []string{"agents", "services", "nats", "all", "hosts"} {
+		if len(parts[name]) == 0 {
+			continue
+		}
 		lanes.Go(func() {
 			if err := in.lane(traffic, name, parts[name], rng(uint64(i))); err != nil {
 				t.Error(err)
@@ -181,6 +199,12 @@ func run(t *testing.T, seed uint64, length time.Duration, binary, clock string) 
 	healed := Now()
 	rec.Add(healed, Event{Healed: &Healed{Within: within}})
 	settle(t, rec, all[0], healed+within)
+	if h != nil {
+		h.empty(t, s, healed+within)
+		for _, e := range h.witness.lives() {
+			rec.Add(e.T, e)
+		}
+	}
 	unmanage()
 	managers.Wait()
 	for _, e := range lives(t, s) {
@@ -215,6 +239,9 @@ func hasty(ctx context.Context, t *testing.T, s *harness.Site, rec *Recorder) []
 func lives(t *testing.T, s *harness.Site) (list []Event) {
 	for _, w := range workers(s) {
 		f, err := os.Open(s.FakeJournal(w))
+		if errors.Is(err, os.ErrNotExist) {
+			continue // a real host
+		}
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -274,7 +301,10 @@ func manned(s *harness.Site) (all []*unit, parts map[string][][]*unit) {
 		all = append(all, group...)
 		parts[part] = append(parts[part], group)
 	}
-	add("agents", s.Agent)
+	add("agents", s.Agent[:3])
+	if len(s.Agent) > 3 {
+		add("hosts", s.Agent[3:])
+	}
 	add("services", s.Gateway)
 	add("services", s.Placer)
 	add("services", s.Reaper)

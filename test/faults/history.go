@@ -100,13 +100,15 @@ type Write struct {
 	Task schemas.TaskID `json:"task"`
 }
 
-// Life is one line of a fake host's journal: an attempt's start or end. T is when that
-// happened.
+// Life is an attempt's start or end, of a fake host's journal or as it was seen of a
+// real container: nobody says then by whom it was ended. T is when that happened.
 type Life struct {
 	Do         string             `json:"do"` // start, end
 	Assignment schemas.Assignment `json:"assignment"`
 	By         schemas.EndedBy    `json:"by,omitzero"`
 	Code       int                `json:"code,omitzero"`
+	// Idle, of a start: a container was there, and no process of the task was seen in it.
+	Idle bool `json:"idle,omitzero"`
 }
 
 // Log is what a client read of the log of a final task: stdout of its final attempt.

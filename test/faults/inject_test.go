@@ -25,13 +25,15 @@ type unit struct {
 	worker string     // of an agent
 }
 
-// injector injects faults in lanes: one over the agents, one over the other services,
-// one over NATS, one over everything. Faults of two lanes may fall together.
+// injector injects faults in lanes: one over the agents, one over the hosts of other
+// agents, one over the other services, one over NATS, one over everything. Faults of two
+// lanes may fall together.
 type injector struct {
 	rec   *Recorder
 	site  *harness.Site
 	clock string // a dayfly whose clock can be off
 	fence time.Duration
+	hosts *hosts // nil: they cannot be hurt here
 	log   func(format string, args ...any)
 }
 
@@ -100,6 +102,9 @@ func (in *injector) kinds(part string) []fault {
 		{"SIGTERM", during(0, term), 1},
 		{"SIGSTOP 0.5 fence", during(half, pause), 1},
 	}...)
+	if part == "hosts" {
+		return append(append(list, fault{"dead for 2 fences", during(two, kill), 1}), in.hosts.kinds(in)...)
+	}
 	if part != "agents" {
 		return append(list, fault{"kill -9 both", during(time.Second, kill), 2})
 	}
@@ -205,6 +210,9 @@ func (in *injector) lane(ctx context.Context, part string, groups [][]*unit, rng
 		f := deck[0]
 		deck = deck[1:]
 		units := slices.Clone(groups[rng.IntN(len(groups))])
+		if part == "hosts" {
+			units = in.hosts.fit(f.kind, units)
+		}
 		rng.Shuffle(len(units), func(i, j int) { units[i], units[j] = units[j], units[i] })
 		units = units[:min(f.many, len(units))]
 		// Always in the same order, for lanes that share units.

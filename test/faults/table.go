@@ -24,6 +24,7 @@ func (r *Result) Add(o Result) {
 	r.Accepted += o.Accepted
 	r.Records += o.Records
 	r.Logs += o.Logs
+	r.IdleLeft += o.IdleLeft
 	r.Faults = append(r.Faults, o.Faults...)
 	r.FaultsAt = append(r.FaultsAt, o.FaultsAt...)
 	r.Recovery = append(r.Recovery, o.Recovery...)
@@ -67,6 +68,7 @@ func (r Result) Print(out io.Writer) {
 	group("logs truncated", r.Truncated)
 	group("for a clock that was off", r.ByClock)
 	group("op", r.Ops)
+	row("idle inits left", r.IdleLeft)
 	row("all final after healing", r.Settled.Round(time.Millisecond))
 	if len(r.Overshoot) > 0 {
 		row("TTL overshoot p50, p99", spread(r.Overshoot))

@@ -23,6 +23,7 @@ type SiteOptions struct {
 	Scale                               float64 // 0 is 1
 	Fake                                bool    // tasks are only played
 	Sync                                string  // of NATS; "" is always
+	Host                                string  // address at which NATS listens; "" is the loopback one
 	AgentArgs, GatewayArgs, ServiceArgs []string
 }
 
@@ -68,7 +69,11 @@ func NewSite(ctx context.Context, o SiteOptions) (*Site, error) {
 		if o.NATS > 1 {
 			args = append(args, "--cluster-name", s.Cluster, "--cluster-listen", ports[i], "--routes", strings.Join(ports, ","))
 		}
-		s.NATS = append(s.NATS, s.process(fmt.Sprintf("nats%d", i+1), args, "--listen"))
+		n := s.process(fmt.Sprintf("nats%d", i+1), args, "--listen")
+		if o.Host != "" {
+			n.Args, n.Listen["--listen"] = append(n.Args, "--insecure-listen"), o.Host+":0"
+		}
+		s.NATS = append(s.NATS, n)
 	}
 	return s, nil
 }
@@ -185,7 +190,7 @@ func (s *Site) Remove(ctx context.Context, more ...*Process) error {
 	}
 	var err error
 	if !s.o.Fake {
-		err = removeContainers(ctx, s.Cluster)
+		err = RemoveContainers(ctx, s.Cluster)
 	}
 	return errors.Join(err, os.RemoveAll(s.Dir))
 }
@@ -195,7 +200,8 @@ func (s *Site) Call(ctx context.Context, gateway int, method, path string, in, o
 	return Call(ctx, method, s.Gateway[gateway].Addrs.HTTP+path, "", in, out)
 }
 
-func removeContainers(ctx context.Context, cluster string) error {
+// RemoveContainers takes away what a cluster has on this machine's Engine.
+func RemoveContainers(ctx context.Context, cluster string) error {
 	engine, err := client.New(client.FromEnv)
 	if err != nil {
 		return err
@@ -211,7 +217,12 @@ func removeContainers(ctx context.Context, cluster string) error {
 
 // Containers lists what a cluster has on the Engine, running or not.
 func Containers(ctx context.Context, cluster string) ([]string, error) {
-	engine, err := client.New(client.FromEnv)
+	return ContainersAt(ctx, "", cluster)
+}
+
+// ContainersAt is Containers on the Engine at a host; "" is this machine's.
+func ContainersAt(ctx context.Context, host, cluster string) ([]string, error) {
+	engine, err := engineAt(host)
 	if err != nil {
 		return nil, err
 	}
@@ -226,6 +237,14 @@ func Containers(ctx context.Context, cluster string) ([]string, error) {
 		ids = append(ids, c.ID)
 	}
 	return ids, nil
+}
+
+// engineAt gives a client of the Engine at a host; "" is this machine's.
+func engineAt(host string) (*client.Client, error) {
+	if host == "" {
+		return client.New(client.FromEnv)
+	}
+	return client.New(client.WithHost(host))
 }
 
 // Binaries builds dayfly, and dayfly-init beside it, into a folder, for tests.
