@@ -65,7 +65,7 @@ func TestFaults(t *testing.T) {
 		if binary, err = harness.Binaries(t.Context(), t.TempDir()); err != nil {
 			t.Fatal(err)
 		}
-		clock = filepath.Join(t.TempDir(), "dayfly")
+		clock = filepath.Join(filepath.Dir(binary), "dayfly-clock") // an agent looks for init beside it
 		o := harness.Overlay{}
 		if err := errors.Join(o.Clock(t.Context()), o.Build(t.Context(), clock)); err != nil {
 			t.Fatal(err)

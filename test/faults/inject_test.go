@@ -118,11 +118,11 @@ func (in *injector) kinds(part string) []fault {
 func (in *injector) clockOff(off, d time.Duration) func(context.Context, []*unit) (string, error) {
 	return func(ctx context.Context, targets []*unit) (effect string, err error) {
 		u := targets[0]
-		right := u.Bin
+		bin, env := u.Bin, u.Env
 		if err := u.Stop(); err != nil {
 			in.log("%v", err)
 		}
-		u.Bin, u.Env = in.clock, []string{harness.ClockEnv + "=" + off.String()}
+		u.Bin, u.Env = in.clock, append(slices.Clip(env), harness.ClockEnv+"="+off.String())
 		if err := in.heal(u); err != nil {
 			return "", err
 		}
@@ -138,7 +138,7 @@ func (in *injector) clockOff(off, d time.Duration) func(context.Context, []*unit
 		if err := u.Stop(); err != nil {
 			in.log("%v", err)
 		}
-		u.Bin, u.Env = right, nil
+		u.Bin, u.Env = bin, env
 		return effect, in.heal(u)
 	}
 }
