@@ -706,7 +706,7 @@ func (c *checker) recoveries(history []Event) {
 	for _, f := range c.Faults {
 		all := time.Duration(0)
 		if f.Kind == Copies {
-			all = -1
+			all = -1 // nothing to recover from
 		}
 		for _, name := range strings.Fields(f.Target) {
 			from, _ := slices.BinarySearchFunc(history, f.Until, func(e Event, t time.Duration) int { return cmp.Compare(e.T, t) })

@@ -80,11 +80,10 @@ func (c *client) spec(key string) map[string]any {
 		"constraints": map[string]string{"engine": "fake"},
 		"on_lost":     []string{"requeue", "requeue", "requeue", "requeue", "fail", "wait"}[c.rng.IntN(6)],
 	}
-	if c.hosts != nil && c.rng.IntN(6) == 0 {
-		c.hosts.real(s)
-	}
-	if commands[i][0] == "refuse" {
+	if commands[i][0] == "refuse" { // which no container can play
 		s["timeouts"] = map[string]any{"queue": fmt.Sprintf("%ds", 4+c.rng.IntN(8))}
+	} else if c.hosts != nil && c.rng.IntN(6) == 0 {
+		c.hosts.real(s)
 	}
 	return s
 }

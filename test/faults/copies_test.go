@@ -77,7 +77,7 @@ func (in *injector) copies(ctx context.Context, c *bus.Conn, rng *rand.Rand) err
 	mu.Lock()
 	defer mu.Unlock()
 	effect := fmt.Sprint(count)[len("map"):]
-	in.rec.Add(began, Event{Fault: &Fault{Kind: Copies, Target: "nats1", Until: Now(), Effect: effect}})
+	in.rec.Add(began, Event{Fault: &Fault{Kind: Copies, Target: "", Until: Now(), Effect: effect}})
 	in.log("%s: %s", Copies, effect)
 	return nil
 }

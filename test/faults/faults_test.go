@@ -65,7 +65,7 @@ func TestFaults(t *testing.T) {
 		if binary, err = harness.Binaries(t.Context(), t.TempDir()); err != nil {
 			t.Fatal(err)
 		}
-		clock = filepath.Join(t.TempDir(), "dayfly")
+		clock = filepath.Join(filepath.Dir(binary), "dayfly-clock") // an agent looks for init beside it
 		o := harness.Overlay{}
 		if err := errors.Join(o.Clock(t.Context()), o.Build(t.Context(), clock)); err != nil {
 			t.Fatal(err)
@@ -222,7 +222,9 @@ func run(t *testing.T, seed uint64, length time.Duration, binary, clock string) 
 
 // hasty looks, until ctx ends, for a violation that nothing which comes later can undo.
 func hasty(ctx context.Context, t *testing.T, s *harness.Site, rec *Recorder) []Violation {
-	sure := []Rule{StartedTwice, Overlap, AfterFinal, FinalChanged, Unguarded, IllegalStep, Doubled, StaleRead, CancelIgnored}
+	// Not AfterFinal: a clock that is off is in the history only once it is right again. Not
+	// FinalChanged: the observer may be behind the answers.
+	sure := []Rule{StartedTwice, Overlap, Unguarded, IllegalStep, Doubled, StaleRead, CancelIgnored}
 	for ; ctx.Err() == nil; sleep(ctx, 3*time.Second) {
 		history, _ := rec.History()
 		found := slices.DeleteFunc(Check(append(history, lives(t, s)...)).Violations, func(v Violation) bool { return !slices.Contains(sure, v.Rule) })

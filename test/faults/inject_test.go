@@ -87,13 +87,7 @@ func (in *injector) kinds(part string) []fault {
 			{"SIGSTOP 0.5 fence", during(half, pause), 1},
 			{"kill -9 all", during(time.Second, kill), 3},
 			{"SIGTERM", during(half, term), 1},
-			{"store wiped", during(in.fence, func(u *unit) string {
-				u.Kill()
-				if os.RemoveAll(in.site.NATSData(u.Process)) != nil {
-					return ""
-				}
-				return "wiped"
-			}), 1},
+			{"store wiped", in.wipe, 1},
 		}...)
 	}
 	list := append(clocks, []fault{
@@ -124,11 +118,11 @@ func (in *injector) kinds(part string) []fault {
 func (in *injector) clockOff(off, d time.Duration) func(context.Context, []*unit) (string, error) {
 	return func(ctx context.Context, targets []*unit) (effect string, err error) {
 		u := targets[0]
-		right := u.Bin
+		bin, env := u.Bin, u.Env
 		if err := u.Stop(); err != nil {
 			in.log("%v", err)
 		}
-		u.Bin, u.Env = in.clock, []string{harness.ClockEnv + "=" + off.String()}
+		u.Bin, u.Env = in.clock, append(slices.Clip(env), harness.ClockEnv+"="+off.String())
 		if err := in.heal(u); err != nil {
 			return "", err
 		}
@@ -144,19 +138,40 @@ func (in *injector) clockOff(off, d time.Duration) func(context.Context, []*unit
 		if err := u.Stop(); err != nil {
 			in.log("%v", err)
 		}
-		u.Bin, u.Env = right, nil
+		u.Bin, u.Env = bin, env
 		return effect, in.heal(u)
 	}
 }
 
-// whole waits until every NATS server has all that the others have: only then may the
-// store of one of them be lost.
-func (in *injector) whole(ctx context.Context) {
+// wipe takes the store of one NATS server away. Before that, and before anything else
+// may happen to them, each server has all that the others have: what two of three
+// acknowledged may be gone if one of them is wiped while the third is behind.
+func (in *injector) wipe(ctx context.Context, targets []*unit) (effect string, err error) {
+	u := targets[0]
+	if err := in.whole(ctx); err != nil {
+		return "", nil // the run is over
+	}
+	u.Kill()
+	if os.RemoveAll(in.site.NATSData(u.Process)) == nil {
+		effect = "wiped"
+	}
+	sleep(ctx, in.fence)
+	if err := in.heal(u); err != nil {
+		return effect, err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	return effect, in.whole(ctx)
+}
+
+// whole waits until every NATS server has all that the others have.
+func (in *injector) whole(ctx context.Context) error {
 	for _, p := range in.site.NATS {
-		if err := p.Ready(ctx); err != nil && ctx.Err() == nil {
-			in.log("%v", err)
+		if err := p.Ready(ctx); err != nil {
+			return err
 		}
 	}
+	return nil
 }
 
 // stopped says whether the kernel has the process stopped.
@@ -217,9 +232,6 @@ func (in *injector) lane(ctx context.Context, part string, groups [][]*unit, rng
 		units = units[:min(f.many, len(units))]
 		// Always in the same order, for lanes that share units.
 		slices.SortFunc(units, func(a, b *unit) int { return strings.Compare(a.Name, b.Name) })
-		if f.kind == "store wiped" {
-			in.whole(ctx)
-		}
 		name := ""
 		for _, u := range units {
 			u.mu.Lock()

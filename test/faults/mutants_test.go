@@ -38,8 +38,11 @@ func TestMutants(t *testing.T) {
 			continue
 		}
 		t.Run(m.Rule, func(t *testing.T) {
-			o, binary := harness.Overlay{}, filepath.Join(t.TempDir(), "dayfly")
-			root, err := filepath.Abs("../..")
+			o, root := harness.Overlay{}, ""
+			binary, err := harness.Binaries(t.Context(), t.TempDir())
+			if err == nil {
+				root, err = filepath.Abs("../..")
+			}
 			if err := errors.Join(err, o.Clock(t.Context()), m.Apply(o, root), o.Build(t.Context(), binary)); err != nil {
 				t.Fatal(err)
 			}
