@@ -158,7 +158,12 @@ func TestGoodHistories(t *testing.T) {
 	shown.die(12, "", 0)
 	shown.end(12.1, schemas.EndedDeadline, 143)
 
-	for name, s := range map[string]*story{"whole": whole(), "again": again, "canceled": canceled, "extended": extended, "seen": seen, "idle": idle, "shown": shown} {
+	unknown := newStory(func(s *schemas.Spec) { s.OnLost = schemas.OnLostWait })
+	unknown.assign(2, "w1") // whose worker is not heard of again
+	unknown.lose(14)
+	unknown.next(3600, schemas.Sweep{Meta: unknown.meta(3600, "reaper")})
+
+	for name, s := range map[string]*story{"whole": whole(), "again": again, "canceled": canceled, "extended": extended, "seen": seen, "idle": idle, "shown": shown, "unknown": unknown} {
 		if r := Check(s.events); len(r.Violations) > 0 {
 			t.Errorf("%s: %v", name, r.Violations)
 		}
