@@ -1,6 +1,7 @@
 package bus
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,6 +19,7 @@ import (
 type follower struct {
 	c              *Conn
 	stream, filter string
+	ahead          int // messages fetched before handle is free for them; 0 is 1,000
 
 	// next gives the sequence to start from, at the beginning of each session.
 	next func() uint64
@@ -154,7 +156,7 @@ func (f *follower) session(ctx context.Context) error {
 			alive = false
 			end(err)
 		}
-	}, jetstream.PullMaxMessages(1000), jetstream.PullExpiry(30*time.Second), jetstream.PullHeartbeat(f.heartbeat()),
+	}, jetstream.PullMaxMessages(cmp.Or(f.ahead, 1000)), jetstream.PullExpiry(30*time.Second), jetstream.PullHeartbeat(f.heartbeat()),
 		jetstream.ConsumeErrHandler(func(_ jetstream.ConsumeContext, err error) { end(err) }))
 	if err != nil {
 		return fmt.Errorf("consume %s: %w", f.stream, err)

@@ -1,6 +1,7 @@
 package bus
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -14,6 +15,7 @@ type ReadOptions struct {
 	Filter       string // a subject, wildcards allowed; "" is the whole stream
 	FromSequence uint64 // 0 and 1: from the first
 	Follow       bool   // go on with what comes
+	Ahead        int    // messages fetched before fn asks for them, for large ones; 0 is some hundred
 }
 
 // Read gives the messages of a stream to fn in order, each once, first what is stored
@@ -29,7 +31,7 @@ func (c *Conn) Read(ctx context.Context, o ReadOptions, fn func(Msg) error) erro
 		next = meta.Sequence.Stream + 1
 		return fn(newMsg(m, meta))
 	}
-	f := &follower{c: c, stream: o.Stream, filter: o.Filter, next: func() uint64 { return next }, handle: give}
+	f := &follower{c: c, stream: o.Stream, filter: o.Filter, ahead: o.Ahead, next: func() uint64 { return next }, handle: give}
 	if o.Follow {
 		if err := f.run(ctx); err != nil {
 			return err
@@ -64,7 +66,7 @@ func (f *follower) stored(ctx context.Context) error {
 	defer f.drop(info.Name)
 	left, expect := info.NumPending, uint64(1)
 	for left > 0 {
-		batch, err := cons.FetchNoWait(int(min(left, 500)))
+		batch, err := cons.FetchNoWait(int(min(left, uint64(cmp.Or(f.ahead, 500)))))
 		if err != nil {
 			return err
 		}

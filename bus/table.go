@@ -229,12 +229,16 @@ func (t *Table[T]) write(ctx context.Context, e Entry[T], v T, op string, opts [
 		case readErr == nil, errors.Is(readErr, ErrNotFound): // gone
 			return e, t.lost(err)
 		default: // could not look
-			if errors.Is(err, ErrConflict) {
+			if errors.Is(err, ErrConflict) && !sent {
 				return e, t.lost(err)
 			}
-			return e, fmt.Errorf("%w: %w", err, readErr)
+			// Not ErrUnavailable, which would say that it was surely not done.
+			return e, fmt.Errorf("%w: %v: %v", ErrUnknownOutcome, err, readErr)
 		}
 		if try == spuriousTries || !sleep(ctx, pause()) {
+			if sent { // what is in the way may be an earlier try that no quorum has taken yet
+				err = fmt.Errorf("%w: %v", ErrUnknownOutcome, err)
+			}
 			return e, err
 		}
 	}

@@ -230,19 +230,20 @@ func (r *Record) extend(e AskExtend) error {
 		return ErrTooLate
 	}
 	last := r.RunningAt.Add(r.MaxTTL.Std())
-	to := e.At.Add(e.TTL.Std())
-	if to.After(last) {
-		to = last
+	asked := e.At.Add(max(e.TTL.Std(), 0))
+	switch {
+	case asked.After(r.ExpiresAt) && !last.After(r.ExpiresAt):
+		return ErrLimit
+	case asked.After(last):
+		asked = last
 	}
-	if !to.After(r.ExpiresAt) {
-		if e.At.Add(e.TTL.Std()).After(r.ExpiresAt) {
-			return ErrLimit
-		}
-		return ErrUnchanged
+	// The record may put the end later than the worker has it, by as long as the word of
+	// the start was under way: so an end that stays is said to the worker too.
+	if asked.After(r.ExpiresAt) {
+		r.ExpiresAt = asked
 	}
-	r.ExpiresAt = to
 	r.Extensions++
-	r.note(e.Meta, "extended to "+to.Format(time.RFC3339))
+	r.note(e.Meta, "extended to "+r.ExpiresAt.Format(time.RFC3339))
 	return nil
 }
 

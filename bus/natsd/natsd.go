@@ -229,30 +229,51 @@ func (s *Server) Shutdown() {
 
 // Retire stops a server of a cluster so that its clients hardly notice: it hands over
 // what it leads first, and then sends them away one after the other. A single server
-// is just stopped.
+// is just stopped. One that catches up with the others may not hear of it for a long
+// time: after retireMost Retire returns, for the process to end as if it were killed,
+// which loses nothing that was acknowledged.
 func (s *Server) Retire() {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.srv != nil && s.cfg.Cluster != nil {
-		s.srv.LameDuckShutdown()
+	srv, lock := s.srv, s.lock
+	s.srv, s.lock = nil, nil
+	s.mu.Unlock()
+	if srv == nil {
+		return
 	}
-	s.stop()
+	gone := make(chan struct{})
+	go func() {
+		defer close(gone)
+		if s.cfg.Cluster != nil {
+			srv.LameDuckShutdown()
+		}
+		stop(srv, lock)
+	}()
+	select {
+	case <-gone:
+	case <-time.After(retireMost):
+		s.cfg.Logger.Warn().Dur("after", retireMost).Msg("the server does not stop by itself: leave it")
+	}
 }
 
-// How long Retire takes to send the clients away, and how long it waits before.
+// How long Retire takes to send the clients away, how long it waits before, and how
+// long it takes at most.
 const (
 	lameDuck      = 2 * time.Second
 	lameDuckGrace = 300 * time.Millisecond
+	retireMost    = 15 * time.Second
 )
 
 func (s *Server) stop() {
-	if s.srv == nil {
-		return
+	if s.srv != nil {
+		stop(s.srv, s.lock)
 	}
-	s.srv.Shutdown()
-	s.srv.WaitForShutdown()
-	s.lock.Close()
 	s.srv, s.lock = nil, nil
+}
+
+func stop(srv *server.Server, lock *os.File) {
+	srv.Shutdown()
+	srv.WaitForShutdown()
+	lock.Close()
 }
 
 // Restart starts the server again on the same folder and port, after stopping it

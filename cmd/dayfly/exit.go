@@ -246,8 +246,6 @@ func sentence(t schemas.Task) string {
 		return "no worker had room in time"
 	case schemas.ReasonWorkerLost:
 		return "its worker was lost"
-	case schemas.ReasonTooOften:
-		return "it was tried too often"
 	case schemas.ReasonNone:
 		return "the task is " + string(t.State)
 	}

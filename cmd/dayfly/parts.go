@@ -47,7 +47,7 @@ func (p *process) connect(ctx context.Context, c bus.Config) (*bus.Conn, error) 
 
 // part makes a part of a service and adds it to those that run.
 func (p *process) part(name, check string, connect connector, run func(context.Context, *bus.Conn) error) {
-	p.health.Add(name+": nats", func(context.Context) error { return errors.New("not connected yet") })
+	p.health.Add(name+": nats", notConnectedYet)
 	p.parts = append(p.parts, part{name, check, func(ctx context.Context) error {
 		conn, err := connect(ctx)
 		if err != nil {
@@ -57,6 +57,8 @@ func (p *process) part(name, check string, connect connector, run func(context.C
 		return run(ctx, conn)
 	}})
 }
+
+func notConnectedYet(context.Context) error { return errors.New("not connected yet") }
 
 // assetConfig says how what NATS stores is made.
 type assetConfig struct {
@@ -101,12 +103,13 @@ func (g *gatewayConfig) check(p *processConfig) error {
 }
 
 func (p *process) gateway(connect connector, ln net.Listener, g gatewayConfig, retention time.Duration) {
-	p.part("gateway", "gateway: views", connect, func(ctx context.Context, conn *bus.Conn) error {
+	p.health.Add("gateway: nats", notConnectedYet)
+	p.parts = append(p.parts, part{"gateway", "gateway: views", func(ctx context.Context) error {
 		policy := schemas.DefaultPolicy()
 		policy.MaxTTL = schemas.Duration(g.maxTTL)
-		return gateway.Run(ctx, gateway.Deps{Conn: conn, Listener: ln, Logger: p.logger("gateway"), Metrics: p.registry, Health: p.health},
+		return gateway.Run(ctx, gateway.Deps{Connect: connect, Listener: ln, Logger: p.logger("gateway"), Metrics: p.registry, Health: p.health},
 			gateway.Config{Policy: policy, Retention: retention, Lease: p.config.scaled(defaultLease)})
-	})
+	}})
 }
 
 const defaultLease = 30 * time.Second

@@ -136,8 +136,12 @@ func (t *attempt) resume(found Attempt) {
 		t.giveBack("the agent was restarted before it had begun")
 		return
 	}
-	if _, started := found.StartedFor(); !started {
+	_, started := found.StartedFor()
+	if !started {
 		t.kill(found)
+		_, started = found.StartedFor() // just now, perhaps
+	}
+	if !started {
 		t.giveBack("the agent was restarted before the process was started")
 		return
 	}
@@ -209,10 +213,7 @@ func (t *attempt) watch(found Attempt, startTook time.Duration) {
 		found.Stop(*t.stop)
 	}
 	if t.deadline != t.given { // an order moved it while the process was being started
-		ran, _ := found.StartedFor()
-		if err := found.SetDeadline(t.deadline.remaining(t.agent.rt.Now(), ran)); err != nil {
-			t.log.Error().Err(err).Msg("move deadline")
-		}
+		_ = t.moveDeadline()
 	}
 	t.mu.Unlock()
 	t.agent.metrics.started.Observe(startTook.Seconds())
@@ -487,8 +488,7 @@ func (t *attempt) extend(o schemas.Order) {
 	if o.Extensions > t.applied || t.found == nil {
 		t.deadline = deadline{left: o.TimeLeft.Std(), at: t.agent.rt.Now(), counting: o.Counting}
 		if t.found != nil {
-			if err := t.found.SetDeadline(o.TimeLeft.Std()); err != nil {
-				t.log.Error().Err(err).Msg("move deadline")
+			if err := t.moveDeadline(); err != nil {
 				return
 			}
 		}
@@ -498,6 +498,16 @@ func (t *attempt) extend(o schemas.Order) {
 		}
 	}
 	t.send() // the order came, or came again: its sender waits for this
+}
+
+// moveDeadline gives the process what the newest order left it. It runs under t.mu.
+func (t *attempt) moveDeadline() error {
+	ran, _ := t.found.StartedFor()
+	err := t.found.SetDeadline(t.deadline.remaining(t.agent.rt.Now(), ran))
+	if err != nil {
+		t.log.Error().Err(err).Msg("move deadline")
+	}
+	return err
 }
 
 // halt applies a stop order.

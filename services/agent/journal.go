@@ -27,7 +27,9 @@ type entry struct {
 	Stdout   int64             `json:"stdout,omitzero"` // bytes of the log that are surely stored
 	Stderr   int64             `json:"stderr,omitzero"`
 	Closed   bool              `json:"closed,omitzero"`
-	At       time.Time         `json:"at"`
+	// At is when it was closed, by the runtime's clock, which nobody sets: a wall clock
+	// that is put forward would make the agent forget all, and start again what is over.
+	At schemas.Duration `json:"at,omitzero"`
 }
 
 // registration is the journal's head: whose epoch the entries belong to. A host
@@ -59,7 +61,7 @@ type journal struct {
 
 // openJournal reads the journal in dir, or begins one. A last line that was cut off
 // by a crash is dropped.
-func openJournal(dir string, now time.Time) (*journal, error) {
+func openJournal(dir string, now time.Duration) (*journal, error) {
 	j := &journal{path: filepath.Join(dir, "journal"), entries: map[schemas.TaskID]entry{}}
 	if f, err := os.Open(j.path); err == nil {
 		err = j.read(f)
@@ -71,7 +73,7 @@ func openJournal(dir string, now time.Time) (*journal, error) {
 		return nil, fmt.Errorf("open journal: %w", err)
 	}
 	for id, e := range j.entries {
-		if e.Closed && now.Sub(e.At) > journalKeep {
+		if e.Closed && now-e.At.Std() > journalKeep {
 			delete(j.entries, id)
 		}
 	}
@@ -222,11 +224,11 @@ func (j *journal) open() []entry {
 }
 
 // forget drops closed entries that are old enough.
-func (j *journal) forget(now time.Time) {
+func (j *journal) forget(now time.Duration) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	for id, e := range j.entries {
-		if e.Closed && now.Sub(e.At) > journalKeep {
+		if e.Closed && now-e.At.Std() > journalKeep {
 			delete(j.entries, id)
 		}
 	}

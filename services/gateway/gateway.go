@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -69,6 +70,7 @@ func (c Config) withDefaults() Config {
 // Deps are what a gateway stands on.
 type Deps struct {
 	Conn     *bus.Conn
+	Connect  func(context.Context) (*bus.Conn, error) // of Run: makes Conn if that is nil
 	Logger   zerolog.Logger
 	Metrics  prometheus.Registerer // may be nil
 	Health   *ops.Health           // may be nil
@@ -93,12 +95,35 @@ type Gateway struct {
 	followers chan struct{} // one per open log
 }
 
-// Run serves the API on deps.Listener until ctx ends.
+// Run serves the API on deps.Listener until ctx ends. While it connects it answers that
+// the service is unavailable: a gateway that starts during an outage is not silent.
 func Run(ctx context.Context, deps Deps, cfg Config) error {
-	g := New(deps, cfg)
+	var open atomic.Pointer[http.Handler]
+	away := Gateway{log: deps.Logger}
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return g.KeepViews(ctx) })
-	group.Go(func() error { return ops.Serve(ctx, deps.Listener, g.Handler()) })
+	group.Go(func() error {
+		return ops.Serve(ctx, deps.Listener, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if h := open.Load(); h != nil {
+				(*h).ServeHTTP(w, r)
+				return
+			}
+			away.fail(newResponse(w, r), r, unavailable())
+		}))
+	})
+	group.Go(func() error {
+		if deps.Conn == nil {
+			conn, err := deps.Connect(ctx)
+			if err != nil {
+				return err
+			}
+			defer conn.Close()
+			deps.Conn = conn
+		}
+		g := New(deps, cfg)
+		h := g.Handler()
+		open.Store(&h)
+		return g.KeepViews(ctx)
+	})
 	if err := group.Wait(); err != nil && ctx.Err() == nil {
 		return fmt.Errorf("gateway: %w", err)
 	}

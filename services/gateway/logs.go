@@ -403,8 +403,12 @@ func (l *logReader) live(ctx context.Context) error {
 	return err
 }
 
+// logAhead bounds what a reader that is slow holds in memory, to half a megabyte: a
+// chunk has up to 64 KiB.
+const logAhead = 8
+
 func (l *logReader) options(from uint64, follow bool) bus.ReadOptions {
-	return bus.ReadOptions{Stream: schemas.StreamLogs, Filter: schemas.LogSubject("*", l.id), FromSequence: from, Follow: follow}
+	return bus.ReadOptions{Stream: schemas.StreamLogs, Filter: schemas.LogSubject("*", l.id), FromSequence: from, Follow: follow, Ahead: logAhead}
 }
 
 // stored reads what is there.

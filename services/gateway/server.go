@@ -71,11 +71,8 @@ func (g *Gateway) Handler() http.Handler {
 // paths through to next that it takes as they are.
 func (g *Gateway) guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
-		w := &response{ResponseWriter: rw, id: requestID(r), route: "none"}
+		w := newResponse(rw, r)
 		h := w.Header()
-		h.Set("X-Request-Id", w.id)
-		h.Set("Cache-Control", "no-store")
-		h.Set("X-Content-Type-Options", "nosniff")
 		start := time.Now()
 		g.metrics.inFlight.Inc()
 		defer func() {
@@ -99,6 +96,16 @@ func (g *Gateway) guard(next http.Handler) http.Handler {
 			next.ServeHTTP(w, r)
 		}
 	})
+}
+
+// newResponse begins the answer to a request.
+func newResponse(rw http.ResponseWriter, r *http.Request) *response {
+	w := &response{ResponseWriter: rw, id: requestID(r), route: "none"}
+	h := w.Header()
+	h.Set("X-Request-Id", w.id)
+	h.Set("Cache-Control", "no-store")
+	h.Set("X-Content-Type-Options", "nosniff")
+	return w
 }
 
 // route sends a request to the handler of its method.

@@ -156,7 +156,7 @@ func (g *Gateway) extend(w *response, r *http.Request) error {
 	switch {
 	case err == nil:
 		g.order(e)
-	case errors.Is(err, schemas.ErrUnchanged): // it has that much time already
+	case errors.Is(err, schemas.ErrUnchanged): // it has not run yet, and will get that much
 	case errors.Is(err, schemas.ErrFinal):
 		return conflict(schemas.CodeStateConflict, "the task is over; create a new one")
 	case errors.Is(err, schemas.ErrState):

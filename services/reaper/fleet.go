@@ -31,9 +31,18 @@ func newFleet() *fleet { return &fleet{seen: map[schemas.WorkerID]sighting{}} }
 func (f *fleet) saw(w schemas.WorkerID, revision uint64, now time.Time) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.seen[w].revision != revision {
+	if s, ok := f.seen[w]; !ok || s.revision != revision {
 		f.seen[w] = sighting{revision, now}
 	}
+}
+
+// absent says that no beat of a worker is there, and whether that has been so for the
+// fence: its key was lost with a server, and it has not come back to write it again.
+func (f *fleet) absent(w schemas.WorkerID, now time.Time, fence time.Duration) bool {
+	f.saw(w, 0, now)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return now.Sub(f.seen[w].at) >= fence
 }
 
 func (f *fleet) forget(w schemas.WorkerID) {
@@ -104,14 +113,14 @@ func (r *Reaper) watchFleet(ctx context.Context) error {
 	tick := time.NewTicker(max(r.cfg.Fence/20, 10*time.Millisecond))
 	defer tick.Stop()
 	last := time.Now()
+	reconnected := r.conn.Reconnected()
 	for {
-		reconnected := r.conn.Reconnected()
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-reconnected:
+			reconnected = r.conn.Reconnected()
 			r.fleet.restart(time.Now())
-			continue
 		case <-tick.C:
 			now := time.Now() // a tick may have waited
 			slept := r.fleet.awake(last, now, r.cfg.Fence)
@@ -123,6 +132,11 @@ func (r *Reaper) watchFleet(ctx context.Context) error {
 			if !r.conn.Connected() {
 				r.fleet.restart(now)
 				continue
+			}
+			select {
+			case <-reconnected:
+				continue // it was away between two ticks
+			default:
 			}
 			for w, revision := range r.fleet.silent(now, r.cfg.Fence) {
 				r.verdict(ctx, w, revision)
@@ -151,13 +165,21 @@ func (r *Reaper) verdict(ctx context.Context, w schemas.WorkerID, revision uint6
 	}
 }
 
-// checkHolder gives up a task whose holder is lost or has another epoch by now. It
-// says whether the task was dealt with.
+// checkHolder gives up a task whose holder is lost, has another epoch by now, or has
+// been unknown for the fence. It says whether the task was dealt with.
 func (r *Reaper) checkHolder(ctx context.Context, e bus.Entry[schemas.Record]) (bool, error) {
 	rec := e.Value
 	beat, _, ok := r.beats.Get(string(rec.Worker))
 	former := rec.Epoch.Before(beat.Epoch) // the view may also be older than the record
-	if !ok || !former && !(beat.Epoch == rec.Epoch && beat.Lost()) {
+	switch {
+	case !ok && !r.fleet.absent(rec.Worker, time.Now(), r.cfg.Fence):
+		r.due.add(rec.ID, time.Now().Add(r.cfg.Fence/4))
+		return false, nil
+	case !ok: // the view may have missed it
+		if _, err := r.workers.Get(ctx, string(rec.Worker)); !errors.Is(err, bus.ErrNotFound) {
+			return false, err
+		}
+	case !former && !(beat.Epoch == rec.Epoch && beat.Lost()):
 		return false, nil
 	}
 	back := former && !beat.Lost()

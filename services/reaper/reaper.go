@@ -205,8 +205,12 @@ func (r *Reaper) observe(e bus.Entry[schemas.Record]) {
 }
 
 // order sends the order that follows from a record to the worker of an assignment.
-// It is not waited for: what is lost is sent again.
+// It is not waited for: what is lost is sent again. Where the same worker holds a later
+// attempt by now, the order of that one says the same and must not be overwritten.
 func (r *Reaper) order(rec schemas.Record, revision uint64, a schemas.Assignment) {
+	if now := rec.Assignment(); rec.State.Held() && now.Worker == a.Worker && now.Attempt > a.Attempt {
+		a = now
+	}
 	o := schemas.NewOrder(rec, revision, a, time.Now())
 	body, err := schemas.Encode(o)
 	if err != nil {

@@ -246,10 +246,25 @@ func TestAStaleReportIsClosedAndChangesNothing(t *testing.T) {
 	b.next(id, func(m schemas.Meta) schemas.Event { return schemas.Lose{Meta: m, Worker: worker, Epoch: "e1"} })
 	now := b.assign(id, "e2")
 	b.report(ended(old, schemas.EndedItself, 0))
-	b.order(id, func(o schemas.Order) bool { return o.Want == schemas.WantClose && o.Assignment == old })
+	// The order of the attempt that the worker holds now says it; a close of the old one
+	// would take its place.
+	b.order(id, func(o schemas.Order) bool { return o.Want == schemas.WantRun && o.Assignment == now })
 	b.report(ended(now, schemas.EndedItself, 3))
 	if r := b.state(id, schemas.Failed); r.Attempt != 2 || r.Exit.Code != 3 {
 		t.Errorf("attempt %d exit %+v", r.Attempt, r.Exit)
+	}
+	b.report(ended(old, schemas.EndedItself, 0))
+	b.order(id, func(o schemas.Order) bool { return o.Want == schemas.WantClose && o.Assignment == old })
+}
+
+func TestATaskOfAWorkerThatNobodyKnowsIsLostAfterAFence(t *testing.T) {
+	b := newBench(t)
+	id := b.accept(nil)
+	a := b.assign(id, "e1")
+	b.start()
+	b.report(schemas.Report{Assignment: a, Phase: schemas.PhaseRunning, Ran: true})
+	if r := b.state(id, schemas.Queued); r.Reason != schemas.ReasonWorkerLost {
+		t.Errorf("reason %s", r.Reason)
 	}
 }
 

@@ -28,12 +28,8 @@ func (r *Reaper) reports(ctx context.Context) error {
 	case <-ctx.Done():
 		return nil
 	}
-	spec := bus.ConsumerSpec{
-		Stream: schemas.StreamReports, Durable: durable, Filter: schemas.ReportSubject("*", "*"),
-		AckWait: ackWait, MaxAckPending: 4096,
-	}
 	// A cluster without a leader for the consumer refuses it for a while.
-	for err := r.conn.EnsureConsumer(ctx, spec); err != nil; err = r.conn.EnsureConsumer(ctx, spec) {
+	for err := r.ensureConsumer(ctx); err != nil; err = r.ensureConsumer(ctx) {
 		r.log.Warn().Err(err).Msg("make the consumer of reports, trying again")
 		select {
 		case <-time.After(retryAfter):
@@ -60,6 +56,14 @@ func (r *Reaper) reports(ctx context.Context) error {
 			return
 		}
 		_ = m.Ack()
+	})
+}
+
+// ensureConsumer makes the consumer of reports if it is not there.
+func (r *Reaper) ensureConsumer(ctx context.Context) error {
+	return r.conn.EnsureConsumer(ctx, bus.ConsumerSpec{
+		Stream: schemas.StreamReports, Durable: durable, Filter: schemas.ReportSubject("*", "*"),
+		AckWait: ackWait, MaxAckPending: 4096,
 	})
 }
 

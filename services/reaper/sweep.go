@@ -32,6 +32,9 @@ func (r *Reaper) sweeps(ctx context.Context) error {
 		case <-scan.C:
 			r.scan()
 			r.unknown.prune(time.Now().Add(-10 * r.cfg.Unknown))
+			if err := r.ensureConsumer(ctx); err != nil && ctx.Err() == nil {
+				r.log.Warn().Err(err).Msg("look for the consumer of reports")
+			}
 		case <-timer.C:
 		case <-r.due.wake:
 		}

@@ -7,8 +7,10 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"net/http"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -24,10 +26,12 @@ type unit struct {
 }
 
 // injector injects faults in lanes: one over the agents, one over the hosts of other
-// agents, one over the other services, one over NATS. Faults of two lanes may fall together.
+// agents, one over the other services, one over NATS, one over everything. Faults of two
+// lanes may fall together.
 type injector struct {
 	rec   *Recorder
 	site  *harness.Site
+	clock string // a dayfly whose clock can be off
 	fence time.Duration
 	hosts *hosts // nil: they cannot be hurt here
 	log   func(format string, args ...any)
@@ -71,22 +75,33 @@ func (in *injector) kinds(part string) []fault {
 		return stopped(u)
 	}
 	half, two := in.fence/2, 2*in.fence
+	if part == "all" {
+		return []fault{{"kill -9 everything", during(0, kill), 100}}
+	}
+	clocks := []fault{{ClockOff + " +1h", in.clockOff(time.Hour, two), 1}, {ClockOff + " -1h", in.clockOff(-time.Hour, two), 1}}
 	if part == "nats" {
-		return []fault{
+		return append(clocks, []fault{
 			{"kill -9", during(time.Second, kill), 1},
 			{"stop two of three", during(half, term), 2},
 			{"restart all", during(0, term), 3},
 			{"SIGSTOP 0.5 fence", during(half, pause), 1},
 			{"kill -9 all", during(time.Second, kill), 3},
 			{"SIGTERM", during(half, term), 1},
-		}
+			{"store wiped", during(in.fence, func(u *unit) string {
+				u.Kill()
+				if os.RemoveAll(in.site.NATSData(u.Process)) != nil {
+					return ""
+				}
+				return "wiped"
+			}), 1},
+		}...)
 	}
-	list := []fault{
+	list := append(clocks, []fault{
 		{"kill -9", during(200*time.Millisecond, kill), 1},
 		{"SIGSTOP 2 fences", during(two, pause), 1},
 		{"SIGTERM", during(0, term), 1},
 		{"SIGSTOP 0.5 fence", during(half, pause), 1},
-	}
+	}...)
 	if part == "hosts" {
 		return append(append(list, fault{"dead for 2 fences", during(two, kill), 1}), in.hosts.kinds(in)...)
 	}
@@ -103,6 +118,45 @@ func (in *injector) kinds(part string) []fault {
 			return "wiped"
 		}), 1},
 		fault{"kill -9 all", during(time.Second, kill), 3})
+}
+
+// clockOff lets a service end in good order and go on with a clock that is off.
+func (in *injector) clockOff(off, d time.Duration) func(context.Context, []*unit) (string, error) {
+	return func(ctx context.Context, targets []*unit) (effect string, err error) {
+		u := targets[0]
+		right := u.Bin
+		if err := u.Stop(); err != nil {
+			in.log("%v", err)
+		}
+		u.Bin, u.Env = in.clock, []string{harness.ClockEnv + "=" + off.String()}
+		if err := in.heal(u); err != nil {
+			return "", err
+		}
+		res, err := http.Get(u.Addrs.Admin + "/healthz")
+		if err == nil {
+			res.Body.Close()
+			says, _ := http.ParseTime(res.Header.Get("Date"))
+			if is := time.Until(says).Round(time.Minute); is == off {
+				effect = "off by " + is.String()
+			}
+		}
+		sleep(ctx, d)
+		if err := u.Stop(); err != nil {
+			in.log("%v", err)
+		}
+		u.Bin, u.Env = right, nil
+		return effect, in.heal(u)
+	}
+}
+
+// whole waits until every NATS server has all that the others have: only then may the
+// store of one of them be lost.
+func (in *injector) whole(ctx context.Context) {
+	for _, p := range in.site.NATS {
+		if err := p.Ready(ctx); err != nil && ctx.Err() == nil {
+			in.log("%v", err)
+		}
+	}
 }
 
 // stopped says whether the kernel has the process stopped.
@@ -141,10 +195,14 @@ func (in *injector) heal(u *unit) error {
 func (in *injector) lane(ctx context.Context, part string, groups [][]*unit, rng *rand.Rand) error {
 	var deck []fault
 	least := 2
-	if part == "nats" {
+	first := 1
+	switch part {
+	case "nats":
 		least = 10 // an election takes 4 to 10 s; without a pause nothing would be at work to be hurt
+	case "all":
+		first, least = 15, 60
 	}
-	for sleep(ctx, time.Duration(1+rng.IntN(3))*time.Second); ctx.Err() == nil; sleep(ctx, time.Duration(least+rng.IntN(5))*time.Second) {
+	for sleep(ctx, time.Duration(first+rng.IntN(3))*time.Second); ctx.Err() == nil; sleep(ctx, time.Duration(least+rng.IntN(5))*time.Second) {
 		if len(deck) == 0 {
 			deck = in.kinds(part)
 			rng.Shuffle(len(deck), func(i, j int) { deck[i], deck[j] = deck[j], deck[i] })
@@ -157,6 +215,11 @@ func (in *injector) lane(ctx context.Context, part string, groups [][]*unit, rng
 		}
 		rng.Shuffle(len(units), func(i, j int) { units[i], units[j] = units[j], units[i] })
 		units = units[:min(f.many, len(units))]
+		// Always in the same order, for lanes that share units.
+		slices.SortFunc(units, func(a, b *unit) int { return strings.Compare(a.Name, b.Name) })
+		if f.kind == "store wiped" {
+			in.whole(ctx)
+		}
 		name := ""
 		for _, u := range units {
 			u.mu.Lock()

@@ -62,7 +62,7 @@ func NewSite(ctx context.Context, o SiteOptions) (*Site, error) {
 		return nil, errors.Join(err, os.RemoveAll(dir))
 	}
 	for i := range o.NATS {
-		args := []string{"nats", "--credentials", s.core, "--name", fmt.Sprintf("n%d", i+1), "--data", filepath.Join(dir, fmt.Sprintf("n%d", i+1))}
+		args := []string{"nats", "--credentials", s.core, "--name", fmt.Sprintf("n%d", i+1), "--data", filepath.Join(dir, fmt.Sprintf("data-nats%d", i+1))}
 		if o.Sync != "" {
 			args = append(args, "--sync", o.Sync)
 		}
@@ -167,6 +167,9 @@ func (s *Site) NewAgent(ctx context.Context, worker string) (*Process, error) {
 
 // AgentData is the folder of a worker's agent.
 func (s *Site) AgentData(worker string) string { return filepath.Join(s.Dir, "data-"+worker) }
+
+// NATSData is the folder of a NATS server.
+func (s *Site) NATSData(p *Process) string { return filepath.Join(s.Dir, "data-"+p.Name) }
 
 // FakeJournal is the file in which a worker's fake runtime keeps what it runs. It
 // outlives AgentData.
