@@ -4,7 +4,6 @@ package cluster
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -24,16 +23,12 @@ import (
 // withDocker starts a site whose tasks are containers, and makes their image.
 func withDocker(t testing.TB, o harness.SiteOptions) (*harness.Site, string) {
 	t.Helper()
-	image := "dayfly-test:" + strings.ToLower(rand.Text())
-	if err := harness.MakeImage(t.Context(), image); err != nil {
+	s := start(t, o)
+	s.Image = "dayfly-test:" + s.Cluster
+	if err := harness.MakeImage(t.Context(), s.Image); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { // once the site is gone, and with it all containers
-		if err := harness.RemoveImage(context.Background(), image); err != nil {
-			t.Error(err)
-		}
-	})
-	return start(t, o), image
+	return s, s.Image
 }
 
 // contained is a small container that runs command.

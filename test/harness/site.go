@@ -1,6 +1,7 @@
 package harness
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -12,14 +13,15 @@ import (
 	"strings"
 	"time"
 
+	cerrdefs "github.com/containerd/errdefs"
 	"github.com/moby/moby/client"
 )
 
 // SiteOptions say what a site consists of. Zero of a service is one.
 type SiteOptions struct {
-	Bin                                 string // the dayfly binary
-	NATS, Gateways, Placers, Reapers    int    // NATS: 1 or 3
-	Agents                              int
+	Bin                                 string  // the dayfly binary
+	NATS, Gateways, Placers, Reapers    int     // NATS: 1 or 3
+	Agents                              int     // -1: none
 	Scale                               float64 // 0 is 1
 	Fake                                bool    // tasks are only played
 	Sync                                string  // of NATS; "" is always
@@ -31,6 +33,7 @@ type SiteOptions struct {
 type Site struct {
 	Dir     string
 	Cluster string // label of its containers
+	Image   string // of its tasks, if it has one of its own; it goes with them
 	NATS    []*Process
 	Gateway []*Process
 	Placer  []*Process
@@ -44,7 +47,7 @@ type Site struct {
 // NewSite prepares a site in a temporary folder; nothing runs yet. Remove it.
 func NewSite(ctx context.Context, o SiteOptions) (*Site, error) {
 	for _, n := range []*int{&o.NATS, &o.Gateways, &o.Placers, &o.Reapers, &o.Agents} {
-		*n = max(1, *n)
+		*n = max(0, cmp.Or(*n, 1))
 	}
 	if o.Scale == 0 {
 		o.Scale = 1
@@ -192,6 +195,9 @@ func (s *Site) Remove(ctx context.Context, more ...*Process) error {
 	if !s.o.Fake {
 		err = RemoveContainers(ctx, s.Cluster)
 	}
+	if s.Image != "" {
+		err = errors.Join(err, RemoveImage(ctx, s.Image))
+	}
 	return errors.Join(err, os.RemoveAll(s.Dir))
 }
 
@@ -210,7 +216,9 @@ func RemoveContainers(ctx context.Context, cluster string) error {
 	list, err := Containers(ctx, cluster)
 	for _, id := range list {
 		_, e := engine.ContainerRemove(ctx, id, client.ContainerRemoveOptions{Force: true, RemoveVolumes: true})
-		err = errors.Join(err, e)
+		if !cerrdefs.IsNotFound(e) { // its agent may have been about to remove it
+			err = errors.Join(err, e)
+		}
 	}
 	return err
 }
