@@ -185,9 +185,14 @@ func TestGoodHistories(t *testing.T) {
 	shown.die(12, "", 0)
 	shown.end(12.1, schemas.EndedDeadline, 143)
 
+	unknown := newStory(func(s *schemas.Spec) { s.OnLost = schemas.OnLostWait })
+	unknown.assign(2, "w1") // whose worker is not heard of again
+	unknown.lose(14)
+	unknown.next(3600, schemas.Sweep{Meta: unknown.meta(3600, "reaper")})
+
 	for name, s := range map[string]*story{
 		"whole": whole(), "again": again, "canceled": canceled, "extended": extended, "seen": seen, "idle": idle, "shown": shown,
-		"ahead": ahead, "refused": refused,
+		"unknown": unknown, "ahead": ahead, "refused": refused,
 		"log":         logged(100, schemas.LogSum{StdoutBytes: 100}, Log{Bytes: 100, Good: 100}),
 		"limited log": logged(100, schemas.LogSum{StdoutBytes: 60, Dropped: 40, Truncated: true, Why: "limit"}, Log{Bytes: 60, Good: 60}),
 	} {
