@@ -41,6 +41,7 @@ type world struct {
 	records  map[schemas.TaskID]schemas.Record // under mu
 	assigned map[schemas.Assignment]struct{}   // under mu: what any record has said
 	strays   []faults.Violation                // under mu: found on the way
+	latest   schemas.TaskID                    // under mu: whose record changed last
 	waiters  []*waiter                         // under mu
 }
 
@@ -56,7 +57,7 @@ func newWorld(seed uint64, dir string) *world {
 		records: map[schemas.TaskID]schemas.Record{}, assigned: map[schemas.Assignment]struct{}{}}
 	w.server = natssim.New(natssim.Config{Seed: seed, Alias: schemas.AgentAPIPrefix, Stored: w.stored})
 	if w.chance(0.7) {
-		w.server.SetFaults(natssim.Faults{Slow: 0.02, SlowMost: w.between(20*time.Millisecond, 4*time.Second), LostAnswer: 0.01, LostAck: 0.02, Spurious: 0.005})
+		w.server.SetFaults(natssim.Faults{Slow: []float64{0.01, 0.03, 0.2}[w.number(3)], SlowMost: w.between(20*time.Millisecond, 4*time.Second), LostAnswer: 0.01, LostAck: 0.02, Spurious: 0.005})
 	}
 	w.add(faults.Event{Run: &faults.Run{Seed: seed, Lease: agent.DefaultConfig("", "").Lease, Fence: reaper.DefaultConfig().Fence, Epoch: w.start}})
 	return w
@@ -145,7 +146,7 @@ func (w *world) stored(m natssim.Stored) {
 	}
 	w.add(faults.Event{Rev: &faults.Rev{Task: id, Revision: m.Sequence, Record: &r}})
 	w.mu.Lock()
-	w.records[id] = r
+	w.records[id], w.latest = r, id
 	if r.State.Held() {
 		w.assigned[r.Assignment()] = struct{}{}
 		w.promised(r)
