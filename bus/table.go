@@ -206,7 +206,7 @@ func (t *Table[T]) write(ctx context.Context, e Entry[T], v T, op string, opts [
 		if err == nil {
 			return Entry[T]{Key: e.Key, Value: v, Revision: seq}, nil
 		}
-		if sent && errors.Is(err, ErrUnavailable) {
+		if sent && (errors.Is(err, ErrUnavailable) || errors.Is(err, ErrConflict)) { // perhaps with the first copy of this very write
 			err = fmt.Errorf("%w: an earlier try: %v", ErrUnknownOutcome, err)
 		}
 		if !errors.Is(err, ErrConflict) && !errors.Is(err, ErrUnknownOutcome) {

@@ -22,11 +22,11 @@ import (
 // Faults are what goes wrong, as probabilities for each message. The zero value is a
 // good network.
 type Faults struct {
-	Slow       float64       // it takes up to SlowMost
-	SlowMost   time.Duration //
-	LostAnswer float64       // the answer to a write never comes
-	LostAck    float64       // the acknowledgement of a delivery never comes
-	Spurious   float64       // a compare-and-set is refused although it is right
+	Slow       float64 // it takes up to SlowMost
+	SlowMost   time.Duration
+	LostAnswer float64 // the answer to a write never comes
+	LostAck    float64 // the acknowledgement of a delivery never comes
+	Spurious   float64 // a compare-and-set is refused although it is right
 }
 
 // Config of a server.

@@ -39,8 +39,8 @@ type change struct {
 	came, went *message
 }
 
-// unsafe is how long a stream that does not wait for the disk may forget a change.
-const unsafe = 8 * time.Millisecond
+// unsynced is how long a stream that does not wait for the disk may forget a change.
+const unsynced = 8 * time.Millisecond
 
 func (s *Server) streamFor(subject string) *stream {
 	tokens := strings.Split(subject, ".")
@@ -86,7 +86,7 @@ func (st *stream) note(c change) {
 	}
 	now := time.Now()
 	c.at = now
-	for len(st.recent) > 0 && now.Sub(st.recent[0].at) > unsafe {
+	for len(st.recent) > 0 && now.Sub(st.recent[0].at) > unsynced {
 		st.recent = st.recent[1:]
 	}
 	st.recent = append(st.recent, c)
@@ -94,7 +94,7 @@ func (st *stream) note(c change) {
 
 // crash makes of the stream what a restarted server finds.
 func (st *stream) crash() {
-	since := time.Now().Add(-time.Duration(st.s.rng.Int64N(int64(unsafe))))
+	since := time.Now().Add(-time.Duration(st.s.rng.Int64N(int64(unsynced))))
 	for _, c := range slices.Backward(st.recent) {
 		if !c.at.After(since) {
 			break

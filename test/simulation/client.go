@@ -5,9 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"maps"
 	"net/http"
-	"slices"
 	"sync"
 	"time"
 
@@ -85,7 +83,7 @@ func (w *world) runClients(name string, wishes []wish) *process {
 		for _, x := range wishes {
 			each.Go(func() { c.serve(ctx, x) })
 		}
-		for range 4 {
+		for range 5 {
 			each.Go(func() { c.meddle(ctx) })
 		}
 		each.Wait()
@@ -115,16 +113,17 @@ func (c *client) serve(ctx context.Context, x wish) {
 	}
 }
 
-// meddle asks for something about a task that perhaps another gateway has made.
+// meddle asks for something about a task whose record has just changed, perhaps because
+// a client of another gateway asked.
 func (c *client) meddle(ctx context.Context) {
 	pause(ctx, c.w.between(0, 110*time.Second))
+	c.w.nextStored("$KV." + schemas.BucketTasks + ".")
 	c.w.mu.Lock()
-	ids := slices.Sorted(maps.Keys(c.w.records))
+	id := c.w.latest
 	c.w.mu.Unlock()
-	if len(ids) == 0 || ctx.Err() != nil {
+	if id == "" || ctx.Err() != nil {
 		return
 	}
-	id := ids[len(ids)-1-c.w.number(min(4, len(ids)))]
 	if c.w.chance(0.3) {
 		c.cancel(ctx, id)
 		return

@@ -3,6 +3,7 @@ package simulation
 import (
 	"context"
 	"fmt"
+	"strings"
 	"sync"
 	"time"
 
@@ -225,6 +226,9 @@ func (w *world) hurt(kind string, r *role, long time.Duration) {
 		time.Sleep(long)
 		p.link.Heal()
 	case "hold":
+		w.mu.Lock()
+		w.late = w.late || strings.HasPrefix(r.name, "placer")
+		w.mu.Unlock()
 		p.link.Hold()
 		time.Sleep(long)
 		p.link.Release()

@@ -41,6 +41,8 @@ type world struct {
 	records  map[schemas.TaskID]schemas.Record // under mu
 	assigned map[schemas.Assignment]struct{}   // under mu: what any record has said
 	strays   []faults.Violation                // under mu: found on the way
+	latest   schemas.TaskID                    // under mu: whose record changed last
+	late     bool                              // under mu: a placer's message may come later than it counts on
 	waiters  []*waiter                         // under mu
 }
 
@@ -56,7 +58,9 @@ func newWorld(seed uint64, dir string) *world {
 		records: map[schemas.TaskID]schemas.Record{}, assigned: map[schemas.Assignment]struct{}{}}
 	w.server = natssim.New(natssim.Config{Seed: seed, Alias: schemas.AgentAPIPrefix, Stored: w.stored})
 	if w.chance(0.7) {
-		w.server.SetFaults(natssim.Faults{Slow: 0.02, SlowMost: w.between(20*time.Millisecond, 4*time.Second), LostAnswer: 0.01, LostAck: 0.02, Spurious: 0.005})
+		most := w.between(20*time.Millisecond, 4*time.Second)
+		w.late = most > placer.DefaultConfig().WriteTimeout/2
+		w.server.SetFaults(natssim.Faults{Slow: []float64{0.01, 0.03, 0.2}[w.number(3)], SlowMost: most, LostAnswer: 0.01, LostAck: 0.02, Spurious: 0.005})
 	}
 	w.add(faults.Event{Run: &faults.Run{Seed: seed, Lease: agent.DefaultConfig("", "").Lease, Fence: reaper.DefaultConfig().Fence, Epoch: w.start}})
 	return w
@@ -145,7 +149,7 @@ func (w *world) stored(m natssim.Stored) {
 	}
 	w.add(faults.Event{Rev: &faults.Rev{Task: id, Revision: m.Sequence, Record: &r}})
 	w.mu.Lock()
-	w.records[id] = r
+	w.records[id], w.latest = r, id
 	if r.State.Held() {
 		w.assigned[r.Assignment()] = struct{}{}
 		w.promised(r)
@@ -156,7 +160,12 @@ func (w *world) stored(m natssim.Stored) {
 }
 
 // promised checks that a worker has the room that it is given tasks for. w.mu is held.
+// A new leader counts on what the old one sent having arrived within a write's timeout;
+// where the network does not keep that, the agent is the judge of its room.
 func (w *world) promised(r schemas.Record) {
+	if w.late {
+		return
+	}
 	held := 0
 	for _, other := range w.records {
 		if other.State.Held() && other.Worker == r.Worker {
