@@ -37,6 +37,7 @@ const (
 	lease    = "services/placer/lease.go"
 	lead     = "services/placer/lead.go"
 	fleet    = "services/reaper/fleet.go"
+	settle   = "services/reaper/settle.go"
 	sweep    = "services/reaper/sweep.go"
 )
 
@@ -65,8 +66,8 @@ var mutants = []mutant{
 		"if o.Revision >= e.Revision {", "if true {"}, {attempts, "if o.Extensions > t.applied || t.found == nil {", "if true {"}}},
 	{"an extension moves the deadline", []edit{{attempts,
 		"if err := t.found.SetDeadline(o.TimeLeft.Std()); err != nil {", "if err := error(nil); err != nil {"}}},
-	{"a report is repeated until an order closes the attempt", []edit{{attempts,
-		"time.AfterFunc(again, func() { t.repeat(this) })", "_ = again"}}},
+	{"a report is repeated until it is settled", []edit{{attempts,
+		"time.AfterFunc(again, func() { t.repeat(this) })", "_ = again"}, {settle, "_ = m.Nak(retryAfter)", "_ = m.Ack()"}}},
 	{"what runs is not given back", []edit{{attempts,
 		"t.watch(found, t.agent.cfg.HoldBack)\n}", "t.giveBack(\"restarted\")\n}"}}},
 	{"the permit ends", []edit{{beats,
