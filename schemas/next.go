@@ -412,7 +412,7 @@ func (r *Record) lostAttempt(end End, m Meta) {
 func (r *Record) requeue(reason Reason, message string, after time.Duration, m Meta) {
 	r.enter(Queued, reason, message, m) // the history still names the worker
 	r.Worker, r.Epoch, r.Restarts, r.Progress = "", "", 0, ""
-	r.QueuedAt, r.NotBefore = m.At, time.Time{}
+	r.QueuedAt, r.BackAt, r.NotBefore = m.At, m.At, time.Time{}
 	if after > 0 {
 		r.NotBefore = m.At.Add(after)
 	}

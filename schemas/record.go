@@ -79,7 +79,8 @@ type Record struct {
 	Progress string `json:"progress,omitzero"` // while starting: what the worker is doing
 
 	AcceptedAt time.Time `json:"accepted_at"`
-	QueuedAt   time.Time `json:"queued_at"` // when it last began to wait; a give-back goes on waiting
+	QueuedAt   time.Time `json:"queued_at"`        // when it last began to wait; a give-back goes on waiting
+	BackAt     time.Time `json:"back_at,omitzero"` // when it was last put back; NotBefore and Avoid are of the same clock
 	AssignedAt time.Time `json:"assigned_at,omitzero"`
 	StartingAt time.Time `json:"starting_at,omitzero"`
 	RunningAt  time.Time `json:"running_at,omitzero"` // the first time, of any attempt
