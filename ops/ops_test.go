@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
+	"github.com/rs/zerolog"
 	"github.com/spf13/pflag"
 	"go.uber.org/goleak"
 
@@ -111,6 +112,33 @@ func TestMetricsPassTheLinter(t *testing.T) {
 	}
 }
 
+func TestWhatTheServerComplainsAboutIsALogEvent(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var out bytes.Buffer
+	done := make(chan error, 1)
+	go func() {
+		done <- ops.Serve(ctx, ln, http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic("oh") }), zerolog.New(&out))
+	}()
+	if _, err := http.Get("http://" + ln.Addr().String()); err == nil {
+		t.Error("a request that panicked was answered")
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	var line map[string]string
+	if err := json.Unmarshal(out.Bytes(), &line); err != nil {
+		t.Fatalf("%v: %s", err, out.Bytes())
+	}
+	if line["level"] != "warn" || !strings.Contains(line["error"], "panic serving") {
+		t.Errorf("line %v", line)
+	}
+}
+
 func TestServeEndsWithItsContextAndEndsOpenRequests(t *testing.T) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -123,7 +151,7 @@ func TestServeEndsWithItsContextAndEndsOpenRequests(t *testing.T) {
 		done <- ops.Serve(ctx, ln, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 			close(open)
 			<-r.Context().Done()
-		}))
+		}), zerolog.Nop())
 	}()
 	answered := make(chan struct{})
 	go func() {
