@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/rs/zerolog"
 	"github.com/spf13/pflag"
@@ -103,13 +104,24 @@ func TestReadyzTellsWhichCheckFails(t *testing.T) {
 
 func TestMetricsPassTheLinter(t *testing.T) {
 	reg := ops.NewRegistry("1", "c")
-	m := ops.NewBusMetrics(reg, "gateway", func() bool { return true })
+	m := ops.NewBusMetrics(reg, "gateway", func() bool { return true }, func() uint64 { return 0 })
 	m.Observe("tasks", "get", 0, nil)
 	m.Observe("tasks", "conflict", 0, nil)
 	problems, err := testutil.GatherAndLint(reg)
 	if err != nil || len(problems) > 0 {
 		t.Error(problems, err)
 	}
+}
+
+func TestServicesOfOneProcessShareTheCounterOfFinishedTasks(t *testing.T) {
+	reg := prometheus.NewRegistry()
+	for range 2 {
+		ops.TasksFinished(reg).WithLabelValues("canceled", "canceled").Inc()
+	}
+	if n := testutil.ToFloat64(ops.TasksFinished(reg).WithLabelValues("canceled", "canceled")); n != 2 {
+		t.Errorf("%v counted, want 2", n)
+	}
+	ops.TasksFinished(nil).WithLabelValues("canceled", "canceled").Inc()
 }
 
 func TestWhatTheServerComplainsAboutIsALogEvent(t *testing.T) {

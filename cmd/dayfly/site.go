@@ -141,6 +141,7 @@ func (u *upConfig) startNATS(ctx context.Context, p *process, secrets credential
 	if err != nil {
 		return nil, &hintError{err, "the log above; dayfly doctor looks deeper"}
 	}
+	p.registry.MustRegister(natsMetrics{server})
 	return server, nil
 }
 
