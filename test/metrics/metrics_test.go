@@ -222,7 +222,9 @@ func (s *site) loseWorker(t *testing.T, ctx context.Context) {
 	}
 }
 
-// lint lets promtool look at what a process exports.
+var taskID = regexp.MustCompile(`t-[0-9a-z]{26}`)
+
+// lint lets promtool look at what a process exports, and that no task is named there.
 func lint(t *testing.T, admin string) {
 	t.Helper()
 	body, err := get(t.Context(), admin+"/metrics")
@@ -233,6 +235,9 @@ func lint(t *testing.T, admin string) {
 	cmd.Stdin = bytes.NewReader(body)
 	if out, err := cmd.CombinedOutput(); err != nil || len(out) > 0 {
 		t.Errorf("promtool check metrics of %s: %v (make setup installs it)\n%s", admin, err, out)
+	}
+	if id := taskID.Find(body); id != nil {
+		t.Errorf("metrics of %s name the task %s: labels without end", admin, id)
 	}
 }
 
