@@ -17,7 +17,9 @@ func promtool(t *testing.T, args ...string) {
 	}
 }
 
-func TestPromtoolTakesTheConfiguration(t *testing.T) { promtool(t, "check", "config", "prometheus.yml") }
+func TestPromtoolTakesTheConfiguration(t *testing.T) {
+	promtool(t, "check", "config", "prometheus.yml")
+}
 
 func TestAlertsFireWhenTheyShould(t *testing.T) { promtool(t, "test", "rules", "rules_test.yml") }
 
