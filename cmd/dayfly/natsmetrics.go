@@ -1,7 +1,7 @@
 package main
 
 import (
-	"github.com/nats-io/nats-server/v2/server"
+	natsserver "github.com/nats-io/nats-server/v2/server"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"dayfly.dev/bus/natsd"
@@ -37,7 +37,7 @@ func (m natsMetrics) Collect(ch chan<- prometheus.Metric) {
 	}
 	gauge(descConns, float64(srv.NumClients()))
 	ch <- prometheus.MustNewConstMetric(descSlow, prometheus.CounterValue, float64(srv.NumSlowConsumers()))
-	info, err := srv.Jsz(&server.JSzOptions{Accounts: true, Streams: true, Consumer: true, StreamLeaderOnly: true})
+	info, err := srv.Jsz(&natsserver.JSzOptions{Accounts: true, Streams: true, Consumer: true, StreamLeaderOnly: true})
 	if err != nil {
 		return // it is just ending
 	}
