@@ -108,7 +108,7 @@ func Run(ctx context.Context, deps Deps, cfg Config) error {
 				return
 			}
 			away.fail(newResponse(w, r), r, unavailable())
-		}))
+		}), deps.Logger)
 	})
 	group.Go(func() error {
 		if deps.Conn == nil {
