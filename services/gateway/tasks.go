@@ -91,9 +91,13 @@ func (g *Gateway) cancel(w *response, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	takes, err := parsePrecondition(r.Header)
+	if err != nil {
+		return err
+	}
 	ctx, cancel := g.operation(r)
 	defer cancel()
-	e, err := g.change(ctx, id, func(rec schemas.Record, m schemas.Meta) schemas.Event {
+	e, err := g.change(ctx, id, takes, func(rec schemas.Record, m schemas.Meta) schemas.Event {
 		ask := schemas.AskCancel{Meta: m, Grace: schemas.Duration(grace)}
 		if grace < 0 {
 			ask.Grace = rec.Spec.Timeouts.Stop
@@ -119,6 +123,10 @@ func (g *Gateway) extend(w *response, r *http.Request) error {
 		return err
 	}
 	if _, err := parseQuery(r); err != nil {
+		return err
+	}
+	takes, err := parsePrecondition(r.Header)
+	if err != nil {
 		return err
 	}
 	body, err := readBody(w, r)
@@ -147,7 +155,7 @@ func (g *Gateway) extend(w *response, r *http.Request) error {
 	if err := g.stays(ctx, e.Value.Record); err != nil {
 		return err
 	}
-	e, err = g.change(ctx, id, func(_ schemas.Record, m schemas.Meta) schemas.Event {
+	e, err = g.change(ctx, id, takes, func(_ schemas.Record, m schemas.Meta) schemas.Event {
 		return schemas.AskExtend{Meta: m, TTL: ask.TTL}
 	})
 	conflict := func(code schemas.Code, detail string) *schemas.Error {
