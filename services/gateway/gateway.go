@@ -26,7 +26,8 @@ type Config struct {
 	Policy schemas.Policy // what tasks may ask for; zero: schemas.DefaultPolicy
 
 	WaitMax      time.Duration // longest ?wait=, 60 s
-	MaxFollowers int           // log readers at a time, 512; one more is answered with 429
+	MaxFollowers int           // readers of logs and events at a time, 512; one more is answered with 429
+	EventWindow  int           // events that a reader of them holds which is behind, 4096 and at most twice as many
 	CacheBytes   int           // whole records kept in memory beside the short ones, 32 MiB
 
 	// Retention is how long the record of a task is kept that was canceled while it was
@@ -54,6 +55,7 @@ func (c Config) withDefaults() Config {
 	}
 	c.WaitMax = cmp.Or(c.WaitMax, time.Minute)
 	c.MaxFollowers = cmp.Or(c.MaxFollowers, 512)
+	c.EventWindow = cmp.Or(c.EventWindow, 4096)
 	c.CacheBytes = cmp.Or(c.CacheBytes, 32<<20)
 	c.Retention = cmp.Or(c.Retention, 24*time.Hour)
 	c.Lease = cmp.Or(c.Lease, 30*time.Second)
@@ -92,7 +94,7 @@ type Gateway struct {
 	index   index
 	fleet   *fleet
 
-	followers chan struct{} // one per open log
+	followers chan struct{} // one per open log or stream of events
 }
 
 // Run serves the API on deps.Listener until ctx ends. While it connects it answers that

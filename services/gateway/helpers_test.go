@@ -49,6 +49,7 @@ type api struct {
 	health *ops.Health
 	reg    *prometheus.Registry
 	g      *gateway.Gateway
+	stop   func() // as a kill would: connections break
 }
 
 func newWorld(t testing.TB, cfg gateway.Config) *world {
@@ -95,13 +96,14 @@ func newAPI(t testing.TB, c *bus.Conn, cfg gateway.Config) api {
 	a.url = srv.URL
 	a.client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 300, DisableCompression: true},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-	t.Cleanup(func() {
+	a.stop = sync.OnceFunc(func() {
 		a.client.CloseIdleConnections()
 		srv.CloseClientConnections()
 		srv.Close()
 		cancel()
 		done.Wait()
 	})
+	t.Cleanup(a.stop)
 	return a
 }
 

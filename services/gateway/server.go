@@ -55,6 +55,8 @@ func (g *Gateway) Handler() http.Handler {
 		"/v1/tasks/{id}":        {"GET": g.get, "DELETE": g.cancel},
 		"/v1/tasks/{id}/extend": {"POST": g.extend},
 		"/v1/tasks/{id}/logs":   {"GET": g.logs},
+		"/v1/tasks/{id}/events": {"GET": g.taskEvents},
+		"/v1/events":            {"GET": g.events},
 		"/v1/workers":           {"GET": g.listWorkers},
 		"/v1/workers/{id}":      {"GET": g.getWorker},
 
