@@ -68,7 +68,7 @@ func (g *Gateway) taskEvents(w *response, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	q, err := parseQuery(r, "follow", "after", "state*")
+	q, err := parseQuery(w, r)
 	if err != nil {
 		return err
 	}
@@ -77,7 +77,7 @@ func (g *Gateway) taskEvents(w *response, r *http.Request) error {
 
 // events is GET /v1/events.
 func (g *Gateway) events(w *response, r *http.Request) error {
-	q, err := parseQuery(r, "follow", "after", "state*", "label*", "worker")
+	q, err := parseQuery(w, r)
 	if err != nil {
 		return err
 	}
@@ -140,7 +140,7 @@ var (
 
 // open finds out where to begin.
 func (e *eventReader) open(r *http.Request) error {
-	ctx, cancel := e.g.operation(r)
+	ctx, cancel := e.g.onBus(r)
 	defer cancel()
 	if e.id != "" {
 		if _, err := e.g.fetch(ctx, e.id); err != nil {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -94,7 +95,8 @@ type Gateway struct {
 	index   index
 	fleet   *fleet
 
-	followers chan struct{} // one per open log or stream of events
+	page      func() ([]byte, error) // the docs page
+	followers chan struct{}          // one per open log or stream of events
 }
 
 // Run serves the API on deps.Listener until ctx ends. While it connects it answers that
@@ -159,6 +161,7 @@ func New(deps Deps, cfg Config) *Gateway {
 		fleet:     newFleet(deps.Conn, cfg.Lease),
 		recent:    newRecent(cfg.CacheBytes),
 		followers: make(chan struct{}, cfg.MaxFollowers),
+		page:      sync.OnceValues(docsPage),
 	}
 	g.tasks = bus.NewView(deps.Conn, schemas.BucketTasks, decodeItem, bus.ViewOptions[*item]{OnChange: g.taskChanged})
 	if deps.Health != nil {
@@ -236,9 +239,9 @@ func (g *Gateway) reach(ctx context.Context) error {
 	return unavailable()
 }
 
-// operation gives the context of work on the bus. The client's leaving does not end
+// onBus gives the context of work on the bus. The client's leaving does not end
 // it: an accepted key shall get its task.
-func (g *Gateway) operation(r *http.Request) (context.Context, context.CancelFunc) {
+func (g *Gateway) onBus(r *http.Request) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.WithoutCancel(r.Context()), g.cfg.OpTimeout)
 }
 

@@ -25,7 +25,7 @@ const (
 // list is GET /v1/tasks: newest first, from the view. Tasks that come meanwhile stand
 // before the first page, so a cursor neither repeats nor skips.
 func (g *Gateway) list(w *response, r *http.Request) error {
-	q, err := parseQuery(r, "state*", "label*", "worker", "created_after", "limit", "cursor")
+	q, err := parseQuery(w, r)
 	if err != nil {
 		return err
 	}

@@ -30,8 +30,8 @@ type logRequest struct {
 
 const maxTailLines = 100_000
 
-func parseLogRequest(r *http.Request) (l logRequest, err error) {
-	q, err := parseQuery(r, "follow", "tail", "since", "stream", "attempt", "timestamps")
+func parseLogRequest(w *response, r *http.Request) (l logRequest, err error) {
+	q, err := parseQuery(w, r)
 	if err != nil {
 		return l, err
 	}
@@ -112,7 +112,7 @@ func (g *Gateway) logs(w *response, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	ask, err := parseLogRequest(r)
+	ask, err := parseLogRequest(w, r)
 	if err != nil {
 		return err
 	}
@@ -184,7 +184,7 @@ var (
 
 // openLog finds the task and the attempts to show.
 func (g *Gateway) openLog(r *http.Request, id schemas.TaskID, ask logRequest) (*logReader, error) {
-	ctx, cancel := g.operation(r)
+	ctx, cancel := g.onBus(r)
 	defer cancel()
 	e, err := g.fetch(ctx, id)
 	if err != nil {

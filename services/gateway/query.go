@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -20,9 +21,10 @@ import (
 // query is a checked query string: only known parameters, each once.
 type query struct{ values url.Values }
 
-// parseQuery refuses what it does not know. Names that end in "*" may come more than
+// parseQuery refuses what the operation does not know. Names that end in "*" may come more than
 // once. Errors name the parameter and never repeat a value.
-func parseQuery(r *http.Request, names ...string) (query, error) {
+func parseQuery(w *response, r *http.Request) (query, error) {
+	names := w.names
 	if r.URL.RawQuery == "" {
 		return query{}, nil
 	}
@@ -34,7 +36,7 @@ func parseQuery(r *http.Request, names ...string) (query, error) {
 		many := slices.Contains(names, name+"*")
 		switch {
 		case !many && !slices.Contains(names, name):
-			return query{}, badQuery(shownName(name), "there is no such parameter here; there are: "+strings.ReplaceAll(strings.Join(names, ", "), "*", ""))
+			return query{}, badQuery(shownName(name), "there is no such parameter here; there are: "+cmp.Or(strings.ReplaceAll(strings.Join(names, ", "), "*", ""), "none"))
 		case !many && len(values[name]) > 1:
 			return query{}, badQuery(name, "stands there twice")
 		}
