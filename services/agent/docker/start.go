@@ -112,7 +112,7 @@ func unsupported(s schemas.Spec) string {
 func (r *Runtime) prepare(req agent.StartRequest, b *box) (*attempt, error) {
 	m := meta{
 		Version: 1, Assignment: req.Assignment, Key: newKey(), Free: req.NoPermit,
-		Grace: req.Grace, LogLimit: req.LogLimit, BootID: r.boot,
+		Grace: req.Grace, LogLimit: req.LogLimit, BootID: r.boot, Again: again(req.Spec),
 	}
 	if err := makeFolder(b.dir, m, req.Spec.Files); err != nil {
 		if !errors.Is(err, os.ErrExist) {
@@ -130,6 +130,17 @@ func (r *Runtime) prepare(req agent.StartRequest, b *box) (*attempt, error) {
 		return nil, err
 	}
 	return a, nil
+}
+
+// again is what init is told of the restart policy.
+func again(s schemas.Spec) *initproto.Again {
+	if !s.Restarts() {
+		return nil
+	}
+	return &initproto.Again{
+		Always: s.Restart.Policy == schemas.RestartAlways, Max: s.Restart.Max,
+		Pause: s.Restart.Backoff.Std(), Most: schemas.MaxRestartPause, Calm: schemas.RestartCalm,
+	}
 }
 
 // create makes the container. Where the outcome is unknown the name tells: what
@@ -352,7 +363,7 @@ func (a *attempt) run(g *greeting, b *box, req agent.StartRequest) error {
 		a.asked = true
 		_ = g.conn.SetDeadline(time.Now().Add(helloAfter))
 		err = g.conn.Send(initproto.Request{
-			ID: 1, Op: initproto.OpRun, Key: a.meta.Key, Argv: b.argv(), Env: b.env(), Free: a.meta.Free, Grace: a.meta.Grace,
+			ID: 1, Op: initproto.OpRun, Key: a.meta.Key, Argv: b.argv(), Env: b.env(), Free: a.meta.Free, Grace: a.meta.Grace, Again: a.meta.Again,
 		}, fds...)
 	}
 	a.mu.Unlock()
@@ -376,6 +387,7 @@ func (a *attempt) run(g *greeting, b *box, req agent.StartRequest) error {
 			_ = g.conn.SetDeadline(time.Time{})
 			a.mu.Lock()
 			a.ran, a.startedAt = true, initproto.Now()
+			a.current.Up = true
 			a.mu.Unlock()
 			close(a.met)
 			return initproto.WriteInstant(filepath.Join(a.dir, "started"), a.startedAt)
