@@ -230,7 +230,7 @@ func (a *Agent) adopt(e entry, found Attempt) {
 func (a *Agent) track(e entry) *attempt {
 	ctx, cancel := context.WithCancelCause(a.ctx)
 	t := &attempt{
-		agent: a, Assignment: e.Assignment, noPermit: e.NoPermit, needs: e.Needs, ctx: ctx, cancel: cancel,
+		agent: a, Assignment: e.Assignment, noPermit: e.NoPermit, needs: e.Needs, health: e.Health, ctx: ctx, cancel: cancel,
 		revision: e.Revision, applied: e.Applied, closed: make(chan struct{}), dead: make(chan struct{}),
 		safe: offsets{e.Stdout, e.Stderr}, reconnected: a.conn.Reconnected(),
 		log: a.log.With().Str("task", string(e.Task)).Int("attempt", e.Attempt).Logger(),

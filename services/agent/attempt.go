@@ -27,6 +27,7 @@ type attempt struct {
 	agent     *Agent
 	noPermit  bool
 	needs     schemas.Resources
+	health    *schemas.Health
 	recovered bool
 	log       zerolog.Logger
 
@@ -45,20 +46,23 @@ type attempt struct {
 	logs *shipper // of the attempt's goroutine; nil before the process was started
 	safe offsets  // of the journal: log bytes that an earlier agent has surely stored
 
-	mu       sync.Mutex
-	found    Attempt                 // under mu: once started
-	unstart  context.CancelCauseFunc // under mu: breaks off pulling and starting
-	stop     *time.Duration          // under mu: grace, once an order said stop
-	expired  bool                    // under mu: the stop said that its time is over
-	revision uint64                  // under mu: of the newest order handled
-	applied  int                     // under mu: extensions carried out
-	deadline deadline                // under mu: as the newest order says it
-	given    deadline                // under mu: what the process was started with
-	report   schemas.Report          // under mu: what is true, as last said or about to be
-	timer    *time.Timer             // under mu: says it later, or again
-	sends    int                     // under mu: reports sent
-	repeats  int                     // under mu: of the present one
-	gone     bool                    // under mu: closed or superseded: nothing more is said
+	mu        sync.Mutex
+	found     Attempt                 // under mu: once started
+	unstart   context.CancelCauseFunc // under mu: breaks off pulling and starting
+	stop      *time.Duration          // under mu: grace, once an order said stop
+	expired   bool                    // under mu: the stop said that its time is over
+	revision  uint64                  // under mu: of the newest order handled
+	applied   int                     // under mu: extensions carried out
+	restarts  int                     // under mu: at least so many, as the record has it
+	readyRun  int                     // under mu: the run that is ready, counted from 1
+	unhealthy string                  // under mu: why a run was stopped
+	deadline  deadline                // under mu: as the newest order says it
+	given     deadline                // under mu: what the process was started with
+	report    schemas.Report          // under mu: what is true, as last said or about to be
+	timer     *time.Timer             // under mu: says it later, or again
+	sends     int                     // under mu: reports sent
+	repeats   int                     // under mu: of the present one
+	gone      bool                    // under mu: closed or superseded: nothing more is said
 }
 
 // deadline is the time left at the moment an order was handled.
@@ -223,8 +227,17 @@ func (t *attempt) watch(found Attempt, startTook time.Duration) {
 	}
 	t.say(schemas.Report{Phase: schemas.PhaseRunning, Ran: true}, hold)
 
+	var checks sync.WaitGroup
+	defer checks.Wait()
+	ctx, endChecks := context.WithCancel(t.ctx)
+	defer endChecks()
+	if t.health != nil {
+		checks.Go(func() { t.checkHealth(ctx, found, *t.health) })
+	}
+
 	out := found.Output()
 	t.logs = &shipper{t: t, out: out, sent: t.safe, safe: t.safe}
+	_, ranAgain := found.Run()
 	for ended := false; ; {
 		changed := out.Changed()
 		select {
@@ -242,6 +255,9 @@ func (t *attempt) watch(found Attempt, startTook time.Duration) {
 		select {
 		case <-changed:
 			t.gather(found)
+		case <-ranAgain:
+			_, ranAgain = found.Run()
+			t.ranAgain()
 		case <-t.reconnected:
 		case <-found.Done():
 		case <-t.ctx.Done():
@@ -249,6 +265,15 @@ func (t *attempt) watch(found Attempt, startTook time.Duration) {
 	}
 	if context.Cause(t.ctx) == errSuperseded {
 		t.kill(found)
+	}
+}
+
+// ranAgain reports a restart, in a while: what restarts often shall not report as often.
+func (t *attempt) ranAgain() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.report.Phase == schemas.PhaseRunning {
+		t.tell(t.report, time.Second)
 	}
 }
 
@@ -268,6 +293,11 @@ func (t *attempt) outcome(found Attempt, out Output) schemas.End {
 	o := found.Outcome()
 	end := schemas.End{By: o.By, Reason: o.Reason, Message: text(o.Message, 1024), Exit: o.Exit, Usage: o.Usage,
 		Stdout: head(out, schemas.Stdout), Stderr: head(out, schemas.Stderr)}
+	t.mu.Lock()
+	if o.Reason == schemas.ReasonUnhealthy && t.unhealthy != "" {
+		end.Message = t.unhealthy
+	}
+	t.mu.Unlock()
 	var dropped, more int64
 	end.Logs.StdoutBytes, dropped = out.Size(schemas.Stdout)
 	end.Logs.StderrBytes, more = out.Size(schemas.Stderr)
@@ -439,7 +469,11 @@ func (t *attempt) send() {
 	if t.found != nil && r.Ran {
 		ran, _ := t.found.StartedFor()
 		r.RanFor = schemas.Duration(ran)
+		run, _ := t.found.Run()
+		r.Restarts, r.Last = run.Restarts, run.Last
+		r.Ready = t.readyRun == run.Restarts+1 && r.Phase == schemas.PhaseRunning
 	}
+	r.Restarts = max(r.Restarts, t.restarts) // the record takes no fewer
 	body, err := schemas.Encode(r)
 	if err != nil {
 		t.log.Error().Err(err).Msg("encode report")
@@ -484,7 +518,7 @@ func (t *attempt) repeat(sends int) {
 func (t *attempt) extend(o schemas.Order) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.revision = o.Revision
+	t.revision, t.restarts = o.Revision, max(t.restarts, o.Restarts)
 	if o.Extensions > t.applied || t.found == nil {
 		t.deadline = deadline{left: o.TimeLeft.Std(), at: t.agent.rt.Now(), counting: o.Counting}
 		if t.found != nil {
@@ -514,7 +548,7 @@ func (t *attempt) moveDeadline() error {
 func (t *attempt) halt(o schemas.Order) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.revision = o.Revision
+	t.revision, t.restarts = o.Revision, max(t.restarts, o.Restarts)
 	grace := o.Grace.Std()
 	t.stop, t.expired = &grace, o.Expired
 	switch {

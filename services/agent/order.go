@@ -59,6 +59,7 @@ func (a *Agent) handle(o schemas.Order) {
 	t := entry{Assignment: o.Assignment, Revision: o.Revision, Applied: o.Extensions, At: time.Now()}
 	if o.Want == schemas.WantRun && o.Spec != nil {
 		t.NoPermit, t.Needs = o.Spec.OnLost == schemas.OnLostWait, o.Spec.Resources
+		t.Health = o.Spec.Health
 		err := a.journal.put(t)
 		live := a.track(t)
 		live.deadline = deadline{left: o.TimeLeft.Std(), at: a.rt.Now(), counting: o.Counting}
@@ -93,6 +94,7 @@ func (a *Agent) update(o schemas.Order, e entry) {
 		if e.Closed && o.Want != schemas.WantClose && o.Revision > e.Revision {
 			e.Revision = o.Revision
 			live := a.track(e)
+			live.restarts = o.Restarts
 			live.run(func() {
 				live.finish(schemas.End{By: schemas.EndedLost, Reason: schemas.ReasonWorkerLost,
 					Message: fmt.Sprintf("worker %s has closed this attempt before", a.cfg.Worker)}, false)
