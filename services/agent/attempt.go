@@ -28,6 +28,7 @@ type attempt struct {
 	noPermit  bool
 	needs     schemas.Resources
 	health    *schemas.Health
+	gpus      []int // of the attempt's goroutine, with reserved
 	recovered bool
 	log       zerolog.Logger
 
@@ -110,11 +111,19 @@ func (t *attempt) begin(o schemas.Order, before *attempt, journalled error) {
 		t.giveBack("the worker cannot write its journal")
 		return
 	}
-	if err := t.agent.reserve(t.needs); err != nil {
+	gpus, err := t.agent.reserve(t.needs)
+	if err != nil {
 		t.giveBack(err.Error())
 		return
 	}
-	t.reserved = true
+	t.reserved, t.gpus = true, gpus
+	if len(gpus) > 0 { // the next agent must know which are taken
+		if err := t.agent.journal.change(t.Assignment, func(e *entry) { e.GPUs = gpus }); err != nil {
+			t.log.Error().Err(err).Msg("journal")
+			t.giveBack("the worker cannot write its journal")
+			return
+		}
+	}
 
 	t.say(schemas.Report{Phase: schemas.PhaseAccepted}, t.agent.cfg.HoldBack)
 	began := t.agent.rt.Now()
@@ -180,7 +189,7 @@ func (t *attempt) start(ctx context.Context, spec schemas.Spec) (Attempt, *schem
 	defer cancel()
 	found, err := t.agent.rt.Start(start, StartRequest{
 		Assignment: t.Assignment, Spec: spec, Image: image, TimeLeft: left, NoPermit: t.noPermit,
-		Grace: spec.Timeouts.Stop.Std(), LogLimit: t.agent.cfg.LogLimit,
+		Grace: spec.Timeouts.Stop.Std(), LogLimit: t.agent.cfg.LogLimit, GPUs: t.gpus,
 	})
 	if err != nil {
 		return nil, t.unstarted(ctx, because(start, err))
@@ -348,7 +357,7 @@ func (t *attempt) finish(end schemas.End, ran bool) {
 func (t *attempt) vacate() {
 	if t.reserved {
 		t.reserved = false
-		t.agent.release(t.needs)
+		t.agent.release(t.needs, t.gpus)
 	}
 }
 

@@ -67,7 +67,7 @@ func (r *Runtime) box(ctx context.Context, req agent.StartRequest) (*box, error)
 	b := &box{
 		cluster: r.cfg.Cluster, a: req.Assignment, spec: req.Spec, image: img,
 		dir: r.folder(ContainerName(req.Assignment)), init: r.initPath,
-		permit: filepath.Join(r.cfg.StateDir, "permit"), seccomp: r.seccomp, cpus: float64(r.cpus), v2: r.v2,
+		permit: filepath.Join(r.cfg.StateDir, "permit"), seccomp: r.seccomp, cpus: float64(r.cpus), v2: r.v2, gpus: req.GPUs,
 	}
 	if field := unsupported(req.Spec); field != "" {
 		return nil, &agent.StartError{Reason: schemas.ReasonStart, Message: field + " is not available on this worker; leave it out"}
@@ -97,8 +97,6 @@ func unsupported(s schemas.Spec) string {
 		return "runtime"
 	case s.Mounts != nil:
 		return "mounts"
-	case s.Resources.GPUs > 0:
-		return "resources.gpus"
 	}
 	for _, f := range s.Files {
 		if f.Blob != "" {
