@@ -135,10 +135,13 @@ func (t *Table[T]) UpdateFrom(ctx context.Context, e Entry[T], op string, fn fun
 			return e, err
 		}
 		fresh, err := t.Get(ctx, e.Key)
-		if err != nil {
+		switch {
+		case (errors.Is(err, ErrNotFound) || err == nil && fresh.Revision < e.Revision) && t.behind(ctx, e.Revision):
+		case err != nil:
 			return e, err
+		default:
+			e = fresh
 		}
-		e = fresh
 	}
 }
 
@@ -203,7 +206,7 @@ func (t *Table[T]) write(ctx context.Context, e Entry[T], v T, op string, opts [
 		if err == nil {
 			return Entry[T]{Key: e.Key, Value: v, Revision: seq}, nil
 		}
-		if sent && errors.Is(err, ErrUnavailable) {
+		if sent && (errors.Is(err, ErrUnavailable) || errors.Is(err, ErrConflict)) { // perhaps with the first copy of this very write
 			err = fmt.Errorf("%w: an earlier try: %v", ErrUnknownOutcome, err)
 		}
 		if !errors.Is(err, ErrConflict) && !errors.Is(err, ErrUnknownOutcome) {
@@ -212,7 +215,7 @@ func (t *Table[T]) write(ctx context.Context, e Entry[T], v T, op string, opts [
 		sent = sent || errors.Is(err, ErrUnknownOutcome)
 		raw, readErr := t.read(ctx, e.Key)
 		switch {
-		case readErr == nil && !raw.marker && raw.seq != expect:
+		case readErr == nil && !raw.marker && raw.seq > expect:
 			now, decodeErr := t.entry(e.Key, raw)
 			if decodeErr != nil {
 				return e, decodeErr
@@ -226,18 +229,38 @@ func (t *Table[T]) write(ctx context.Context, e Entry[T], v T, op string, opts [
 		case readErr == nil && raw.seq == expect, errors.Is(readErr, ErrNotFound) && e.Revision == 0:
 			// Ours is still the newest: a spurious conflict, or a write that never came.
 			expect = raw.seq
-		case readErr == nil, errors.Is(readErr, ErrNotFound): // gone
-			return e, t.lost(err)
-		default: // could not look
-			if errors.Is(err, ErrConflict) {
+		case readErr == nil && raw.seq < expect, errors.Is(readErr, ErrNotFound):
+			if !t.behind(ctx, expect) {
 				return e, t.lost(err)
 			}
-			return e, fmt.Errorf("%w: %w", err, readErr)
+			try--
+		case readErr == nil: // gone
+			return e, t.lost(err)
+		default: // could not look
+			if errors.Is(err, ErrConflict) && !sent {
+				return e, t.lost(err)
+			}
+			// Not ErrUnavailable, which would say that it was surely not done.
+			return e, fmt.Errorf("%w: %v: %v", ErrUnknownOutcome, err, readErr)
 		}
 		if try == spuriousTries || !sleep(ctx, pause()) {
+			if sent { // what is in the way may be an earlier try that no quorum has taken yet
+				err = fmt.Errorf("%w: %v", ErrUnknownOutcome, err)
+			}
 			return e, err
 		}
 	}
+}
+
+// behind says that the leader of the stream has not come to a revision that is there
+// already. A replica may be ahead of it and show a view what the leader does not know
+// yet; then it says of a fresh key that there is none.
+func (t *Table[T]) behind(ctx context.Context, revision uint64) bool {
+	if !t.c.core || !t.c.Clustered() {
+		return false
+	}
+	s, err := t.c.look(ctx, StreamOf(t.bucket))
+	return err == nil && s.CachedInfo().State.LastSeq < revision
 }
 
 // lost makes a settled loss of err, and counts it.

@@ -219,12 +219,13 @@ func (r Record) Headers() map[string][]string {
 	return h
 }
 
-// TimeLeft is what is left of the TTL at now: all of it before the task first ran.
+// TimeLeft is what is left of the TTL at now: all of it before the task first ran, and
+// never more than all of it, whatever the clock said by which the task began to run.
 func (r *Record) TimeLeft(now time.Time) time.Duration {
 	if r.ExpiresAt.IsZero() {
 		return r.TTL.Std()
 	}
-	return max(0, r.ExpiresAt.Sub(now))
+	return max(0, min(r.ExpiresAt.Sub(now), r.ExpiresAt.Sub(r.RunningAt)))
 }
 
 // Wrote says whether the record carries the write op: it settles writes whose

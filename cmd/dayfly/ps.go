@@ -81,8 +81,8 @@ func (c *cli) ps(ctx context.Context, cl *client.Client, o client.ListOptions, l
 			break
 		}
 	}
-	if c.format == "json" {
-		return c.printJSON(tasks)
+	if c.data() {
+		return c.printData(tasks)
 	}
 	if c.names() {
 		for _, t := range tasks {
@@ -91,6 +91,11 @@ func (c *cli) ps(ctx context.Context, cl *client.Client, o client.ListOptions, l
 		return nil
 	}
 	c.askWhy(ctx, cl, tasks)
+	return c.table(taskRows(tasks))
+}
+
+// taskRows is the table of tasks.
+func taskRows(tasks []schemas.Task) [][]string {
 	now := time.Now()
 	short := shortIDs(tasks)
 	rows := [][]string{{"ID", "IMAGE", "STATE", "WORKER", "AGE", "LEFT", "NOTE"}}
@@ -103,7 +108,7 @@ func (c *cli) ps(ctx context.Context, cl *client.Client, o client.ListOptions, l
 			short[t.ID], clip(t.Spec.Image, 40), string(t.State), string(t.Worker), ago(now.Sub(t.Timings.Accepted)), left, clip(note(t), 80),
 		})
 	}
-	return c.table(rows)
+	return rows
 }
 
 // askWhy fills in why the first few queued tasks wait; lists do not carry it.

@@ -132,7 +132,7 @@ func newAgent(deps Deps, cfg Config) (*Agent, error) {
 	if err := os.MkdirAll(cfg.StateDir, 0o700); err != nil {
 		return nil, fmt.Errorf("make state folder: %w", err)
 	}
-	j, err := openJournal(cfg.StateDir, time.Now())
+	j, err := openJournal(cfg.StateDir, deps.Runtime.Now())
 	if err != nil {
 		return nil, err
 	}

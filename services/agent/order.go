@@ -3,7 +3,6 @@ package agent
 import (
 	"context"
 	"fmt"
-	"time"
 
 	"dayfly.dev/bus"
 	"dayfly.dev/schemas"
@@ -56,7 +55,7 @@ func (a *Agent) handle(o schemas.Order) {
 		delete(a.live, o.Task)
 		before.supersede()
 	}
-	t := entry{Assignment: o.Assignment, Revision: o.Revision, Applied: o.Extensions, At: time.Now()}
+	t := entry{Assignment: o.Assignment, Revision: o.Revision, Applied: o.Extensions, At: schemas.Duration(a.rt.Now())}
 	if o.Want == schemas.WantRun && o.Spec != nil {
 		t.NoPermit, t.Needs = o.Spec.OnLost == schemas.OnLostWait, o.Spec.Resources
 		t.Health = o.Spec.Health
@@ -105,7 +104,7 @@ func (a *Agent) update(o schemas.Order, e entry) {
 	err := a.journal.change(o.Assignment, func(e *entry) {
 		e.Revision = o.Revision
 		if o.Want == schemas.WantClose {
-			e.Closed, e.At = true, time.Now()
+			e.Closed, e.At = true, schemas.Duration(a.rt.Now())
 		}
 	})
 	if err != nil {

@@ -140,6 +140,9 @@ func (g *Gateway) createOnce(ctx context.Context, key string, spec schemas.Spec)
 			g.fold(e)
 			return e, true, nil
 		}
+		if errors.Is(err, bus.ErrNotFound) { // theirs is under way
+			return e, false, busError(bus.ErrUnknownOutcome, id)
+		}
 		return e, false, readError(err)
 	}
 	return e, false, busError(err, id)

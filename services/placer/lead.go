@@ -191,10 +191,7 @@ func (p *Placer) place(ctx context.Context, l *lease, d decision) {
 		p.observe(e) // what was read instead
 		p.wrote(d, overtaken, e.Revision)
 		p.metrics.placements.WithLabelValues("conflict").Inc()
-	case errors.Is(err, bus.ErrNotFound):
-		p.wrote(d, overtaken, 0)
-		p.metrics.placements.WithLabelValues("conflict").Inc()
-	default:
+	default: // also where the record seems to be gone: the view tells whether it is
 		p.wrote(d, failed, 0)
 		p.metrics.placements.WithLabelValues("error").Inc()
 		p.log.Warn().Err(err).Str("task", string(d.task)).Str("worker", string(d.worker)).Msg("write assignment")
@@ -216,6 +213,8 @@ func (p *Placer) observe(e bus.Entry[schemas.Record]) {
 	s := seen{state: r.State}
 	switch {
 	case r.State.Final():
+		p.tasks.Forget(e.Key, e.Revision)
+		return
 	case r.State.Held():
 		s.worker, s.need = intern(r.Worker), resourcesOf(r.Spec.Resources)
 	default:

@@ -40,7 +40,7 @@ type collector struct{ p *Placer }
 var (
 	descLeader = prometheus.NewDesc("dayfly_placer_leader", "1 while this placer leads.", nil, nil)
 	descOldest = prometheus.NewDesc("dayfly_pending_oldest_seconds", "How long the task has waited that waits longest. The leader's.", nil, nil)
-	descTasks  = prometheus.NewDesc("dayfly_tasks", "Records by state. The leader's.", []string{"state"}, nil)
+	descTasks  = prometheus.NewDesc("dayfly_tasks", "Records that are not final, by state. The leader's.", []string{"state"}, nil)
 	descWrites = prometheus.NewDesc("dayfly_placer_reservations", "Choices that are being written.", nil, nil)
 )
 

@@ -239,7 +239,7 @@ func TestAQueuedRecordIsAssignedAndOrdered(t *testing.T) {
 		dayfly_placements_total{result="error"} 0
 		dayfly_placements_total{result="no_capacity"} 0
 		dayfly_placements_total{result="placed"} 1
-		# HELP dayfly_tasks Records by state. The leader's.
+		# HELP dayfly_tasks Records that are not final, by state. The leader's.
 		# TYPE dayfly_tasks gauge
 		dayfly_tasks{state="assigned"} 1
 		`

@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"fmt"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -44,12 +45,12 @@ type Deps struct {
 	Health  *ops.Health
 }
 
-// task is what the view keeps of a record: enough to see whether it concerns us,
-// and the record itself while it can still change.
+// task is what the view keeps of a record that can still change. Of a final one it
+// keeps nothing: those stay in the bucket for their retention, and only their number
+// grows.
 type task struct {
-	state  schemas.State
 	holder string // "<worker> <epoch>", "" if none
-	raw    []byte // nil once final
+	raw    []byte
 }
 
 func (t task) record() (r schemas.Record, err error) { return r, schemas.Decode(t.raw, &r) }
@@ -67,6 +68,10 @@ type Reaper struct {
 	due     *timers
 	fleet   *fleet
 	unknown *unknown
+
+	suspected chan struct{}
+	mu        sync.Mutex
+	suspects  map[schemas.WorkerID]struct{} // under mu: whose tasks are to be looked at
 }
 
 // Run runs the reaper until ctx ends.
@@ -92,6 +97,7 @@ func Run(ctx context.Context, deps Deps, cfg Config) error {
 			Wrote: func(b schemas.Beat, _ string) bool { return b.Lost() },
 		}),
 		due: newTimers(), fleet: newFleet(), unknown: newUnknown(),
+		suspected: make(chan struct{}, 1), suspects: map[schemas.WorkerID]struct{}{},
 	}
 	r.tasks = bus.NewView(deps.Conn, schemas.BucketTasks, decodeTask, bus.ViewOptions[task]{OnChange: r.taskChanged})
 	r.beats = bus.NewView(deps.Conn, schemas.BucketWorkers, decodeBeat, bus.ViewOptions[schemas.Beat]{OnChange: r.beatChanged})
@@ -122,11 +128,10 @@ func (r *Reaper) checkViews(context.Context) error {
 }
 
 func decodeTask(_ string, h nats.Header, data []byte) (task, error) {
-	t := task{state: schemas.State(h.Get(schemas.HeaderState)), holder: h.Get(schemas.HeaderHolder)}
-	if !t.state.Final() {
-		t.raw = bytes.Clone(data)
+	if schemas.State(h.Get(schemas.HeaderState)).Final() {
+		return task{}, bus.ErrForget
 	}
-	return t, nil
+	return task{holder: h.Get(schemas.HeaderHolder), raw: bytes.Clone(data)}, nil
 }
 
 func decodeBeat(_ string, _ nats.Header, data []byte) (b schemas.Beat, err error) {
@@ -137,7 +142,7 @@ func decodeBeat(_ string, _ nats.Header, data []byte) (b schemas.Beat, err error
 // that a short task is never decoded here.
 func (r *Reaper) taskChanged(c bus.Change[task]) {
 	id := schemas.TaskID(c.Key)
-	if c.Deleted || c.New.state.Final() {
+	if c.Deleted {
 		r.due.drop(id)
 		return
 	}
@@ -153,7 +158,7 @@ func (r *Reaper) meta() schemas.Meta {
 
 // entry gives a record that may still change, from the view if it is there.
 func (r *Reaper) entry(ctx context.Context, id schemas.TaskID) (bus.Entry[schemas.Record], error) {
-	if t, revision, ok := r.tasks.Get(string(id)); ok && t.raw != nil {
+	if t, revision, ok := r.tasks.Get(string(id)); ok {
 		if rec, err := t.record(); err == nil {
 			return bus.Entry[schemas.Record]{Key: string(id), Value: rec, Revision: revision}, nil
 		}
@@ -190,18 +195,18 @@ func (r *Reaper) apply(ctx context.Context, e bus.Entry[schemas.Record], event f
 	return after, nil
 }
 
-// observe folds an own write into the view. A final record is kept without its
-// bytes, so it is not encoded again.
+// observe folds an own write into the view.
 func (r *Reaper) observe(e bus.Entry[schemas.Record]) {
-	t := task{state: e.Value.State, holder: nats.Header(e.Value.Headers()).Get(schemas.HeaderHolder)}
-	if !t.state.Final() {
-		raw, err := schemas.Encode(e.Value)
-		if err != nil {
-			return
-		}
-		t.raw = raw
+	if e.Value.State.Final() {
+		r.tasks.Forget(e.Key, e.Revision)
+		return
 	}
-	r.tasks.Observe(e.Key, t, e.Revision)
+	raw, err := schemas.Encode(e.Value)
+	if err != nil {
+		return
+	}
+	holder := nats.Header(e.Value.Headers()).Get(schemas.HeaderHolder)
+	r.tasks.Observe(e.Key, task{holder: holder, raw: raw}, e.Revision)
 }
 
 // order sends the order that follows from a record to the worker of an assignment.

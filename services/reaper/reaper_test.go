@@ -479,10 +479,11 @@ func TestAKeptTaskIsNoLongerMarkedAsAway(t *testing.T) {
 	b.report(report)
 	b.state(id, schemas.Running)
 	lost := func(m schemas.Meta) schemas.Event { return schemas.Lose{Meta: m, Worker: worker, Epoch: "e1"} }
+	back := func(r schemas.Record) bool { return r.WorkerLostAt.IsZero() }
 	b.next(id, lost)
+	b.wait(id, "the mark", func(r schemas.Record) bool { return !back(r) })
 	b.beat(func(v *schemas.Beat) { v.Epoch, v.Reported, v.Kept = "e2", false, []schemas.TaskID{id} })
 	b.report(report)
-	back := func(r schemas.Record) bool { return r.WorkerLostAt.IsZero() }
 	b.wait(id, "the end of the mark", back)
 
 	other := b.accept(func(s *schemas.Spec) { s.Timeouts.Queue = schemas.Duration(time.Second) })

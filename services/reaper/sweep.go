@@ -35,6 +35,8 @@ func (r *Reaper) sweeps(ctx context.Context) error {
 			if err := r.ensureConsumer(ctx); err != nil && ctx.Err() == nil {
 				r.log.Warn().Err(err).Msg("look for the consumer of reports")
 			}
+		case <-r.suspected:
+			r.lookAtSuspects()
 		case <-timer.C:
 		case <-r.due.wake:
 		}
@@ -52,10 +54,8 @@ func (r *Reaper) sweeps(ctx context.Context) error {
 // scan asks for a look at every record that can still change.
 func (r *Reaper) scan() {
 	now := time.Now()
-	r.tasks.Range(func(key string, t task, _ uint64) bool {
-		if !t.state.Final() {
-			r.due.add(schemas.TaskID(key), now)
-		}
+	r.tasks.Range(func(key string, _ task, _ uint64) bool {
+		r.due.add(schemas.TaskID(key), now)
 		return true
 	})
 }
@@ -78,7 +78,7 @@ func (r *Reaper) lookAll(ctx context.Context, ids []schemas.TaskID) {
 // look does what the time asks for one task, and says when to look again.
 func (r *Reaper) look(ctx context.Context, id schemas.TaskID) error {
 	t, revision, ok := r.tasks.Get(string(id))
-	if !ok || t.raw == nil {
+	if !ok {
 		return nil
 	}
 	rec, err := t.record()

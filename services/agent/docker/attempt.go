@@ -662,6 +662,8 @@ func (a *attempt) settle(state *container.State) {
 		o.By = schemas.EndedStop
 	case state == nil:
 		o.Message = "its container was taken away by somebody else"
+	case state.Status == container.StateCreated:
+		o.Message = "its start was broken off"
 	case state.OOMKilled:
 		killed.OOMKilled = true
 		o.Exit = killed

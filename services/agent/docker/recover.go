@@ -160,7 +160,9 @@ func (r *Runtime) recoverOne(ctx context.Context, name string, c container.Summa
 		a.finish(o)
 	case running:
 	case there && state != nil && state.Status == container.StateCreated:
-		a.finish(agent.Outcome{By: schemas.EndedLost, Message: "its start was broken off"})
+		// Either its start was broken off, or a dockerd that was killed has forgotten that it
+		// had started it: init dials then.
+		running = true
 	default:
 		a.settle(state)
 	}

@@ -173,8 +173,11 @@ func (r *Runtime) create(ctx context.Context, a *attempt, b *box) (answered <-ch
 			return nil, nil
 		}
 		settle, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
-		id, ours := r.leftover(settle, a)
+		id, ours, err := r.leftover(settle, a)
 		cancel()
+		if err != nil && !cerrdefs.IsConflict(failed) { // Docker is away: what stands under the name goes once it is back
+			id, ours = a.name, true
+		}
 		if ours && cerrdefs.IsConflict(failed) && try == 0 {
 			// Of a start that was broken off, whose folder is gone: it has nothing mounted that
 			// we could use.
@@ -192,14 +195,17 @@ func (r *Runtime) create(ctx context.Context, a *attempt, b *box) (answered <-ch
 }
 
 // leftover finds a container under the attempt's name that bears its labels and was
-// never started.
-func (r *Runtime) leftover(ctx context.Context, a *attempt) (string, bool) {
+// never started. An error says that Docker does not tell.
+func (r *Runtime) leftover(ctx context.Context, a *attempt) (id string, ours bool, err error) {
 	got, err := r.docker.ContainerInspect(ctx, a.name, client.ContainerInspectOptions{})
+	if cerrdefs.IsNotFound(err) {
+		return "", false, nil
+	}
 	if err != nil || got.Container.Config == nil || got.Container.State == nil {
-		return "", false
+		return "", false, err
 	}
 	as, ok := r.assignmentOf(got.Container.Config.Labels, strings.TrimPrefix(got.Container.Name, "/"))
-	return got.Container.ID, ok && as == a.meta.Assignment && got.Container.State.Status == "created"
+	return got.Container.ID, ok && as == a.meta.Assignment && got.Container.State.Status == "created", nil
 }
 
 // launch starts the container and, as soon as init says hello, the process: it does
@@ -280,32 +286,47 @@ func (r *Runtime) launch(ctx context.Context, a *attempt, b *box, req agent.Star
 		case <-ctx.Done():
 			err = context.Cause(ctx)
 		}
+		a.send(initproto.Request{Op: initproto.OpStop})
 		a.hangUp()
-		r.abandon(a, answered)
+		gone := r.abandon(a, answered)
+		if a.wasRun() { // the process may have been started, and must be over before we say that it was not
+			<-gone
+		}
 		return err
 	}
 }
 
 // abandon takes away what a start that failed has left, in the background: dockerd
-// may still be at work on it.
-func (r *Runtime) abandon(a *attempt, answered <-chan struct{}) {
+// may still be at work on it. The channel is closed when that is done, or the runtime.
+func (r *Runtime) abandon(a *attempt, answered <-chan struct{}) <-chan struct{} {
+	gone := make(chan struct{})
 	away := func() {
+		defer close(gone)
 		if answered != nil {
 			<-answered
 		}
 		<-a.served
 		a.finish(agent.Outcome{By: schemas.EndedLost, Message: "its start failed"})
-		ctx, cancel := context.WithTimeout(r.ctx, dockerWithin)
-		defer cancel()
-		if err := a.Remove(ctx); err != nil {
-			a.log().Error().Err(err).Msg("cannot remove what a failed start left; the next recover will")
+		for pause := 100 * time.Millisecond; ; pause = min(2*pause, 10*time.Second) {
+			ctx, cancel := context.WithTimeout(r.ctx, dockerWithin)
+			err := a.Remove(ctx)
+			cancel()
+			if err == nil || r.ctx.Err() != nil { // what is left then, the next recover removes
+				return
+			}
+			a.log().Warn().Err(err).Msg("cannot remove what a failed start left, trying again")
+			select {
+			case <-time.After(pause):
+			case <-r.ctx.Done():
+			}
 		}
 	}
 	if answered == nil && a.containerID() == "" {
 		away() // nothing but the folder
-		return
+	} else if !r.goDo(away) {
+		close(gone)
 	}
-	r.goDo(away)
+	return gone
 }
 
 // run gives init its run and waits for the answer.
@@ -388,7 +409,11 @@ func (a *attempt) run(g *greeting, b *box, req agent.StartRequest) error {
 			a.current.Up = true
 			a.mu.Unlock()
 			close(a.met)
-			return initproto.WriteInstant(filepath.Join(a.dir, "started"), a.startedAt)
+			// It runs, also if this cannot be noted: init says it to the next agent.
+			if err := initproto.WriteInstant(filepath.Join(a.dir, "started"), a.startedAt); err != nil {
+				a.log().Warn().Err(err).Msg("cannot note a start")
+			}
+			return nil
 		}
 	}
 }

@@ -64,6 +64,8 @@ type supervisor struct {
 	began    time.Duration // the present run
 	pause    time.Duration // before the next
 	resumeAt time.Duration // between two runs: when the next begins; else 0
+
+	abandoned bool // no agent can come any more
 }
 
 // message is what the reader of a connection passes to loop.
@@ -78,10 +80,11 @@ type message struct {
 func (s *supervisor) loop(signals <-chan os.Signal) int {
 	conns := make(chan *initproto.Conn)
 	messages := make(chan message)
+	forgotten := make(chan struct{})
 	s.lost = make(chan struct{}, 1)
 	s.execs, s.dialed = map[int]uint64{}, make(chan dialed)
 	s.away = initproto.Now()
-	go dial(conns, s.lost)
+	go dial(conns, s.lost, forgotten)
 	for {
 		s.timer.set(s.next())
 		select {
@@ -94,6 +97,10 @@ func (s *supervisor) loop(signals <-chan os.Signal) int {
 			s.message(m)
 		case d := <-s.dialed:
 			s.connect(d)
+		case <-forgotten:
+			forgotten = nil
+			s.end(initproto.ByOutside, 0)
+			s.abandoned = true
 		case <-s.timer.C:
 			s.timer.fired()
 		}
@@ -104,12 +111,18 @@ func (s *supervisor) loop(signals <-chan os.Signal) int {
 	}
 }
 
-// dial connects whenever there is no connection, for as long as init lives.
-func dial(conns chan<- *initproto.Conn, lost <-chan struct{}) {
+// dial connects whenever there is no connection, for as long as there is a folder to find
+// an agent in. forgotten is closed when that was taken away: its attempt is nobody's then.
+func dial(conns chan<- *initproto.Conn, lost <-chan struct{}, forgotten chan<- struct{}) {
 	addr := &net.UnixAddr{Name: filepath.Join(initproto.ControlPath, initproto.SocketName), Net: "unixpacket"}
 	for pause := dialLeast; ; {
 		c, err := net.DialUnix("unixpacket", nil, addr)
 		if err != nil {
+			var st unix.Stat_t
+			if unix.Stat(initproto.ControlPath, &st) == nil && st.Nlink == 0 {
+				close(forgotten)
+				return
+			}
 			time.Sleep(pause)
 			pause = min(2*pause, dialMost)
 			continue
@@ -210,7 +223,7 @@ func (s *supervisor) message(m message) {
 	case initproto.OpReread:
 		s.reread()
 	case initproto.OpTaken:
-		s.taken = s.phase == initproto.PhaseEnded
+		s.taken = s.phase != initproto.PhaseRunning
 	}
 }
 
@@ -306,7 +319,7 @@ func (s *supervisor) over() (int, bool) {
 	now := initproto.Now()
 	switch s.phase {
 	case initproto.PhaseIdle:
-		if s.by != "" || s.conn == nil && now >= s.away+idleMost {
+		if s.by != "" || s.taken || s.conn == nil && now >= s.away+idleMost {
 			return initproto.CodeBroken, true
 		}
 	case initproto.PhaseEnded:
@@ -314,7 +327,7 @@ func (s *supervisor) over() (int, bool) {
 			s.reread() // the permit goes on while another task's agent renews it
 			s.taken = now >= s.lingerUntil()
 		}
-		if s.taken {
+		if s.taken || s.abandoned {
 			return s.code(), true
 		}
 	}
