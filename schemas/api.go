@@ -6,6 +6,7 @@ import "time"
 type Task struct {
 	ID       TaskID `json:"id"`
 	State    State  `json:"state"`
+	Ready    bool   `json:"ready"` // it runs, and has passed its health check if it has one
 	Reason   Reason `json:"reason,omitzero"`
 	Message  string `json:"message,omitzero"`
 	Why      *Why   `json:"why,omitzero"` // while queued, of a single task
@@ -39,15 +40,16 @@ type Timings struct {
 	Assigned time.Time `json:"assigned_at,omitzero"`
 	Starting time.Time `json:"starting_at,omitzero"`
 	Running  time.Time `json:"running_at,omitzero"`
+	Ready    time.Time `json:"ready_at,omitzero"` // with a health check
 	Ended    time.Time `json:"ended_at,omitzero"`
 }
 
 // View is the task as the API shows it at now.
 func (r *Record) View(revision uint64, now time.Time) Task {
 	t := Task{
-		ID: r.ID, State: r.State, Reason: r.Reason, Message: r.Message, Progress: r.Progress,
+		ID: r.ID, State: r.State, Ready: r.ready(), Reason: r.Reason, Message: r.Message, Progress: r.Progress,
 		Attempt: r.Attempt, Restarts: r.Restarts, Worker: r.Worker, Spec: r.Spec,
-		Timings: Timings{Accepted: r.AcceptedAt, Assigned: r.AssignedAt, Starting: r.StartingAt, Running: r.RunningAt, Ended: r.EndedAt},
+		Timings: Timings{Accepted: r.AcceptedAt, Assigned: r.AssignedAt, Starting: r.StartingAt, Running: r.RunningAt, Ready: r.ReadyAt, Ended: r.EndedAt},
 		History: r.Changes(revision), ExpiresAt: r.ExpiresAt, Cancel: r.Cancel, WorkerLostAt: r.WorkerLostAt,
 		Exit: r.Exit, Usage: r.Usage, Stdout: r.Stdout, Stderr: r.Stderr, Logs: r.Logs, Revision: revision,
 	}
@@ -55,6 +57,10 @@ func (r *Record) View(revision uint64, now time.Time) Task {
 		t.SecondsLeft = int64(r.TimeLeft(now).Round(time.Second).Seconds())
 	}
 	return t
+}
+
+func (r *Record) ready() bool {
+	return r.State == Running && (r.Spec.Health == nil || !r.ReadyAt.IsZero())
 }
 
 // TaskList is a page of tasks, newest first.

@@ -99,6 +99,7 @@ func messages(t *testing.T) map[string]any {
 	}
 	acceptedReport := schemas.Report{Phase: schemas.PhaseAccepted, Revision: 3, Progress: "pulling busybox:1.36"}
 	runningReport := schemas.Report{Phase: schemas.PhaseRunning, Revision: 3, Ran: true, RanFor: schemas.Duration(30 * time.Millisecond)}
+	readyReport := schemas.Report{Phase: schemas.PhaseRunning, Revision: 3, Restarts: 2, Ran: true, Ready: true, RanFor: schemas.Duration(time.Minute), Last: &schemas.Exit{Code: 7}}
 	endedReport := schemas.Report{Phase: schemas.PhaseEnded, Revision: 5, Restarts: 1, Applied: 1, Ran: true, RanFor: schemas.Duration(time.Minute), End: end}
 
 	queued := schemas.NewRecord(taskID, spec, schemas.DefaultPolicy(), by(0, "gateway"))
@@ -120,6 +121,12 @@ func messages(t *testing.T) map[string]any {
 	waiting := running
 	waiting.Spec.OnLost = schemas.OnLostWait
 	waiting = must(t, waiting, schemas.Lose{Meta: by(90, "reaper"), Worker: "w1", Epoch: "e1"})
+
+	checked := running
+	checked.Spec.Restart = &schemas.Restart{Policy: schemas.RestartOnFailure, Max: 5, Backoff: schemas.Duration(schemas.DefaultBackoff)}
+	checked.Spec.Health = &schemas.Health{HTTP: &schemas.HTTPCheck{Port: 8080, Path: "/up"}, Interval: schemas.Duration(time.Second),
+		Timeout: schemas.Duration(time.Second), Retries: 3, StartPeriod: schemas.Duration(5 * time.Second)}
+	ready := settle(checked, 63, readyReport)
 
 	a := running.Assignment()
 	own := func(rep schemas.Report) schemas.Report { rep.Assignment = a; return rep }
@@ -147,10 +154,10 @@ func messages(t *testing.T) map[string]any {
 		"record_queued": queued, "record_assigned": assigned, "record_starting": starting, "record_running": running,
 		"record_running_extended": extended, "record_running_cancel_asked": marked, "record_running_worker_away": waiting,
 		"record_queued_given_back": gaveBack, "record_queued_lost": lost, "record_queued_of_a_newer_version": later,
-		"record_completed": completed, "record_failed": failed, "record_canceled": canceled, "record_expired": expired,
+		"record_running_ready": ready, "record_completed": completed, "record_failed": failed, "record_canceled": canceled, "record_expired": expired,
 		"order_run": schemas.NewOrder(running, 4, a, second(10)), "order_run_first": schemas.NewOrder(assigned, 2, a, second(1)),
 		"order_stop": schemas.NewOrder(marked, 5, a, second(5)), "order_close": schemas.NewOrder(failed, 6, a, second(64)),
-		"report_accepted": own(acceptedReport), "report_running": own(runningReport), "report_ended": own(endedReport),
+		"report_accepted": own(acceptedReport), "report_running": own(runningReport), "report_ended": own(endedReport), "report_ready": own(readyReport),
 		"report_gave_back": own(schemas.Report{Phase: schemas.PhaseEnded, Revision: 2, End: &schemas.End{By: schemas.EndedGaveBack, Message: "no room"}}),
 		"beat":             beat, "beat_lost": lostBeat,
 		"drain":       schemas.Drain{Since: t0, By: "admin"},

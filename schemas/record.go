@@ -48,6 +48,7 @@ const (
 	ReasonPullTimeout  Reason = "pull_timeout"
 	ReasonNotFound     Reason = "command_not_found"      // exit code 127
 	ReasonNotExec      Reason = "command_not_executable" // exit code 126
+	ReasonUnhealthy    Reason = "unhealthy"              // its health check failed too often
 	ReasonStart        Reason = "start"                  // the container could not be made or started
 	ReasonStartTimeout Reason = "start_timeout"
 	ReasonQueueTimeout Reason = "queue_timeout"
@@ -84,6 +85,7 @@ type Record struct {
 	AssignedAt time.Time `json:"assigned_at,omitzero"`
 	StartingAt time.Time `json:"starting_at,omitzero"`
 	RunningAt  time.Time `json:"running_at,omitzero"` // the first time, of any attempt
+	ReadyAt    time.Time `json:"ready_at,omitzero"`   // with a health check: when the present run, or the last, first passed it
 	EndedAt    time.Time `json:"ended_at,omitzero"`
 	// ExpiresAt is set at the first "running" and moved only by extensions.
 	ExpiresAt time.Time `json:"expires_at,omitzero"`

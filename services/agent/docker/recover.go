@@ -137,6 +137,9 @@ func (r *Runtime) recoverOne(ctx context.Context, name string, c container.Summa
 			a.startedAt = at
 		}
 	}
+	if n, err := initproto.ReadInstant(filepath.Join(a.dir, "restarts")); err == nil {
+		a.current.Restarts = int(n)
+	}
 	a.stopBy, _ = initproto.ReadInstant(filepath.Join(a.dir, "stopped"))
 	a.deadline, _ = initproto.ReadInstant(filepath.Join(a.dir, "c", initproto.DeadlineName))
 

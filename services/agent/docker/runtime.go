@@ -35,6 +35,7 @@ type Config struct {
 	InitPath string // the dayfly-init binary; a copy of it is used
 
 	Slots         int // tasks at a time; 0 is 16 for each processor
+	GPUs          int // that tasks may have; below 0: as many as NVIDIA's driver shows here
 	Labels        map[string]string
 	ReserveCPUs   schemas.CPUs // kept from tasks
 	ReserveMemory schemas.Size
@@ -205,12 +206,27 @@ func (r *Runtime) Host(ctx context.Context) (schemas.Host, error) {
 	if h.Slots == 0 {
 		h.Slots = 16 * max(1, info.Info.NCPU)
 	}
+	if h.GPUs = r.cfg.GPUs; h.GPUs < 0 {
+		h.GPUs = 0
+		if _, ok := info.Info.Runtimes["nvidia"]; ok {
+			h.GPUs = countGPUs("/proc/driver/nvidia/gpus")
+		}
+	}
 	for _, c := range version.Components {
 		if c.Name == info.Info.DefaultRuntime {
 			h.Runtime = c.Name + " " + c.Version
 		}
 	}
 	return h, nil
+}
+
+// countGPUs counts the devices in a folder of NVIDIA's driver.
+func countGPUs(dir string) int {
+	list, err := os.ReadDir(dir)
+	if err != nil {
+		return 0
+	}
+	return len(list)
 }
 
 // Now implements agent.Runtime.
