@@ -19,6 +19,14 @@ build: ## build bin/dayfly and bin/dayfly-init, both static
 	CGO_ENABLED=0 go build $(GOFLAGS_BUILD) -o bin/dayfly ./cmd/dayfly
 	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w" -o bin/dayfly-init ./services/agent/cmd/dayfly-init
 
+# The name of the image.
+IMAGE ?= dayfly
+
+.PHONY: image
+image: build ## build the Docker image, from scratch and without any network
+	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && cp bin/dayfly bin/dayfly-init deploy/image/Dockerfile /etc/ssl/certs/ca-certificates.crt "$$dir" && \
+	docker build -q -t $(IMAGE) "$$dir"
+
 .PHONY: demo
 demo: build ## show dayfly at work on this machine's Docker, in under a minute; leaves nothing behind
 	CGO_ENABLED=0 go build -trimpath -o bin/demo ./test/demo
@@ -52,11 +60,11 @@ check-format:
 
 .PHONY: check-vet
 check-vet:
-	go vet -tags cluster,faults work
+	go vet -tags cluster,faults,mutants work
 
 .PHONY: check-static
 check-static:
-	go run $(STATICCHECK) -tags cluster,faults $(PACKAGES)
+	go run $(STATICCHECK) -tags cluster,faults,mutants $(PACKAGES)
 
 .PHONY: check-modules
 check-modules: # each module is tidy, and whole without the workspace
@@ -74,13 +82,33 @@ bench: build ## measure: cold starts beside raw Docker, and the control plane al
 	CGO_ENABLED=0 go build -trimpath -o bin/bench ./test/bench
 	bin/bench
 
+.PHONY: metrics-check
+metrics-check: setup ## ask a real Prometheus every query of the dashboards and rules, under load; `make test` does too
+	cd test && go test ./metrics -count=1 -v -timeout 10m
+
 .PHONY: cluster
 cluster: build ## test services as processes of their own on three NATS servers that are killed; a minute
 	cd test && go test -tags cluster ./cluster -count=1 -timeout 10m
 
 .PHONY: faults
-faults: ## break things by SEED=… for MINUTES=…, and check that nothing is lost or doubled; HISTORY=folder keeps what happened
-	cd test && SEED=$(SEED) MINUTES=$(MINUTES) HISTORY=$(HISTORY) go test -tags faults ./faults -count=1 -v -timeout 24h
+faults: ## break things by SEED=… (SEEDS=… of them) for MINUTES=…, and check that nothing is lost or doubled; HISTORY=folder keeps what happened
+	cd test && SEED=$(SEED) SEEDS=$(SEEDS) MINUTES=$(MINUTES) HISTORY=$(HISTORY) go test -tags faults ./faults -run 'Faults$$' -count=1 -v -timeout 24h
+
+.PHONY: faults-short
+faults-short: ## the same by two fixed seeds, in under four minutes
+	cd test && SEED=7 SEEDS=2 MINUTES=0.6 go test -tags faults ./faults -count=1 -timeout 10m
+
+.PHONY: faults-mutants
+faults-mutants: ## run the fault test on builds with one rule broken each, MUTANT=… for some of them, until it notices; hours
+	cd test && MUTANT="$(MUTANT)" MUTANT_SEEDS=20 go test -tags faults ./faults -run Mutants -count=1 -v -timeout 24h
+
+.PHONY: simulate
+simulate: ## run agents, placers and reapers in virtual time under faults: SEEDS=… seeds from SEED=… on
+	cd test && SEED=$(SEED) SEEDS=$(or $(SEEDS),1000) go test ./simulation -run TestSimulation -count=1 -v -timeout 24h
+
+.PHONY: mutants
+mutants: ## break one rule of the services at a time, and check that the simulation notices
+	cd test && go test -tags mutants ./simulation/mutants -count=1 -v -timeout 24h
 
 .PHONY: clean
 clean: ## remove what was built

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -44,6 +45,7 @@ type Conn struct {
 	apiPrefix string // "$JS.API." or that of the agents
 	core      bool   // not an agent
 	replies   *replies
+	clustered atomic.Bool
 	closed    chan struct{}
 	close     sync.Once
 
@@ -160,8 +162,13 @@ func (c *Conn) onError(_ *nats.Conn, sub *nats.Subscription, err error) {
 func (c *Conn) Connected() bool { return c.NC.IsConnected() }
 
 // Clustered tells whether the server is one of several: then a replica that answers
-// may be behind the leader of its stream.
-func (c *Conn) Clustered() bool { return c.NC.ConnectedClusterName() != "" }
+// may be behind the leader of its stream, or ahead of it.
+func (c *Conn) Clustered() bool {
+	if c.NC.ConnectedClusterName() != "" { // which is not known while the server is away
+		c.clustered.Store(true)
+	}
+	return c.clustered.Load()
+}
 
 // Reconnected gives a channel that is closed at the next reconnect. Take it before
 // the work that a reconnect would undo.

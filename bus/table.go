@@ -109,9 +109,10 @@ func (t *Table[T]) Replace(ctx context.Context, e Entry[T], v T, op string, opts
 }
 
 // Update reads the entry of key, applies fn, writes, and repeats on conflict until
-// ctx ends. fn may run several times and only looks at its argument. An error of fn
+// ctx ends. fn may run several times and only looks at its argument, the entry that
+// its result replaces. An error of fn
 // comes back as it is, with the entry that fn saw.
-func (t *Table[T]) Update(ctx context.Context, key, op string, fn func(T) (T, []WriteOption, error)) (Entry[T], error) {
+func (t *Table[T]) Update(ctx context.Context, key, op string, fn func(Entry[T]) (T, []WriteOption, error)) (Entry[T], error) {
 	e, err := t.Get(ctx, key)
 	if err != nil {
 		return e, err
@@ -121,9 +122,9 @@ func (t *Table[T]) Update(ctx context.Context, key, op string, fn func(T) (T, []
 
 // UpdateFrom is Update that starts from an entry which the caller has, and saves a
 // read when that is the newest.
-func (t *Table[T]) UpdateFrom(ctx context.Context, e Entry[T], op string, fn func(T) (T, []WriteOption, error)) (Entry[T], error) {
+func (t *Table[T]) UpdateFrom(ctx context.Context, e Entry[T], op string, fn func(Entry[T]) (T, []WriteOption, error)) (Entry[T], error) {
 	for try := 0; ; try++ {
-		v, opts, err := fn(e.Value)
+		v, opts, err := fn(e)
 		if err != nil {
 			return e, err
 		}
@@ -135,10 +136,13 @@ func (t *Table[T]) UpdateFrom(ctx context.Context, e Entry[T], op string, fn fun
 			return e, err
 		}
 		fresh, err := t.Get(ctx, e.Key)
-		if err != nil {
+		switch {
+		case (errors.Is(err, ErrNotFound) || err == nil && fresh.Revision < e.Revision) && t.behind(ctx, e.Revision):
+		case err != nil:
 			return e, err
+		default:
+			e = fresh
 		}
-		e = fresh
 	}
 }
 
@@ -203,7 +207,7 @@ func (t *Table[T]) write(ctx context.Context, e Entry[T], v T, op string, opts [
 		if err == nil {
 			return Entry[T]{Key: e.Key, Value: v, Revision: seq}, nil
 		}
-		if sent && errors.Is(err, ErrUnavailable) {
+		if sent && (errors.Is(err, ErrUnavailable) || errors.Is(err, ErrConflict)) { // perhaps with the first copy of this very write
 			err = fmt.Errorf("%w: an earlier try: %v", ErrUnknownOutcome, err)
 		}
 		if !errors.Is(err, ErrConflict) && !errors.Is(err, ErrUnknownOutcome) {
@@ -212,7 +216,7 @@ func (t *Table[T]) write(ctx context.Context, e Entry[T], v T, op string, opts [
 		sent = sent || errors.Is(err, ErrUnknownOutcome)
 		raw, readErr := t.read(ctx, e.Key)
 		switch {
-		case readErr == nil && !raw.marker && raw.seq != expect:
+		case readErr == nil && !raw.marker && raw.seq > expect:
 			now, decodeErr := t.entry(e.Key, raw)
 			if decodeErr != nil {
 				return e, decodeErr
@@ -226,18 +230,38 @@ func (t *Table[T]) write(ctx context.Context, e Entry[T], v T, op string, opts [
 		case readErr == nil && raw.seq == expect, errors.Is(readErr, ErrNotFound) && e.Revision == 0:
 			// Ours is still the newest: a spurious conflict, or a write that never came.
 			expect = raw.seq
-		case readErr == nil, errors.Is(readErr, ErrNotFound): // gone
-			return e, t.lost(err)
-		default: // could not look
-			if errors.Is(err, ErrConflict) {
+		case readErr == nil && raw.seq < expect, errors.Is(readErr, ErrNotFound):
+			if !t.behind(ctx, expect) {
 				return e, t.lost(err)
 			}
-			return e, fmt.Errorf("%w: %w", err, readErr)
+			try--
+		case readErr == nil: // gone
+			return e, t.lost(err)
+		default: // could not look
+			if errors.Is(err, ErrConflict) && !sent {
+				return e, t.lost(err)
+			}
+			// Not ErrUnavailable, which would say that it was surely not done.
+			return e, fmt.Errorf("%w: %v: %v", ErrUnknownOutcome, err, readErr)
 		}
 		if try == spuriousTries || !sleep(ctx, pause()) {
+			if sent { // what is in the way may be an earlier try that no quorum has taken yet
+				err = fmt.Errorf("%w: %v", ErrUnknownOutcome, err)
+			}
 			return e, err
 		}
 	}
+}
+
+// behind says that the leader of the stream has not come to a revision that is there
+// already. A replica may be ahead of it and show a view what the leader does not know
+// yet; then it says of a fresh key that there is none.
+func (t *Table[T]) behind(ctx context.Context, revision uint64) bool {
+	if !t.c.core || !t.c.Clustered() {
+		return false
+	}
+	s, err := t.c.look(ctx, StreamOf(t.bucket))
+	return err == nil && s.CachedInfo().State.LastSeq < revision
 }
 
 // lost makes a settled loss of err, and counts it.

@@ -34,6 +34,11 @@ type ViewOptions[V any] struct {
 	Prefix string
 }
 
+// ErrForget from a view's decode: keep nothing of this key. A key that was there
+// changes as one that was deleted, with this message's header. So a view stays small
+// whose bucket also holds much that is of no more use to it.
+var ErrForget = errors.New("the view keeps nothing of this key")
+
 // View is an in-memory copy of a bucket. Call Run once, wait for Ready, then ask.
 // Per key a view only goes forward. It resumes at the next message when the server
 // was away, and finds out which keys went meanwhile; where revisions may have been
@@ -55,16 +60,22 @@ type View[V any] struct {
 	entries map[string]viewEntry[V]
 	waiters map[string]map[chan struct{}]struct{}
 
-	gen      uint64 // number of the last rebuild; an entry of an older one is not confirmed yet
-	applied  uint64 // the consumer has passed this revision
-	pending  uint64 // messages until the session has caught up
-	caughtUp bool   // this session has
-	sessions int
-	rebuild  bool      // the next session starts from the first message
-	async    bool      // the stream is stored without waiting for the disk
-	replica  bool      // this session reads from a replica, which may be behind
-	whole    bool      // next decided that the session starts from the first message
-	created  time.Time // of the stream
+	forgotten map[string]grave // keys of Forget that the consumer may have older revisions of
+	digging   int              // so many graves before those are looked for that are not needed any more
+	forgets   int              // messages since the first one of the stream of which nothing is kept
+
+	gen       uint64 // number of the last rebuild; an entry of an older one is not confirmed yet
+	applied   uint64 // the consumer has passed this revision
+	floor     uint64 // and had passed this one before it began anew; 0 once it has caught up
+	pending   uint64 // messages until the session has caught up
+	caughtUp  bool   // this session has
+	sessions  int
+	clustered func() bool // whether the server is one of several
+	rebuild   bool        // the next session starts from the first message
+	async     bool        // the stream is stored without waiting for the disk
+	replica   bool        // this session reads from a replica, which may be behind
+	whole     bool        // next decided that the session starts from the first message
+	created   time.Time   // of the stream
 
 	queue   []viewEvent[V]
 	wake    chan struct{} // has one token while queue is not empty
@@ -79,6 +90,12 @@ type viewEntry[V any] struct {
 	revision uint64
 	gen      uint64
 	stored   int64 // the server's time; 0 when observed
+}
+
+// grave is what Forget leaves of a key until the consumer has passed its revision.
+type grave struct {
+	revision uint64
+	gen      uint64
 }
 
 // viewEvent is a change to tell, or a step of the consumer.
@@ -98,17 +115,20 @@ const (
 	smallView     = 2000 // up to here reading all again costs less than thinking
 	auditInterval = time.Minute
 	lagInterval   = 100 * time.Millisecond
+	fewGraves     = 1024
 
 	replicaInterval = 10 * time.Millisecond
 )
 
 // NewView makes a view of a bucket. decode turns a message into a value, which may be
 // less than the record: the header often has all that is needed. A message that does
-// not decode is logged and leaves its key as it was. decode must not keep data.
+// not decode is logged and leaves its key as it was; of one for which it returns
+// ErrForget the view keeps nothing. decode must not keep data.
 func NewView[V any](c *Conn, bucket string, decode func(key string, h nats.Header, data []byte) (V, error), opts ViewOptions[V]) *View[V] {
 	v := &View[V]{
-		c: c, bucket: bucket, decode: decode, opts: opts, ready: make(chan struct{}),
+		c: c, bucket: bucket, decode: decode, opts: opts, ready: make(chan struct{}), clustered: c.Clustered,
 		entries: map[string]viewEntry[V]{}, waiters: map[string]map[chan struct{}]struct{}{},
+		forgotten: map[string]grave{}, digging: fewGraves,
 		wake: make(chan struct{}, 1), passers: map[*passer]struct{}{},
 	}
 	v.space = sync.NewCond(&v.mu)
@@ -191,10 +211,44 @@ func (v *View[V]) Observe(key string, value V, revision uint64) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	old, had := v.entries[key]
-	if had && revision <= old.revision || !had && revision <= v.applied {
+	if had && revision <= old.revision || !had && revision <= max(v.applied, v.floor, v.forgotten[key].revision) {
 		return
 	}
+	delete(v.forgotten, key)
 	v.put(key, viewEntry[V]{value: value, revision: revision, gen: v.gen}, nil)
+}
+
+// Forget is Observe for an own write or read of which decode would keep nothing:
+// neither an older revision of the consumer nor a late Observe brings the key back.
+func (v *View[V]) Forget(key string, revision uint64) {
+	if !strings.HasPrefix(key, v.opts.Prefix) {
+		return
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	old, had := v.entries[key]
+	if had && revision < old.revision || !had && revision <= max(v.applied, v.floor, v.forgotten[key].revision) {
+		return
+	}
+	if revision > v.applied {
+		v.forgotten[key] = grave{revision: revision, gen: v.gen}
+		if len(v.forgotten) >= v.digging {
+			v.exhume()
+		}
+	}
+	v.remove(key, revision, nil)
+}
+
+// exhume drops the graves that the consumer has passed. It removes most of them
+// itself when it meets their message, but one that was replaced or purged meanwhile
+// never comes; v.mu is held.
+func (v *View[V]) exhume() {
+	for key, g := range v.forgotten {
+		if g.revision <= v.applied || v.caughtUp && g.gen < v.gen {
+			delete(v.forgotten, key)
+		}
+	}
+	v.digging = max(fewGraves, 2*len(v.forgotten))
 }
 
 // Wait returns nil when done says so of the key's value, which it asks at once and
@@ -353,7 +407,7 @@ func (v *View[V]) pass(revision uint64) {
 func (v *View[V]) next() uint64 {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.whole = v.rebuild || !v.c.Clustered() && (v.async || len(v.entries) <= smallView)
+	v.whole = v.rebuild || !v.clustered() && (v.async || len(v.entries)+v.forgets <= smallView)
 	if v.whole {
 		return 1
 	}
@@ -366,9 +420,12 @@ func (v *View[V]) started(pending uint64) {
 	defer v.mu.Unlock()
 	if v.sessions > 0 && v.whole {
 		v.gen++
-		v.applied = 0
+		// What is observed meanwhile and not newer than what had been passed is left to the
+		// consumer to bring, which finds out whether it is still there.
+		v.floor, v.applied = max(v.floor, v.applied), 0
+		v.forgets = 0
 	}
-	v.rebuild, v.replica = false, v.c.Clustered()
+	v.rebuild, v.replica = false, v.clustered()
 	v.sessions++
 	v.pending, v.caughtUp = pending, false
 	if pending == 0 && !v.replica {
@@ -382,7 +439,8 @@ func (v *View[V]) catchUp() {
 	if v.caughtUp {
 		return
 	}
-	v.caughtUp = true
+	v.caughtUp, v.floor = true, 0
+	v.exhume()
 	for key, e := range v.entries {
 		if e.gen < v.gen {
 			v.remove(key, 0, nil)
@@ -407,10 +465,15 @@ func (v *View[V]) handle(m jetstream.Msg, meta *jetstream.MsgMetadata) error {
 	ok = ok && strings.HasPrefix(key, v.opts.Prefix)
 	h, revision, stored := m.Headers(), meta.Sequence.Stream, meta.Timestamp.UnixNano()
 	gone := isMarker(h) || len(m.Data()) == 0
+	known := v.has(key, revision, stored)
 	var value V
 	var err error
-	if ok && !gone && !v.has(key, revision, stored) {
+	forget := false
+	if ok && !gone && !known {
 		value, err = v.decode(key, h, m.Data())
+		if forget = errors.Is(err, ErrForget); forget {
+			err = nil
+		}
 		if err != nil {
 			v.c.log.Error().Err(err).Str("bucket", v.bucket).Str("key", key).Uint64("revision", revision).Msg("cannot decode, keeping what was there")
 		}
@@ -424,18 +487,32 @@ func (v *View[V]) handle(m jetstream.Msg, meta *jetstream.MsgMetadata) error {
 		return nil
 	}
 	old, had := v.entries[key]
+	if known && !had { // it went meanwhile, with what was there of an older session
+		v.mu.Unlock()
+		err := v.handle(m, meta)
+		v.mu.Lock()
+		return err
+	}
 	newer := !had || revision > old.revision || old.gen < v.gen
 	same := had && revision == old.revision && (old.stored == 0 || old.stored == stored)
+	g, buried := v.forgotten[key]
+	if buried && (revision >= g.revision || g.gen < v.gen) {
+		delete(v.forgotten, key)
+		buried = false
+	}
+	if forget {
+		v.forgets++
+	}
 	switch {
-	case !ok, revision <= v.applied: // the second: a replica that is behind gives again what came before
-	case same && !gone, err != nil && had:
+	case !ok, buried, revision <= v.applied: // the last: a replica that is behind gives again what came before
+	case same && !gone && !forget, err != nil && had:
 		old.gen = v.gen
 		if same {
 			old.stored = stored
 		}
 		v.entries[key] = old
-	case err != nil, !newer:
-	case gone:
+	case err != nil, !newer && !(same && forget):
+	case gone, forget:
 		v.remove(key, revision, h)
 	default:
 		v.put(key, viewEntry[V]{value: value, revision: revision, gen: v.gen, stored: stored}, h)
@@ -522,7 +599,7 @@ func (v *View[V]) audit(ctx context.Context, resumed bool) (silent bool, err err
 	v.mu.Lock()
 	behind := info.State.LastSeq < v.applied
 	v.mu.Unlock()
-	if behind && v.c.Clustered() { // a new leader may not have all of it in place yet
+	if behind && v.clustered() { // a new leader may not have all of it in place yet
 		if !sleep(ctx, time.Second) {
 			return false, ctx.Err()
 		}
@@ -538,6 +615,8 @@ func (v *View[V]) audit(ctx context.Context, resumed bool) (silent bool, err err
 		v.rebuild = true
 	}
 	complete := v.opts.Prefix == "" && uint64(len(v.entries)) == info.State.NumSubjects
+	// Where most keys are forgotten, asking for the few is less than listing all.
+	few := v.forgets > 0 && len(v.entries) <= smallView
 	v.mu.Unlock()
 	if lost {
 		return silent, errRestart
@@ -545,8 +624,10 @@ func (v *View[V]) audit(ctx context.Context, resumed bool) (silent bool, err err
 	if !resumed || complete {
 		return silent, nil
 	}
-	if info, err = s.Info(ctx, jetstream.WithSubjectFilter(v.filter())); err != nil {
-		return silent, err
+	if !few {
+		if info, err = s.Info(ctx, jetstream.WithSubjectFilter(v.filter())); err != nil {
+			return silent, err
+		}
 	}
 	var absent []string
 	v.mu.Lock()

@@ -221,6 +221,7 @@ func TestViewResumesSoonAfterARestart(t *testing.T) {
 	var seen changes
 	v := view(t, c, schemas.BucketTasks, seen.add)
 	e := must[bus.Entry[note]](t)(tasks.Create(ctx, "a", note{Text: "0"}, "op"))
+	until(t, "the view sees it", has(v, "a", "0"))
 	for i := 1; i <= 3; i++ {
 		natstest.Restart(t, s)
 		up := time.Now()

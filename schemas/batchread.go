@@ -236,7 +236,7 @@ func (b BatchRequest) ParseItem(item []byte, p Policy) (Spec, error) {
 	}
 	maps.Copy(labels, over.Labels)
 	if over.Name != "" {
-		labels[LabelName] = over.Name
+		labels[LabelOfName] = over.Name
 	}
 	if len(labels) > 0 {
 		over.Labels = labels
@@ -244,5 +244,5 @@ func (b BatchRequest) ParseItem(item []byte, p Policy) (Spec, error) {
 	return over.Spec.complete(p)
 }
 
-// LabelName is the label that the name of a batch's item becomes.
-const LabelName = "name"
+// LabelOfName is the label that the name of a batch's item becomes.
+const LabelOfName = "name"

@@ -97,6 +97,8 @@ type Report struct {
 	Applied  int      `json:"applied,omitzero"`  // extensions carried out
 	RanFor   Duration `json:"ran_for,omitzero"`  // since the process was started, at sending
 	Ran      bool     `json:"ran,omitzero"`      // the process was started at all
+	Ready    bool     `json:"ready,omitzero"`    // the present run has passed its health check
+	Last     *Exit    `json:"last,omitzero"`     // how the run before the present one ended
 	Progress string   `json:"progress,omitzero"` // with accepted
 	End      *End     `json:"end,omitzero"`      // with ended
 

@@ -92,8 +92,8 @@ missing. Its exit code is 1 if anything fails; a warning is none.`,
 
 func (c *cli) report(d *diagnosis) error {
 	failed := slices.ContainsFunc(d.findings, func(f finding) bool { return f.Status == bad })
-	if c.format == "json" {
-		if err := c.printJSON(map[string]any{"ok": !failed, "checks": d.findings}); err != nil {
+	if c.data() {
+		if err := c.printData(map[string]any{"ok": !failed, "checks": d.findings}); err != nil {
 			return err
 		}
 	} else {

@@ -25,7 +25,7 @@ func (c *cli) workerCommand(verb, short, long string, do func(*client.Client, co
 	return &cobra.Command{
 		Use: verb + " WORKER…", Short: short, Long: long,
 		Args:              cobra.MinimumNArgs(1),
-		ValidArgsFunction: cobra.NoFileCompletions,
+		ValidArgsFunction: c.completeWorkers,
 		RunE: c.command(func(ctx context.Context, cl *client.Client, args []string) error {
 			var failed error
 			for _, name := range args {
@@ -36,8 +36,8 @@ func (c *cli) workerCommand(verb, short, long string, do func(*client.Client, co
 					failed = errors.Join(failed, &hintError{fmt.Errorf("%s: %w", name, err), "dayfly workers lists them"})
 				case err != nil:
 					failed = errors.Join(failed, fmt.Errorf("%s: %w", name, err))
-				case c.format == "json":
-					failed = errors.Join(failed, c.printJSON(w))
+				case c.data():
+					failed = errors.Join(failed, c.printData(w))
 				case c.names():
 					fmt.Fprintln(c.out, w.ID)
 				default:

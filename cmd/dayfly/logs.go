@@ -91,12 +91,8 @@ func (c *cli) logs(ctx context.Context, cl *client.Client, id schemas.TaskID, o 
 		if err != nil {
 			return err
 		}
-		if c.format == "json" {
-			b, err := schemas.Encode(l)
-			if err != nil {
-				return err
-			}
-			if _, err := c.out.Write(append(b, '\n')); err != nil {
+		if c.data() {
+			if err := c.printLine(l); err != nil {
 				return err
 			}
 			continue

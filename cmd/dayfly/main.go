@@ -8,12 +8,12 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/signal"
 	"syscall"
+	"text/template"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -36,9 +36,11 @@ type cli struct {
 	signals  chan os.Signal // Ctrl-C and SIGTERM; each command takes them in its own way
 
 	// Global flags.
-	url    string
-	format string
-	quiet  bool
+	url      string
+	context  string
+	format   string
+	template *template.Template // of the format, if it is one
+	quiet    bool
 }
 
 const defaultURL = "http://127.0.0.1:8080"
@@ -73,20 +75,20 @@ The exit code of run and wait is the container's own; 125 means that dayfly itse
 could not do it, 124 that the time was over, 130 Ctrl-C, 2 a wrong command line.`,
 		SilenceErrors: true, SilenceUsage: true,
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
-			switch c.format {
-			case "table", "json", "name":
-			default:
-				return errors.New(`-o must be table, json or name`)
+			if err := c.parseFormat(); err != nil {
+				return err
 			}
 			*understood = true
 			return nil
 		},
 	}
 	f := root.PersistentFlags()
-	f.StringVar(&c.url, "url", envOr("DAYFLY_URL", defaultURL), "address of the API (DAYFLY_URL)")
-	f.StringVarP(&c.format, "output", "o", "table", "what to print: table, json or name")
+	f.StringVar(&c.url, "url", envOr("DAYFLY_URL", ""), "address of the API (DAYFLY_URL; default "+defaultURL+")")
+	f.StringVar(&c.context, "context", envOr("DAYFLY_CONTEXT", ""), "name of the site, as dayfly context knows it (DAYFLY_CONTEXT)")
+	_ = root.RegisterFlagCompletionFunc("context", completeContexts)
+	f.StringVarP(&c.format, "output", "o", "table", "what to print: "+formats)
 	f.BoolVarP(&c.quiet, "quiet", "q", false, "print only ids, and no progress")
-	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json", "name"}, cobra.ShellCompDirectiveNoFileComp))
+	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json", "yaml", "name", templateFormat}, cobra.ShellCompDirectiveNoFileComp))
 	root.AddGroup(&cobra.Group{ID: "tasks", Title: "Tasks:"}, &cobra.Group{ID: "site", Title: "The site:"},
 		&cobra.Group{ID: "single", Title: "The services, each as a process of its own:"})
 	for _, cmd := range []*cobra.Command{
@@ -95,7 +97,7 @@ could not do it, 124 that the time was over, 130 Ctrl-C, 2 a wrong command line.
 		cmd.GroupID = "tasks"
 		root.AddCommand(cmd)
 	}
-	for _, cmd := range []*cobra.Command{c.upCommand(), c.workersCommand(), c.drainCommand(), c.undrainCommand(), c.doctorCommand(), c.versionCommand()} {
+	for _, cmd := range []*cobra.Command{c.upCommand(), c.workersCommand(), c.drainCommand(), c.undrainCommand(), c.topCommand(), c.contextCommand(), c.doctorCommand(), c.versionCommand()} {
 		cmd.GroupID = "site"
 		root.AddCommand(cmd)
 	}
@@ -123,7 +125,11 @@ const (
 
 // client makes the client of the API.
 func (c *cli) client() (*client.Client, error) {
-	cl, err := client.New(c.url, client.WithUserAgent("dayfly-cli/"+version), client.WithRetryFor(shortPatience),
+	url, err := c.address()
+	if err != nil {
+		return nil, err
+	}
+	cl, err := client.New(url, client.WithUserAgent("dayfly-cli/"+version), client.WithRetryFor(shortPatience),
 		client.WithConnectFor(time.Second))
 	if err != nil {
 		return nil, &hintError{err: err, hint: "--url http://HOST:PORT, or set DAYFLY_URL"}

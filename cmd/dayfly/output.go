@@ -3,27 +3,105 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"strings"
 	"text/tabwriter"
+	"text/template"
 	"time"
+
+	"sigs.k8s.io/yaml"
 
 	"dayfly.dev/schemas"
 )
 
-// printJSON prints v as the API would, indented.
-func (c *cli) printJSON(v any) error {
+// The formats of -o. What follows templateFormat is a template of text/template.
+const (
+	formats        = "table, json, yaml, name or go-template=TEMPLATE"
+	templateFormat = "go-template="
+)
+
+// parseFormat checks -o.
+func (c *cli) parseFormat() error {
+	switch c.format {
+	case "table", "json", "yaml", "name":
+		return nil
+	}
+	text, ok := strings.CutPrefix(c.format, templateFormat)
+	if !ok {
+		return errors.New("-o must be " + formats)
+	}
+	var err error
+	if c.template, err = template.New("-o").Option("missingkey=zero").Parse(text); err != nil {
+		return fmt.Errorf("-o %s: %w", templateFormat, err)
+	}
+	return nil
+}
+
+// data says that the answer is printed as the API gives it, in one of the formats that
+// programs read.
+func (c *cli) data() bool { return c.format == "json" || c.format == "yaml" || c.template != nil }
+
+// printData prints v as the API would: as indented JSON, as YAML, or by a template, which
+// gets each item of a list and a line of its own for it.
+func (c *cli) printData(v any) error {
 	b, err := schemas.Encode(v)
 	if err != nil {
 		return err
 	}
 	var out bytes.Buffer
-	if err := json.Indent(&out, b, "", "  "); err != nil {
+	switch {
+	case c.template != nil:
+		err = c.fillIn(&out, b)
+	case c.format == "yaml":
+		b, err = yaml.JSONToYAML(b)
+		out.Write(b)
+	default:
+		err = json.Indent(&out, b, "", "  ")
+		out.WriteByte('\n')
+	}
+	if err != nil {
 		return err
 	}
-	out.WriteByte('\n')
 	_, err = out.WriteTo(c.out)
 	return err
+}
+
+// printLine prints one of many values that come one after the other: as JSON in one
+// line, or as printData does.
+func (c *cli) printLine(v any) error {
+	if c.format != "json" {
+		if c.format == "yaml" {
+			fmt.Fprintln(c.out, "---")
+		}
+		return c.printData(v)
+	}
+	b, err := schemas.Encode(v)
+	if err != nil {
+		return err
+	}
+	_, err = c.out.Write(append(b, '\n'))
+	return err
+}
+
+func (c *cli) fillIn(out *bytes.Buffer, body []byte) error {
+	var v any
+	d := json.NewDecoder(bytes.NewReader(body))
+	d.UseNumber() // sizes are not floats
+	if err := d.Decode(&v); err != nil {
+		return err
+	}
+	items, ok := v.([]any)
+	if !ok {
+		items = []any{v}
+	}
+	for _, item := range items {
+		if err := c.template.Execute(out, item); err != nil {
+			return fmt.Errorf("-o %s: %w", templateFormat, err)
+		}
+		out.WriteByte('\n')
+	}
+	return nil
 }
 
 // names says whether only ids are asked for.

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -36,7 +37,8 @@ func (p *process) connect(ctx context.Context, c bus.Config) (*bus.Conn, error) 
 	if err != nil {
 		return nil, err
 	}
-	conn.Observe = ops.NewBusMetrics(p.registry, c.Name, conn.Connected).Observe
+	conn.Observe = ops.NewBusMetrics(p.registry, c.Name, conn.Connected,
+		func() uint64 { return conn.NC.Stats().Reconnects }).Observe
 	p.health.Add(c.Name+": nats", func(context.Context) error {
 		if !conn.Connected() {
 			return errors.New("not connected")
@@ -170,7 +172,7 @@ func checkRetention(d time.Duration) error {
 // agentConfig is what an agent is told.
 type agentConfig struct {
 	worker, cluster, data string
-	slots                 int
+	slots, gpus           int
 	labels                []string
 	init                  string
 	runtime               string
@@ -180,6 +182,7 @@ type agentConfig struct {
 func (a *agentConfig) flags(f *pflag.FlagSet) {
 	f.StringVar(&a.worker, "worker", defaultWorker(), "name of this machine's worker")
 	f.IntVar(&a.slots, "slots", 0, "tasks at a time on this machine (0: by its memory)")
+	f.IntVar(&a.gpus, "gpus", -1, "GPUs of this machine that tasks may have (-1: as many as NVIDIA's driver shows)")
 	f.StringArrayVar(&a.labels, "worker-label", nil, "label K=V of this worker, for --constraint")
 	f.StringVar(&a.cluster, "cluster", "", "label of this dayfly's containers (default: made up once for the data folder)")
 	f.StringVar(&a.init, "init", "", "the dayfly-init binary, if it is not beside dayfly")
@@ -202,6 +205,9 @@ func (a *agentConfig) check() error {
 	}
 	if a.runtime != "docker" && a.runtime != "fake" {
 		return errors.New("--runtime must be docker or fake")
+	}
+	if a.gpus < -1 || a.gpus > schemas.MaxGPUs {
+		return fmt.Errorf("--gpus must be -1 to %d", schemas.MaxGPUs)
 	}
 	_, err := pairs("worker-label", a.labels)
 	return err
@@ -230,7 +236,7 @@ func (a *agentConfig) open(p *process) (agent.Runtime, error) {
 		labels[k] = v.(string)
 	}
 	if a.runtime == "fake" {
-		host := schemas.Host{OS: "linux", Arch: "amd64", CPUs: 1e6, Memory: 1 << 50, Slots: 1e6, Engine: "fake", Labels: labels}
+		host := schemas.Host{OS: "linux", Arch: "amd64", CPUs: 1e6, Memory: 1 << 50, Slots: 1e6, GPUs: max(0, a.gpus), Engine: "fake", Labels: labels}
 		if a.slots > 0 {
 			host.Slots = a.slots
 		}
@@ -245,7 +251,7 @@ func (a *agentConfig) open(p *process) (agent.Runtime, error) {
 	}
 	rt, err := docker.New(docker.Config{
 		Cluster: a.cluster, Worker: schemas.WorkerID(a.worker), StateDir: a.stateDir(), InitPath: initPath,
-		Slots: a.slots, Labels: labels, AuthFile: dockerConfig(), Logger: p.logger("agent"),
+		Slots: a.slots, GPUs: a.gpus, Labels: labels, AuthFile: dockerConfig(), Logger: p.logger("agent"), Metrics: p.registry,
 	})
 	if err != nil {
 		return nil, &hintError{err, "dayfly doctor, which says what is missing on this machine"}

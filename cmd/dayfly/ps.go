@@ -81,8 +81,8 @@ func (c *cli) ps(ctx context.Context, cl *client.Client, o client.ListOptions, l
 			break
 		}
 	}
-	if c.format == "json" {
-		return c.printJSON(tasks)
+	if c.data() {
+		return c.printData(tasks)
 	}
 	if c.names() {
 		for _, t := range tasks {
@@ -91,6 +91,11 @@ func (c *cli) ps(ctx context.Context, cl *client.Client, o client.ListOptions, l
 		return nil
 	}
 	c.askWhy(ctx, cl, tasks)
+	return c.table(taskRows(tasks))
+}
+
+// taskRows is the table of tasks.
+func taskRows(tasks []schemas.Task) [][]string {
 	now := time.Now()
 	short := shortIDs(tasks)
 	rows := [][]string{{"ID", "IMAGE", "STATE", "WORKER", "AGE", "LEFT", "NOTE"}}
@@ -103,7 +108,7 @@ func (c *cli) ps(ctx context.Context, cl *client.Client, o client.ListOptions, l
 			short[t.ID], clip(t.Spec.Image, 40), string(t.State), string(t.Worker), ago(now.Sub(t.Timings.Accepted)), left, clip(note(t), 80),
 		})
 	}
-	return c.table(rows)
+	return rows
 }
 
 // askWhy fills in why the first few queued tasks wait; lists do not carry it.
@@ -132,6 +137,10 @@ func note(t schemas.Task) string {
 		return "is being canceled"
 	case !t.WorkerLostAt.IsZero() && !t.State.Final():
 		return "its worker is away"
+	case t.State == schemas.Running && t.Spec.Health != nil && !t.Ready:
+		return "is not ready yet" + restarts(t)
+	case t.State == schemas.Running && t.Restarts > 0:
+		return strings.TrimPrefix(restarts(t), ", ")
 	case t.State == schemas.Failed && t.Reason == schemas.ReasonExit && t.Exit != nil:
 		return fmt.Sprintf("exit code %d", t.Exit.Code)
 	case t.State == schemas.Failed && t.Reason == schemas.ReasonOOM:
@@ -140,4 +149,14 @@ func note(t schemas.Task) string {
 		return sentence(t)
 	}
 	return ""
+}
+
+func restarts(t schemas.Task) string {
+	switch t.Restarts {
+	case 0:
+		return ""
+	case 1:
+		return ", was restarted once"
+	}
+	return fmt.Sprintf(", was restarted %d times", t.Restarts)
 }

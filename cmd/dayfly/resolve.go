@@ -74,10 +74,11 @@ func (c *cli) resolveAll(ctx context.Context, cl *client.Client, args []string) 
 func (c *cli) completeTasks(live bool) cobra.CompletionFunc {
 	return func(cmd *cobra.Command, args []string, begun string) ([]string, cobra.ShellCompDirective) {
 		const no = cobra.ShellCompDirectiveNoFileComp
-		cl, err := client.New(c.url, client.WithRetryFor(0))
+		cl, err := c.client()
 		if err != nil {
 			return nil, no
 		}
+		cl = cl.With(client.WithRetryFor(0))
 		o := client.ListOptions{Limit: 50}
 		if live {
 			o.States = liveStates()
@@ -94,6 +95,24 @@ func (c *cli) completeTasks(live bool) cobra.CompletionFunc {
 		}
 		return ids, no
 	}
+}
+
+// completeWorkers completes names of workers.
+func (c *cli) completeWorkers(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
+	const no = cobra.ShellCompDirectiveNoFileComp
+	cl, err := c.client()
+	if err != nil {
+		return nil, no
+	}
+	l, err := cl.With(client.WithRetryFor(0)).Workers(cmd.Context())
+	if err != nil {
+		return nil, no
+	}
+	var names []string
+	for _, w := range l.Items {
+		names = append(names, fmt.Sprintf("%s\t%s, %d tasks", w.ID, w.State, w.Assigned.Tasks))
+	}
+	return names, no
 }
 
 func liveStates() []schemas.State {

@@ -72,8 +72,8 @@ func (c *cli) runDetached(ctx context.Context, cl *client.Client, body []byte, k
 	if err != nil {
 		return err
 	}
-	if c.format == "json" {
-		return c.printJSON(t)
+	if c.data() {
+		return c.printData(t)
 	}
 	fmt.Fprintln(c.out, t.ID)
 	return nil
@@ -202,8 +202,8 @@ func (r *runner) leave(s os.Signal, next string) error {
 // finish turns the final task into the exit code.
 func (r *runner) finish(t schemas.Task, sig os.Signal, outputErr error) error {
 	if !r.stream {
-		if r.format == "json" {
-			if err := r.printJSON(t); err != nil {
+		if r.data() {
+			if err := r.printData(t); err != nil {
 				return err
 			}
 		} else {

@@ -33,12 +33,12 @@ func (c *cli) inspectCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if c.format != "json" && !c.names() && i > 0 {
+			if !c.data() && !c.names() && i > 0 {
 				fmt.Fprintln(c.out)
 			}
 			switch {
-			case c.format == "json":
-				err = c.printJSON(t)
+			case c.data():
+				err = c.printData(t)
 			case c.names():
 				_, err = fmt.Fprintln(c.out, t.ID)
 			case timeline:
@@ -92,10 +92,17 @@ func (c *cli) describe(t schemas.Task) error {
 	if t.Worker != "" {
 		add("worker", "%s", t.Worker)
 	}
-	add("attempt", "%d of %d", t.Attempt, t.Spec.MaxAttempts)
+	add("attempt", "%d of %d%s", t.Attempt, t.Spec.MaxAttempts, restarts(t))
 	add("accepted", "%s", when(t.Timings.Accepted))
 	if !t.Timings.Running.IsZero() {
 		add("running", "%s (after %s)", when(t.Timings.Running), brief(t.Timings.Running.Sub(t.Timings.Accepted)))
+	}
+	if t.Spec.Health != nil && !t.Timings.Running.IsZero() {
+		ready := "not yet"
+		if at := t.Timings.Ready; !at.IsZero() {
+			ready = fmt.Sprintf("%s (after %s)", when(at), brief(at.Sub(t.Timings.Accepted)))
+		}
+		add("ready", "%s", ready)
 	}
 	if !t.Timings.Ended.IsZero() {
 		add("ended", "%s", when(t.Timings.Ended))
@@ -192,8 +199,8 @@ that has ended already stays as it is, which is no error.`,
 
 // printTask prints a task that a command has changed.
 func (c *cli) printTask(t schemas.Task) error {
-	if c.format == "json" {
-		return c.printJSON(t)
+	if c.data() {
+		return c.printData(t)
 	}
 	_, err := fmt.Fprintln(c.out, t.ID)
 	return err
@@ -226,7 +233,7 @@ the longest lifetime that the site allows.`,
 			if err != nil {
 				return err
 			}
-			if c.format == "json" || c.names() {
+			if c.data() || c.names() {
 				return c.printTask(t)
 			}
 			if t.ExpiresAt.IsZero() {
@@ -275,8 +282,8 @@ that did not complete; 124 if --timeout is over first.`,
 				first = verdict(t)
 			}
 			switch {
-			case c.format == "json":
-				err = c.printJSON(t)
+			case c.data():
+				err = c.printData(t)
 			case c.names():
 				_, err = fmt.Fprintln(c.out, t.ID)
 			default:
@@ -307,35 +314,39 @@ func (c *cli) workersCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if c.format == "json" {
+			if c.data() {
 				if l.Items == nil {
 					l.Items = []schemas.Worker{}
 				}
-				return c.printJSON(l.Items)
-			}
-			rows := [][]string{{"NAME", "STATE", "TASKS", "CPU", "MEMORY", "GPU", "BEAT", "VERSION"}}
-			for _, w := range l.Items {
-				if c.names() {
-					fmt.Fprintln(c.out, w.ID)
-					continue
-				}
-				gpu := ""
-				if w.Host.GPUs > 0 {
-					gpu = strconv.Itoa(w.Host.GPUs)
-				}
-				rows = append(rows, []string{
-					string(w.ID), w.State, fmt.Sprintf("%d/%d", w.Assigned.Tasks, w.Host.Slots),
-					fmt.Sprintf("%s/%s", w.Assigned.CPUs, w.Host.CPUs), fmt.Sprintf("%s/%s", w.Assigned.Memory, w.Host.Memory),
-					gpu, ago(w.BeatAgo.Std()), w.Version,
-				})
+				return c.printData(l.Items)
 			}
 			if c.names() {
+				for _, w := range l.Items {
+					fmt.Fprintln(c.out, w.ID)
+				}
 				return nil
 			}
 			if len(l.Items) == 0 {
 				c.say("no worker has announced itself yet")
 			}
-			return c.table(rows)
+			return c.table(workerRows(l.Items))
 		}),
 	}
+}
+
+// workerRows is the table of workers.
+func workerRows(list []schemas.Worker) [][]string {
+	rows := [][]string{{"NAME", "STATE", "TASKS", "CPU", "MEMORY", "GPU", "BEAT", "VERSION"}}
+	for _, w := range list {
+		gpu := ""
+		if w.Host.GPUs > 0 {
+			gpu = strconv.Itoa(w.Host.GPUs)
+		}
+		rows = append(rows, []string{
+			string(w.ID), w.State, fmt.Sprintf("%d/%d", w.Assigned.Tasks, w.Host.Slots),
+			fmt.Sprintf("%s/%s", w.Assigned.CPUs, w.Host.CPUs), fmt.Sprintf("%s/%s", w.Assigned.Memory, w.Host.Memory),
+			gpu, ago(w.BeatAgo.Std()), w.Version,
+		})
+	}
+	return rows
 }

@@ -28,8 +28,8 @@ func (c *cli) versionCommand() *cobra.Command {
 		RunE: func(*cobra.Command, []string) error {
 			v := versionInfo{Version: version, Commit: commit(), Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH}
 			switch {
-			case c.format == "json":
-				return c.printJSON(v)
+			case c.data():
+				return c.printData(v)
 			case c.names():
 				fmt.Fprintln(c.out, v.Version)
 			default:

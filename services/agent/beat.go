@@ -231,7 +231,7 @@ func (a *Agent) beats(ctx context.Context) error {
 		if err := a.sendBeat(ctx); err != nil {
 			return err
 		}
-		a.journal.forget(time.Now())
+		a.journal.forget(a.rt.Now())
 	}
 }
 

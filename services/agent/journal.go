@@ -24,10 +24,14 @@ type entry struct {
 	Applied  int               `json:"applied,omitzero"`  // extensions carried out
 	NoPermit bool              `json:"no_permit,omitzero"`
 	Needs    schemas.Resources `json:"needs,omitzero"`
+	GPUs     []int             `json:"gpus,omitzero"` // the devices that it has
+	Health   *schemas.Health   `json:"health,omitzero"`
 	Stdout   int64             `json:"stdout,omitzero"` // bytes of the log that are surely stored
 	Stderr   int64             `json:"stderr,omitzero"`
 	Closed   bool              `json:"closed,omitzero"`
-	At       time.Time         `json:"at"`
+	// At is when it was closed, by the runtime's clock, which nobody sets: a wall clock
+	// that is put forward would make the agent forget all, and start again what is over.
+	At schemas.Duration `json:"at,omitzero"`
 }
 
 // registration is the journal's head: whose epoch the entries belong to. A host
@@ -59,7 +63,7 @@ type journal struct {
 
 // openJournal reads the journal in dir, or begins one. A last line that was cut off
 // by a crash is dropped.
-func openJournal(dir string, now time.Time) (*journal, error) {
+func openJournal(dir string, now time.Duration) (*journal, error) {
 	j := &journal{path: filepath.Join(dir, "journal"), entries: map[schemas.TaskID]entry{}}
 	if f, err := os.Open(j.path); err == nil {
 		err = j.read(f)
@@ -71,7 +75,7 @@ func openJournal(dir string, now time.Time) (*journal, error) {
 		return nil, fmt.Errorf("open journal: %w", err)
 	}
 	for id, e := range j.entries {
-		if e.Closed && now.Sub(e.At) > journalKeep {
+		if e.Closed && now-e.At.Std() > journalKeep {
 			delete(j.entries, id)
 		}
 	}
@@ -110,15 +114,22 @@ func (j *journal) compact() error {
 	}
 	w := bufio.NewWriter(f)
 	write := func(l line) {
-		b, e := schemas.Encode(l)
-		_, e2 := w.Write(append(b, '\n'))
-		err = errors.Join(err, e, e2)
+		var b []byte
+		if err == nil {
+			b, err = schemas.Encode(l)
+		}
+		if err == nil {
+			_, err = w.Write(append(b, '\n'))
+		}
 	}
 	write(line{Head: &j.head})
 	for _, e := range j.entries {
 		write(line{Entry: &e})
 	}
-	if err = errors.Join(err, w.Flush()); err == nil {
+	if err == nil {
+		err = w.Flush()
+	}
+	if err == nil {
 		err = os.Rename(tmp, j.path)
 	}
 	if err != nil {
@@ -215,11 +226,11 @@ func (j *journal) open() []entry {
 }
 
 // forget drops closed entries that are old enough.
-func (j *journal) forget(now time.Time) {
+func (j *journal) forget(now time.Duration) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	for id, e := range j.entries {
-		if e.Closed && now.Sub(e.At) > journalKeep {
+		if e.Closed && now-e.At.Std() > journalKeep {
 			delete(j.entries, id)
 		}
 	}

@@ -8,12 +8,12 @@ import (
 	"dayfly.dev/schemas"
 )
 
-func remembered(id schemas.TaskID, closed bool, at time.Time) entry {
-	return entry{Assignment: schemas.Assignment{Task: id, Attempt: 1, Worker: "w1", Epoch: "e1"}, Closed: closed, At: at}
+func remembered(id schemas.TaskID, closed bool, at time.Duration) entry {
+	return entry{Assignment: schemas.Assignment{Task: id, Attempt: 1, Worker: "w1", Epoch: "e1"}, Closed: closed, At: schemas.Duration(at)}
 }
 
 func TestAJournalOutlivesAKillAndAFailedWrite(t *testing.T) {
-	dir, now := t.TempDir(), time.Now()
+	dir, now := t.TempDir(), 100*time.Hour
 	j, err := openJournal(dir, now)
 	if err != nil {
 		t.Fatal(err)
@@ -21,7 +21,7 @@ func TestAJournalOutlivesAKillAndAFailedWrite(t *testing.T) {
 	if err := j.register(registration{Epoch: "e1", Boot: "b1"}, func(entry) bool { return true }); err != nil {
 		t.Fatal(err)
 	}
-	for _, e := range []entry{remembered("t-open", false, now), remembered("t-closed", true, now), remembered("t-old", true, now.Add(-2*journalKeep))} {
+	for _, e := range []entry{remembered("t-open", false, now), remembered("t-closed", true, now), remembered("t-old", true, now-2*journalKeep)} {
 		if err := j.put(e); err != nil {
 			t.Fatal(err)
 		}

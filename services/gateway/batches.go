@@ -27,7 +27,7 @@ const (
 // be more of them than should be in memory, and checked when all are there: the
 // template may come last. The batch exists once its record is stored.
 func (g *Gateway) createBatch(w *response, r *http.Request) error {
-	if _, err := parseQuery(r); err != nil {
+	if _, err := parseQuery(w, r); err != nil {
 		return err
 	}
 	key, err := idempotencyKey(r.Header)
@@ -278,7 +278,7 @@ func (g *Gateway) live(id schemas.BatchID) func(int) schemas.State {
 func (g *Gateway) batchView(ctx context.Context, e bus.Entry[schemas.Batch]) schemas.BatchStatus {
 	v := e.Value.View(e.Revision, g.live(e.Value.ID))
 	if e.Value.Done() && v.Callback != nil {
-		if status, _ := g.delivery(ctx, e.Key, e.Revision); status != nil {
+		if status := g.delivery(ctx, e.Key); status != nil {
 			status.URL = v.Callback.URL
 			v.Callback = status
 		}
@@ -288,10 +288,10 @@ func (g *Gateway) batchView(ctx context.Context, e bus.Entry[schemas.Batch]) sch
 
 // getBatch is GET /v1/batches/{id}.
 func (g *Gateway) getBatch(w *response, r *http.Request) error {
-	if _, err := parseQuery(r); err != nil {
+	if _, err := parseQuery(w, r); err != nil {
 		return err
 	}
-	ctx, cancel := g.operation(r)
+	ctx, cancel := g.onBus(r)
 	defer cancel()
 	e, err := g.fetchBatch(ctx, r)
 	if err != nil {
@@ -302,7 +302,7 @@ func (g *Gateway) getBatch(w *response, r *http.Request) error {
 
 // listItems is GET /v1/batches/{id}/items: by index.
 func (g *Gateway) listItems(w *response, r *http.Request) error {
-	q, err := parseQuery(r, "limit", "cursor")
+	q, err := parseQuery(w, r)
 	if err != nil {
 		return err
 	}
@@ -314,7 +314,7 @@ func (g *Gateway) listItems(w *response, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := g.operation(r)
+	ctx, cancel := g.onBus(r)
 	defer cancel()
 	e, err := g.fetchBatch(ctx, r)
 	if err != nil {
@@ -330,7 +330,7 @@ func (g *Gateway) listItems(w *response, r *http.Request) error {
 			return err
 		}
 		if known {
-			item.Name, item.State, item.Reason, item.Exit = rec.Spec.Labels[schemas.LabelName], rec.State, rec.Reason, rec.Exit
+			item.Name, item.State, item.Reason, item.Exit = rec.Spec.Labels[schemas.LabelOfName], rec.State, rec.Reason, rec.Exit
 		}
 		page.Items = append(page.Items, item)
 	}
@@ -343,14 +343,14 @@ func (g *Gateway) listItems(w *response, r *http.Request) error {
 // cancelBatch is DELETE /v1/batches/{id}. The gateway that works on the batch cancels
 // its tasks.
 func (g *Gateway) cancelBatch(w *response, r *http.Request) error {
-	if _, err := parseQuery(r); err != nil {
+	if _, err := parseQuery(w, r); err != nil {
 		return err
 	}
 	id, err := batchID(r)
 	if err != nil {
 		return err
 	}
-	ctx, cancel := g.operation(r)
+	ctx, cancel := g.onBus(r)
 	defer cancel()
 	if err := g.upToDate(ctx); err != nil {
 		return err
@@ -363,4 +363,13 @@ func (g *Gateway) cancelBatch(w *response, r *http.Request) error {
 		return busError(err, "")
 	}
 	return answer(w, http.StatusOK, g.batchView(ctx, e))
+}
+
+// batchBody is the body of POST /v1/batches as openapi.json tells it; schemas.ReadBatch
+// reads it.
+type batchBody struct {
+	Template schemas.Spec      `json:"template"`
+	Items    []map[string]any  `json:"items"`
+	Labels   map[string]string `json:"labels,omitzero"`
+	Callback *schemas.Callback `json:"callback,omitzero"`
 }

@@ -493,8 +493,8 @@ func (b *batches) dropItems(ctx context.Context, upload string, parts int) {
 // cancel marks a batch as canceled; one that is done stays as it is.
 func (b *batches) cancel(ctx context.Context, id schemas.BatchID, by string) (bus.Entry[schemas.Batch], error) {
 	m := meta(by)
-	e, err := b.table.Update(ctx, string(id), m.Op, func(v schemas.Batch) (schemas.Batch, []bus.WriteOption, error) {
-		v, err := v.AskCancel(m)
+	e, err := b.table.Update(ctx, string(id), m.Op, func(e bus.Entry[schemas.Batch]) (schemas.Batch, []bus.WriteOption, error) {
+		v, err := e.Value.AskCancel(m)
 		return v, nil, err
 	})
 	if errors.Is(err, schemas.ErrFinal) || errors.Is(err, schemas.ErrUnchanged) {
@@ -521,7 +521,7 @@ func (b *batches) cancelTasks(ctx context.Context, w *work) error {
 	failed := make([]error, len(todo))
 	for n, index := range todo {
 		g.Go(func() error {
-			e, err := b.g.change(ctx, w.entry.Value.ID.Task(index), func(rec schemas.Record, m schemas.Meta) schemas.Event {
+			e, err := b.g.change(ctx, w.entry.Value.ID.Task(index), nil, func(rec schemas.Record, m schemas.Meta) schemas.Event {
 				return schemas.AskCancel{Meta: m, Grace: rec.Spec.Timeouts.Stop}
 			})
 			var gone *schemas.Error
@@ -567,8 +567,8 @@ func (b *batches) save(ctx context.Context, w *work, begun int) error {
 	if !due {
 		return nil
 	}
-	e, err := b.table.UpdateFrom(ctx, w.entry, step.Op, func(v schemas.Batch) (schemas.Batch, []bus.WriteOption, error) {
-		v, err := v.Next(step)
+	e, err := b.table.UpdateFrom(ctx, w.entry, step.Op, func(e bus.Entry[schemas.Batch]) (schemas.Batch, []bus.WriteOption, error) {
+		v, err := e.Value.Next(step)
 		if v.Done() {
 			return v, []bus.WriteOption{bus.TTL(b.g.cfg.Retention)}, err
 		}

@@ -3,7 +3,6 @@ package gateway
 import (
 	"context"
 	"errors"
-	"strconv"
 
 	"github.com/nats-io/nats.go"
 
@@ -21,13 +20,12 @@ func newDeliveries(conn *bus.Conn) *bus.Table[schemas.Delivery] {
 	})
 }
 
-// delivery says what became of the callback of a final task or batch, and gives the
-// entity tag of an answer that shows it. It is left out where the store is away.
-func (g *Gateway) delivery(ctx context.Context, id string, revision uint64) (*schemas.CallbackStatus, string) {
-	tag := strconv.FormatUint(revision, 10)
+// delivery says what became of the callback of a final task or batch. It is left out
+// where the store is away.
+func (g *Gateway) delivery(ctx context.Context, id string) *schemas.CallbackStatus {
 	e, err := g.deliveries.Get(ctx, id)
 	if err != nil && !errors.Is(err, bus.ErrNotFound) {
-		return nil, `"` + tag + `"`
+		return nil
 	}
-	return e.Value.View(), `"` + tag + "." + strconv.FormatUint(e.Revision, 10) + `"`
+	return e.Value.View()
 }

@@ -39,9 +39,6 @@ func TestATaskShowsWhatBecameOfItsCallback(t *testing.T) {
 	if c := r.task(t).Callback; c == nil || c.State != schemas.DeliveryDelivered || c.Tries != 2 || c.LastStatus != 204 || !c.DeliveredAt.Equal(at) {
 		t.Errorf("%+v", c)
 	}
-	if r := w.get(path, "If-None-Match", r.header.Get("ETag")); r.status != 304 {
-		t.Error(r.status)
-	}
 	if s := string(r.body) + string(w.get("/v1/tasks").body) + w.logs.String(); strings.Contains(s, secret) {
 		t.Error("the secret is shown")
 	}

@@ -28,7 +28,7 @@ func (g *Gateway) create(w *response, r *http.Request) error {
 }
 
 func (g *Gateway) createTask(w *response, r *http.Request) error {
-	q, err := parseQuery(r, "wait", "timeout")
+	q, err := parseQuery(w, r)
 	if err != nil {
 		return err
 	}
@@ -51,7 +51,7 @@ func (g *Gateway) createTask(w *response, r *http.Request) error {
 	if err := g.reach(r.Context()); err != nil {
 		return err
 	}
-	ctx, cancel := g.operation(r)
+	ctx, cancel := g.onBus(r)
 	e, replayed, err := g.createOnce(ctx, key, spec)
 	cancel()
 	if err != nil {
@@ -140,6 +140,9 @@ func (g *Gateway) createOnce(ctx context.Context, key string, spec schemas.Spec)
 			g.fold(e)
 			return e, true, nil
 		}
+		if errors.Is(err, bus.ErrNotFound) { // theirs is under way
+			return e, false, busError(bus.ErrUnknownOutcome, id)
+		}
 		return e, false, readError(err)
 	}
 	return e, false, busError(err, id)
@@ -220,7 +223,7 @@ func (g *Gateway) await(r *http.Request, id schemas.TaskID, p patience) (bus.Ent
 			return bus.Entry[record]{Key: string(id), Value: rec, Revision: revision}, nil
 		}
 	}
-	ctx, cancel = g.operation(r)
+	ctx, cancel = g.onBus(r)
 	defer cancel()
 	return g.fetch(ctx, id)
 }

@@ -22,7 +22,7 @@ type book struct {
 	holds map[*task]*hold
 	rest  timers
 
-	counts    map[schemas.State]int // of all records, final ones too
+	counts    map[schemas.State]int // of all records that are not final
 	unordered map[schemas.TaskID]time.Time
 	holdsAt   time.Time // of the last pass over the holds
 }

@@ -166,13 +166,15 @@ func (p *Placer) place(ctx context.Context, l *lease, d decision) {
 	event := schemas.Choose{Meta: schemas.Meta{At: time.Now().UTC(), By: "placer", Op: op()}, Worker: d.worker, Epoch: d.epoch}
 	var a schemas.Assignment
 	e, err := p.table.UpdateFrom(wctx, bus.Entry[schemas.Record]{Key: string(d.task), Value: rec, Revision: d.revision}, event.Op,
-		func(r schemas.Record) (schemas.Record, []bus.WriteOption, error) {
+		func(e bus.Entry[schemas.Record]) (schemas.Record, []bus.WriteOption, error) {
+			r := e.Value
 			if r.Attempt != d.queued.attempt {
 				return r, nil, errMoved
 			}
 			if !l.Valid() { // this process may have been stopped since it decided
 				return r, nil, errDeposed
 			}
+			event.On = e.Revision
 			next, err := schemas.Next(r, event)
 			a = next.Assignment()
 			return next, nil, err
@@ -191,10 +193,7 @@ func (p *Placer) place(ctx context.Context, l *lease, d decision) {
 		p.observe(e) // what was read instead
 		p.wrote(d, overtaken, e.Revision)
 		p.metrics.placements.WithLabelValues("conflict").Inc()
-	case errors.Is(err, bus.ErrNotFound):
-		p.wrote(d, overtaken, 0)
-		p.metrics.placements.WithLabelValues("conflict").Inc()
-	default:
+	default: // also where the record seems to be gone: the view tells whether it is
 		p.wrote(d, failed, 0)
 		p.metrics.placements.WithLabelValues("error").Inc()
 		p.log.Warn().Err(err).Str("task", string(d.task)).Str("worker", string(d.worker)).Msg("write assignment")
@@ -216,6 +215,8 @@ func (p *Placer) observe(e bus.Entry[schemas.Record]) {
 	s := seen{state: r.State}
 	switch {
 	case r.State.Final():
+		p.tasks.Forget(e.Key, e.Revision)
+		return
 	case r.State.Held():
 		s.worker, s.need = intern(r.Worker), resourcesOf(r.Spec.Resources)
 	default:

@@ -151,11 +151,15 @@ func (p *Placer) checkViews(context.Context) error {
 }
 
 func (p *Placer) decodeTask(key string, h nats.Header, data []byte) (seen, error) {
-	return look(h, data, func() (resources, bool) {
+	s, err := look(h, data, func() (resources, bool) {
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		return p.book.known(schemas.TaskID(key))
 	})
+	if err == nil && s.state.Final() {
+		err = bus.ErrForget
+	}
+	return s, err
 }
 
 func decodeBeat(_ string, _ nats.Header, data []byte) (b schemas.Beat, err error) {

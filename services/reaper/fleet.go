@@ -93,15 +93,35 @@ func (r *Reaper) beatChanged(c bus.Change[schemas.Beat]) {
 	}
 	r.fleet.saw(w, c.Revision, time.Now())
 	if !c.HadOld || c.Old.Epoch != c.New.Epoch || c.Old.Lost() != c.New.Lost() || c.Old.Reported != c.New.Reported {
-		r.lookAtWorker(w)
+		r.suspect(w)
 	}
 }
 
-// lookAtWorker asks for a look at every task that the worker holds.
-func (r *Reaper) lookAtWorker(w schemas.WorkerID) {
+// suspect asks for a look at every task that the worker holds.
+func (r *Reaper) suspect(w schemas.WorkerID) {
+	r.mu.Lock()
+	r.suspects[w] = struct{}{}
+	r.mu.Unlock()
+	select {
+	case r.suspected <- struct{}{}:
+	default:
+	}
+}
+
+// lookAtSuspects asks for a look at the tasks of all suspects. It is one pass over
+// the tasks for however many workers: after a start, or an outage, all of them are.
+func (r *Reaper) lookAtSuspects() {
+	r.mu.Lock()
+	suspects := r.suspects
+	r.suspects = map[schemas.WorkerID]struct{}{}
+	r.mu.Unlock()
+	if len(suspects) == 0 {
+		return
+	}
 	now := time.Now()
 	r.tasks.Range(func(key string, t task, _ uint64) bool {
-		if strings.HasPrefix(t.holder, string(w)+" ") {
+		w, _, _ := strings.Cut(t.holder, " ")
+		if _, ok := suspects[schemas.WorkerID(w)]; ok {
 			r.due.add(schemas.TaskID(key), now)
 		}
 		return true

@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"fmt"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -45,10 +46,10 @@ type Deps struct {
 	Health  *ops.Health
 }
 
-// task is what the view keeps of a record: enough to see whether it concerns us,
-// and the record itself while it can still change.
+// task is what the view keeps of a record that can still change. Of a final one it
+// keeps nothing, unless its end is to be announced: those stay in the bucket for their retention, and only their number
+// grows.
 type task struct {
-	state  schemas.State
 	holder string // "<worker> <epoch>", "" if none
 	raw    []byte // nil once final
 
@@ -71,6 +72,10 @@ type Reaper struct {
 	fleet   *fleet
 	unknown *unknown
 	courier *courier
+
+	suspected chan struct{}
+	mu        sync.Mutex
+	suspects  map[schemas.WorkerID]struct{} // under mu: whose tasks are to be looked at
 }
 
 // Run runs the reaper until ctx ends.
@@ -96,6 +101,7 @@ func Run(ctx context.Context, deps Deps, cfg Config) error {
 			Wrote: func(b schemas.Beat, _ string) bool { return b.Lost() },
 		}),
 		due: newTimers[schemas.TaskID](), fleet: newFleet(), unknown: newUnknown(),
+		suspected: make(chan struct{}, 1), suspects: map[schemas.WorkerID]struct{}{},
 	}
 	r.courier = newCourier(deps.Conn, r.table, deps.Logger, cfg)
 	r.metrics = newMetrics(deps.Metrics, r.courier.oldest)
@@ -130,13 +136,13 @@ func (r *Reaper) checkViews(context.Context) error {
 }
 
 func decodeTask(_ string, h nats.Header, data []byte) (task, error) {
-	t := task{state: schemas.State(h.Get(schemas.HeaderState)), holder: h.Get(schemas.HeaderHolder)}
-	if t.state.Final() {
-		t.callback = h.Get(schemas.HeaderCallback)
-	} else {
-		t.raw = bytes.Clone(data)
+	if schemas.State(h.Get(schemas.HeaderState)).Final() {
+		if callback := h.Get(schemas.HeaderCallback); callback != "" {
+			return task{callback: callback}, nil
+		}
+		return task{}, bus.ErrForget
 	}
-	return t, nil
+	return task{holder: h.Get(schemas.HeaderHolder), raw: bytes.Clone(data)}, nil
 }
 
 func decodeBeat(_ string, _ nats.Header, data []byte) (b schemas.Beat, err error) {
@@ -148,7 +154,7 @@ func decodeBeat(_ string, _ nats.Header, data []byte) (b schemas.Beat, err error
 func (r *Reaper) taskChanged(c bus.Change[task]) {
 	id := schemas.TaskID(c.Key)
 	r.courier.changed(c.Key, c.Old.callback, c.New.callback)
-	if c.Deleted || c.New.state.Final() {
+	if c.Deleted || c.New.callback != "" {
 		r.due.drop(id)
 		return
 	}
@@ -164,7 +170,7 @@ func (r *Reaper) meta() schemas.Meta {
 
 // entry gives a record that may still change, from the view if it is there.
 func (r *Reaper) entry(ctx context.Context, id schemas.TaskID) (bus.Entry[schemas.Record], error) {
-	if t, revision, ok := r.tasks.Get(string(id)); ok && t.raw != nil {
+	if t, revision, ok := r.tasks.Get(string(id)); ok {
 		if rec, err := t.record(); err == nil {
 			return bus.Entry[schemas.Record]{Key: string(id), Value: rec, Revision: revision}, nil
 		}
@@ -177,9 +183,9 @@ func (r *Reaper) entry(ctx context.Context, id schemas.TaskID) (bus.Entry[schema
 func (r *Reaper) apply(ctx context.Context, e bus.Entry[schemas.Record], event func(schemas.Meta) schemas.Event) (bus.Entry[schemas.Record], error) {
 	m := r.meta()
 	var before schemas.Record
-	after, err := r.table.UpdateFrom(ctx, e, m.Op, func(rec schemas.Record) (schemas.Record, []bus.WriteOption, error) {
-		before = rec
-		next, err := schemas.Next(rec, event(m))
+	after, err := r.table.UpdateFrom(ctx, e, m.Op, func(e bus.Entry[schemas.Record]) (schemas.Record, []bus.WriteOption, error) {
+		before, m.On = e.Value, e.Revision
+		next, err := schemas.Next(e.Value, event(m))
 		if err != nil || !next.State.Final() {
 			return next, nil, err
 		}
@@ -201,19 +207,22 @@ func (r *Reaper) apply(ctx context.Context, e bus.Entry[schemas.Record], event f
 	return after, nil
 }
 
-// observe folds an own write into the view. A final record is kept without its
-// bytes, so it is not encoded again.
+// observe folds an own write into the view.
 func (r *Reaper) observe(e bus.Entry[schemas.Record]) {
 	h := nats.Header(e.Value.Headers())
-	t := task{state: e.Value.State, holder: h.Get(schemas.HeaderHolder), callback: h.Get(schemas.HeaderCallback)}
-	if !t.state.Final() {
-		raw, err := schemas.Encode(e.Value)
-		if err != nil {
-			return
+	if e.Value.State.Final() {
+		if callback := h.Get(schemas.HeaderCallback); callback != "" {
+			r.tasks.Observe(e.Key, task{callback: callback}, e.Revision)
+		} else {
+			r.tasks.Forget(e.Key, e.Revision)
 		}
-		t.raw = raw
+		return
 	}
-	r.tasks.Observe(e.Key, t, e.Revision)
+	raw, err := schemas.Encode(e.Value)
+	if err != nil {
+		return
+	}
+	r.tasks.Observe(e.Key, task{holder: h.Get(schemas.HeaderHolder), raw: raw}, e.Revision)
 }
 
 // order sends the order that follows from a record to the worker of an assignment.

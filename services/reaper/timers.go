@@ -2,6 +2,7 @@ package reaper
 
 import (
 	"container/heap"
+	"slices"
 	"sync"
 	"time"
 )
@@ -27,20 +28,27 @@ func (t *timers[ID]) add(id ID, at time.Time) {
 		return
 	}
 	t.at[id] = at
-	heap.Push(&t.heap, timer[ID]{id, at})
 	if len(t.heap) > 2*len(t.at)+1024 { // most are outdated, and may be so for days
-		t.heap = t.heap[:0]
-		for id, at := range t.at {
-			t.heap = append(t.heap, timer[ID]{id, at})
-		}
-		heap.Init(&t.heap)
+		t.compact()
 	}
+	heap.Push(&t.heap, timer[ID]{id, at})
 	if t.heap[0].id == id {
 		select {
 		case t.wake <- struct{}{}:
 		default:
 		}
 	}
+}
+
+// compact drops what is outdated from the heap, where else it would stay until its
+// time: that of a task which ended early is its deadline. t.mu is held, and t.at may
+// already have what is still to be pushed.
+func (t *timers[ID]) compact() {
+	t.heap = slices.DeleteFunc(t.heap, func(x timer[ID]) bool {
+		at, ok := t.at[x.id]
+		return !ok || !at.Equal(x.at)
+	})
+	heap.Init(&t.heap)
 }
 
 // drop forgets id.

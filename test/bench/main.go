@@ -2,12 +2,15 @@
 //
 //	bench control    the control plane with the fake runtime: latency, tasks/s, flushes
 //	bench cold       POST to running beside create+start through the raw Docker API
-//	bench            both
+//	bench hop        one process beside one for each service
+//	bench scale      50 and 1,000 agents: many tasks through, then many that sleep
+//	bench            control and cold
 //
 // It prints medians and ratios; single figures of a shared machine mean little.
 package main
 
 import (
+	"cmp"
 	"context"
 	"flag"
 	"fmt"
@@ -15,19 +18,25 @@ import (
 	"os/signal"
 	"runtime/pprof"
 	"slices"
+	"strconv"
+	"strings"
+	"syscall"
 	"time"
 )
 
 func main() {
 	n := flag.Int("n", 0, "samples of each kind (0: the command's own default)")
-	bin := flag.String("bin", "bin/dayfly", "the dayfly binary, for cold")
+	bin := flag.String("bin", "bin/dayfly", "the dayfly binary, for cold, hop and scale")
 	profile := flag.String("cpuprofile", "", "write a CPU profile to this file")
+	agents := flag.String("agents", "50,1000", "numbers of agents, for scale")
+	live := flag.Int("live", 100_000, "tasks that sleep at a time, for scale")
+	syncs := flag.String("sync", "default", "when NATS syncs its files, for scale: default or always")
 	flag.Usage = func() {
-		fmt.Fprintln(os.Stderr, "usage: bench [-n N] [control|cold]")
+		fmt.Fprintln(os.Stderr, "usage: bench [-n N] [control|cold|hop|scale]")
 		flag.PrintDefaults()
 	}
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if *profile != "" {
 		f, err := os.Create(*profile)
@@ -46,6 +55,19 @@ func main() {
 		err = control(ctx, *n)
 	case "cold":
 		err = cold(ctx, *bin, *n)
+	case "hop":
+		err = hop(ctx, *bin, *n)
+	case "scale":
+		o := scaleOptions{bin: *bin, sync: *syncs, through: cmp.Or(*n, 20_000), live: *live}
+		for f := range strings.SplitSeq(*agents, ",") {
+			count, perr := strconv.Atoi(f)
+			if perr != nil || count < 1 {
+				flag.Usage()
+				os.Exit(2)
+			}
+			o.agents = append(o.agents, count)
+		}
+		err = scale(ctx, o)
 	case "":
 		if err = control(ctx, *n); err == nil {
 			err = cold(ctx, *bin, *n)

@@ -24,16 +24,11 @@ import (
 func withDocker(t testing.TB, o harness.SiteOptions) (*harness.Site, string) {
 	t.Helper()
 	s := start(t, o)
-	image := "dayfly-test:" + s.Cluster
-	if err := harness.MakeImage(t.Context(), image); err != nil {
+	s.Image = "dayfly-test:" + s.Cluster
+	if err := harness.MakeImage(t.Context(), s.Image); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		if err := harness.RemoveImage(context.Background(), image); err != nil {
-			t.Error(err)
-		}
-	})
-	return s, image
+	return s, s.Image
 }
 
 // contained is a small container that runs command.

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -89,6 +90,113 @@ func TestAKeyMakesOneTaskOnAllGateways(t *testing.T) {
 			}
 		}
 	}
+}
+
+// The leading placer is killed while a thousand tasks wait, and just then there is room
+// for them: the other places each of them once.
+func TestThePlacerDiesWithALongQueue(t *testing.T) {
+	const n = 1000
+	s := start(t, harness.SiteOptions{Placers: 2, Agents: 2, Fake: true})
+	drain := func(verb string) {
+		t.Helper()
+		for _, w := range []string{"w1", "w2"} {
+			if err := s.Call(within(t, patience), 0, "POST", "/v1/workers/"+w+"/"+verb, "{}", nil); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	drain("drain")
+	var old *harness.Process
+	eventually(t, "one leads", func() error {
+		for _, p := range s.Placer {
+			if leads(p) {
+				old = p
+				return nil
+			}
+		}
+		return errors.New("none")
+	})
+	var posting sync.WaitGroup
+	for range 20 {
+		posting.Go(func() {
+			for range n / 20 {
+				if err := s.Call(t.Context(), 0, "POST", "/v1/tasks", spec("exit", "0"), nil); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	posting.Wait()
+	all := func(state schemas.State) schemas.TaskList {
+		t.Helper()
+		var list schemas.TaskList
+		eventually(t, fmt.Sprintf("all are %s", state), func() error {
+			err := s.Call(t.Context(), 0, "GET", "/v1/tasks?limit=1000&state="+string(state), nil, &list)
+			if err == nil && len(list.Items) != n {
+				err = fmt.Errorf("%d are", len(list.Items))
+			}
+			return err
+		})
+		return list
+	}
+	all(schemas.Queued)
+	old.Kill()
+	killed := time.Now()
+	drain("undrain")
+	var first, last time.Time
+	for _, task := range all(schemas.Completed).Items {
+		if task.Attempt != 1 {
+			t.Errorf("%s took %d attempts", task.ID, task.Attempt)
+		}
+		if at := task.Timings.Assigned; first.IsZero() || at.Before(first) {
+			first = at
+		}
+		if at := task.Timings.Assigned; at.After(last) {
+			last = at
+		}
+	}
+	t.Logf("the first was placed %v after the kill, the last %v later", first.Sub(killed).Round(time.Millisecond), last.Sub(first).Round(time.Millisecond))
+}
+
+// A gateway is killed while it takes tasks. Each client asks another one again with
+// its key, and has one task.
+func TestAGatewayDiesAmongKeys(t *testing.T) {
+	s := start(t, harness.SiteOptions{Gateways: 2, Fake: true})
+	post := func(gateway int, key string) (task schemas.Task, err error) {
+		err = harness.Call(t.Context(), "POST", s.Gateway[gateway].Addrs.HTTP+"/v1/tasks", key, spec("sleep", "10m"), &task)
+		return task, err
+	}
+	var kill sync.Once
+	var keys atomic.Int64
+	var asking sync.WaitGroup
+	for range 32 {
+		asking.Go(func() {
+			for { // until the gateway is gone
+				key := rand.Text()
+				keys.Add(1)
+				if _, err := post(0, key); err == nil {
+					kill.Do(s.Gateway[0].Kill)
+					continue
+				}
+				first, err := post(1, key)
+				again, err2 := post(1, key)
+				if err := errors.Join(err, err2); err != nil || first.ID != again.ID {
+					t.Errorf("one key made %q and %q: %v", first.ID, again.ID, err)
+				}
+				return
+			}
+		})
+	}
+	asking.Wait()
+	eventually(t, "there is a task for each key", func() error {
+		var list schemas.TaskList
+		err := s.Call(t.Context(), 1, "GET", "/v1/tasks?limit=1000", nil, &list)
+		if err == nil && len(list.Items) != int(keys.Load()) {
+			err = fmt.Errorf("%d tasks for %d keys", len(list.Items), keys.Load())
+		}
+		return err
+	})
 }
 
 // A leading placer that is stopped for longer than its lease finds another in its

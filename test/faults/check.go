@@ -3,11 +3,10 @@ package faults
 import (
 	"cmp"
 	"fmt"
-	"io"
 	"maps"
 	"slices"
 	"strconv"
-	"text/tabwriter"
+	"strings"
 	"time"
 
 	"dayfly.dev/schemas"
@@ -33,7 +32,11 @@ const (
 	CancelIgnored Rule = "cancel ignored" // overtaken by another attempt
 	ExtendLost    Rule = "extend lost"    // it ended before the deadline that was promised
 	StaleRead     Rule = "stale read"     // older than what was answered before
+	LogLost       Rule = "log lost"       // bytes of a log are missing or wrong, and the record does not say why
 )
+
+var rules = []Rule{Lost, Stuck, Overlap, StartedTwice, Orphan, AfterFinal, WrongEnd, IllegalStep, FinalChanged, Unguarded,
+	Doubled, RefusedMade, CancelIgnored, ExtendLost, StaleRead, LogLost}
 
 // Violation is one broken promise.
 type Violation struct {
@@ -57,12 +60,16 @@ type Result struct {
 	Finals     map[string]int // by "state reason"
 	Attempts   map[int]int    // tasks by their number of attempts
 	Requeues   map[string]int // by cause
+	Truncated  map[string]int // logs, by cause
+	Logs       int            // that were read
+	ByClock    map[string]int // ends and promises that are wrong because a clock was off
 	Lives      map[string]int // ended attempts by who ended them
 	Faults     []Fault
 	FaultsAt   []time.Duration
-	Recovery   []time.Duration // of Faults: from healing until a task that was created after it is completed; -1 if none was
+	Recovery   []time.Duration // of Faults: from healing until what was hurt did its work again; -1 if it did not
 	Settled    time.Duration   // from the healing of everything until all were final
 	ShownLate  []time.Duration // by how much the deadline in a record was after the one of the container
+	IdleLeft   int             // containers that are left and in which nothing was run: init ends them
 	Overshoot  []time.Duration // how long after its deadline an expired attempt ended
 }
 
@@ -72,6 +79,7 @@ type life struct {
 	ends       int
 	by         schemas.EndedBy
 	code       int
+	idle       bool
 }
 
 type subject struct {
@@ -80,7 +88,9 @@ type subject struct {
 	seenAt  []time.Duration // of revs
 	ops     []Event
 	lives   []*life
+	log     *Log
 	created bool // a client was told
+	skewed  bool // its record may have been stamped by a clock that was off
 }
 
 func (s *subject) last() *schemas.Record {
@@ -101,7 +111,8 @@ type checker struct {
 // Check judges a history.
 func Check(history []Event) Result {
 	c := &checker{tasks: map[schemas.TaskID]*subject{}, keys: map[string][]Event{}, Result: Result{
-		Ops: map[string]int{}, Finals: map[string]int{}, Attempts: map[int]int{}, Requeues: map[string]int{}, Lives: map[string]int{}}}
+		Ops: map[string]int{}, Finals: map[string]int{}, Attempts: map[int]int{}, Requeues: map[string]int{}, Lives: map[string]int{},
+		Truncated: map[string]int{}, ByClock: map[string]int{}}}
 	history = slices.Clone(history)
 	slices.SortStableFunc(history, func(a, b Event) int { return cmp.Compare(a.T, b.T) })
 	for _, e := range history {
@@ -109,14 +120,16 @@ func Check(history []Event) Result {
 	}
 	for _, s := range c.tasks {
 		slices.SortFunc(s.lives, func(a, b *life) int { return cmp.Compare(a.start, b.start) })
+		s.skewed = c.clockWasOff(s)
 		c.records(s)
 		c.living(s)
 		c.wishes(s)
 		c.ending(s)
 		c.reads(s)
+		c.logs(s)
 	}
 	c.creates()
-	c.recoveries()
+	c.recoveries(history)
 	slices.SortFunc(c.Violations, func(a, b Violation) int { return cmp.Compare(a.At, b.At) })
 	return c.Result
 }
@@ -157,6 +170,8 @@ func (c *checker) take(e Event) {
 	case e.Rev != nil:
 		s := c.task(e.Rev.Task)
 		s.revs, s.seenAt = append(s.revs, *e.Rev), append(s.seenAt, e.T)
+	case e.Log != nil:
+		c.task(e.Log.Task).log = e.Log
 	case e.Write != nil:
 		c.broken(Unguarded, c.task(e.Write.Task), e.T, "written without an expected revision")
 	case e.Fault != nil:
@@ -180,11 +195,11 @@ func (c *checker) takeLife(e Event) {
 	case e.Life.Do == "start" && l.start >= 0:
 		c.broken(StartedTwice, s, e.T, "attempt %d on %s was started again", l.Attempt, l.Worker)
 	case e.Life.Do == "start":
-		l.start = e.T
+		l.start, l.idle = e.T, e.Life.Idle
 	case l.ends == 0:
 		l.end, l.by, l.code = e.T, e.Life.By, e.Life.Code
 		l.ends = 1
-		c.Lives[string(l.by)]++
+		c.Lives[cmp.Or(string(l.by), "unsaid")]++
 	}
 }
 
@@ -320,11 +335,17 @@ func (c *checker) living(s *subject) {
 	r := s.last()
 	var before *life
 	for _, l := range s.lives {
+		if l.idle { // of a start that was broken off, or of a process too quick to be seen
+			if l.ends == 0 {
+				c.IdleLeft++
+			}
+			continue
+		}
 		if l.ends == 0 {
 			c.broken(Orphan, s, l.start, "attempt %d on %s was never ended", l.Attempt, l.Worker)
 			l.end = 1 << 62
 		}
-		if before != nil && l.start < before.end {
+		if before != nil && before.ends > 0 && l.start < before.end {
 			c.broken(Overlap, s, l.start, "attempt %d on %s began %v before the end of attempt %d on %s",
 				l.Attempt, l.Worker, (before.end - l.start).Round(time.Millisecond), before.Attempt, before.Worker)
 		}
@@ -338,20 +359,46 @@ func (c *checker) living(s *subject) {
 		if !r.State.Final() {
 			continue
 		}
-		if final := c.since(r.EndedAt); l.start > final {
+		if final := c.ended(s); l.start > final {
 			c.broken(AfterFinal, s, l.start, "attempt %d on %s was started %v after the task was %s", l.Attempt, l.Worker, l.start-final, r.State)
-		} else if l.end > final+clockSlack {
+		} else if l.ends > 0 && l.end > final+clockSlack {
 			c.broken(AfterFinal, s, l.end, "attempt %d on %s lived until %v after the task was %s (%s)", l.Attempt, l.Worker, l.end-final, r.State, r.Reason)
 		}
-		if r.State == schemas.Expired && l.by == schemas.EndedDeadline {
+		if r.State == schemas.Expired && !s.skewed && (l.by == schemas.EndedDeadline || l.by == "" && l.Attempt == r.Attempt) {
 			c.Overshoot = append(c.Overshoot, l.end-c.since(r.ExpiresAt))
 		}
 	}
 }
 
+// clockWasOff says whether a service whose clock was off may have stamped the record.
+// An agent stamps none, and a NATS server's clock is in none.
+func (c *checker) clockWasOff(s *subject) bool {
+	if len(s.revs) == 0 {
+		return false
+	}
+	for i, f := range c.Faults {
+		core := !strings.HasPrefix(f.Target, "agent") && !strings.HasPrefix(f.Target, "nats")
+		if strings.HasPrefix(f.Kind, ClockOff) && core && c.FaultsAt[i] <= s.seenAt[len(s.seenAt)-1] && s.seenAt[0] <= f.Until {
+			return true
+		}
+	}
+	return false
+}
+
+// ended is when a final record was written: as it says, unless a clock was off.
+func (c *checker) ended(s *subject) time.Duration {
+	if s.skewed {
+		return s.seenAt[len(s.seenAt)-1]
+	}
+	return c.since(s.last().EndedAt)
+}
+
 // clockSlack is how far the wall clock of records may drift from that of the history
 // during a run.
 const clockSlack = 50 * time.Millisecond
+
+// sightSlack is how much of the life of a real container may not have been seen.
+const sightSlack = time.Second
 
 // wishes checks what was promised to clients.
 func (c *checker) wishes(s *subject) {
@@ -387,7 +434,12 @@ func (c *checker) wishes(s *subject) {
 			}
 			promised := c.since(op.Seen.ExpiresAt)
 			for _, l := range s.lives {
-				if op.Status == 200 && l.by == schemas.EndedDeadline && l.end > e.T && l.end < promised-time.Second {
+				if op.Status != 200 || l.by != schemas.EndedDeadline || l.end <= e.T || l.end >= promised-time.Second {
+					continue
+				}
+				if s.skewed {
+					c.ByClock["extended, yet ended before"]++
+				} else {
 					c.broken(ExtendLost, s, l.end, "attempt %d was ended %v before the acknowledged deadline", l.Attempt, promised-l.end)
 				}
 			}
@@ -401,6 +453,7 @@ type script struct {
 	code   int
 	reason schemas.Reason // of its failure
 	starts bool
+	output int64 // bytes of stdout; 0: that does not matter
 }
 
 func scriptOf(spec schemas.Spec) script {
@@ -419,8 +472,10 @@ func scriptOf(spec schemas.Spec) script {
 	case "sleep", "ignore-term":
 		return script{life: length(w[1]), code: number(w[2]), reason: schemas.ReasonExit, starts: true}
 	case "log":
-		return script{life: length(w[2]), starts: true}
-	case "oom":
+		return script{life: length(w[2]), starts: true, output: int64(number(w[1]))}
+	case "spam":
+		return script{starts: true, output: int64(number(w[1]))}
+	case "oom", "eat":
 		return script{code: 137, reason: schemas.ReasonOOM, starts: true}
 	case "fail":
 		if w[1] == "image" {
@@ -439,7 +494,7 @@ func (c *checker) ending(s *subject) {
 	if r == nil || !r.State.Final() {
 		return
 	}
-	at := c.since(r.EndedAt)
+	at := c.ended(s)
 	wrong := func(format string, args ...any) {
 		c.broken(WrongEnd, s, at, "%s (%s), %v: %s", r.State, r.Reason, r.Spec.Command, fmt.Sprintf(format, args...))
 	}
@@ -462,6 +517,10 @@ func (c *checker) ending(s *subject) {
 		case !do.starts:
 		case final == nil:
 			wrong("attempt %d never lived", r.Attempt)
+		case final.by == "" && final.ends > 0:
+			if do.life < 0 || final.end-final.start < do.life-sightSlack {
+				wrong("attempt %d lived only %v", r.Attempt, final.end-final.start)
+			}
 		case final.by != schemas.EndedItself:
 			wrong("attempt %d was ended by %s", r.Attempt, cmp.Or(final.by, "nobody"))
 		}
@@ -471,39 +530,108 @@ func (c *checker) ending(s *subject) {
 		if itself(); do.code != 0 || !do.starts {
 			wrong("its script fails")
 		}
+		if l := r.Logs; do.output > 0 && (l == nil || !l.Truncated && l.StdoutBytes != do.output) {
+			wrong("of its log there is %+v", l)
+		}
 	case r.State == schemas.Canceled:
 		if !slices.ContainsFunc(s.ops, func(e Event) bool { return e.Op.Name == "cancel" && e.Op.Began <= at }) {
 			wrong("nobody asked")
 		}
 	case r.State == schemas.Expired:
 		// The worker's own clock decides, and its report of the start may have come late.
-		over := !r.ExpiresAt.IsZero() && at >= c.since(r.ExpiresAt)-time.Second
-		if !over && final != nil && final.by == schemas.EndedDeadline {
+		over := !s.skewed && !r.ExpiresAt.IsZero() && at >= c.since(r.ExpiresAt)-time.Second
+		if !over && final != nil && (final.by == schemas.EndedDeadline || final.by == "") {
 			over = final.end-s.lives[0].start >= r.Spec.TTL.Std()-time.Second
-			if late := c.since(r.ExpiresAt) - final.end; over && r.Extensions == 0 {
+			if late := c.since(r.ExpiresAt) - final.end; over && r.Extensions == 0 && !s.skewed {
 				c.ShownLate = append(c.ShownLate, late)
 			}
 		}
-		if !over {
+		if r.ExpiresAt.IsZero() && r.Spec.OnLost == schemas.OnLostWait {
+			// Whether it ran is not known: it would have been ended by its init.
+			over = over || r.EndedAt.Sub(r.AssignedAt) >= r.TTL.Std()
+		}
+		switch {
+		case over:
+		case s.skewed:
+			c.ByClock["expired too soon"]++
+		default:
 			wrong("its time was not over")
 		}
 	case r.Reason == schemas.ReasonImage && do.reason == r.Reason:
 	case r.Reason == schemas.ReasonWorkerLost:
 		switch {
-		case len(c.Faults) == 0 || c.FaultsAt[0] > at:
+		case !c.hurt(at):
 			wrong("no worker was hurt")
 		case r.Spec.OnLost == schemas.OnLostRequeue && r.Tries < r.Spec.MaxAttempts:
 			wrong("only %d of %d attempts are used", r.Tries, r.Spec.MaxAttempts)
 		}
 	case r.Reason == schemas.ReasonQueueTimeout:
-		if r.EndedAt.Sub(r.QueuedAt) < r.Spec.Timeouts.Queue.Std() {
-			wrong("it waited only %v", r.EndedAt.Sub(r.QueuedAt))
+		waited := r.EndedAt.Sub(r.QueuedAt)
+		if s.skewed {
+			waited = at - s.seenAt[0]
+		}
+		switch {
+		case waited >= r.Spec.Timeouts.Queue.Std():
+		case s.skewed:
+			c.ByClock["queue timeout too soon"]++
+		default:
+			wrong("it waited only %v", waited)
 		}
 	case r.Reason == do.reason:
 		itself()
 	default:
 		wrong("its script has no such end")
 	}
+}
+
+// hurt says whether there was a fault before at that may take a worker away.
+func (c *checker) hurt(at time.Duration) bool {
+	for i, f := range c.Faults {
+		if f.Kind != Copies && c.FaultsAt[i] <= at {
+			return true
+		}
+	}
+	return false
+}
+
+// logs checks that a final task's log is all there, or that the record says why not.
+func (c *checker) logs(s *subject) {
+	r := s.last()
+	if s.log == nil || r == nil || !r.State.Final() || r.Logs == nil {
+		return
+	}
+	i := slices.IndexFunc(s.lives, func(l *life) bool { return l.Attempt == r.Attempt })
+	if i < 0 {
+		return
+	}
+	c.Logs++
+	at := s.seenAt[len(s.seenAt)-1]
+	wrote, got := scriptOf(r.Spec).output, s.log
+	bad := func(format string, args ...any) {
+		c.broken(LogLost, s, at, "%s (%s), attempt %d on %s wrote %d bytes, %d were read: %s",
+			r.State, r.Reason, r.Attempt, r.Worker, wrote, got.Bytes, fmt.Sprintf(format, args...))
+	}
+	if got.Good < got.Bytes {
+		bad("byte %d is not what was written", got.Good)
+	}
+	switch l := r.Logs; {
+	case !l.Truncated:
+		if got.Bytes != wrote || l.StdoutBytes != wrote {
+			bad("the record says all %d", l.StdoutBytes)
+		}
+		return
+	case l.Why == "limit":
+		if got.Bytes != l.StdoutBytes || l.StdoutBytes+l.Dropped != wrote {
+			bad("the record says %d, and %d over the limit", l.StdoutBytes, l.Dropped)
+		}
+	case l.Why == "worker_lost":
+		if s.lives[i].by == schemas.EndedItself && !c.hurt(at) {
+			bad("its worker was not hurt")
+		}
+	default:
+		bad("truncated by %q", l.Why)
+	}
+	c.Truncated[r.Logs.Why]++
 }
 
 // reads checks that what was answered once is not unsaid later.
@@ -553,24 +681,43 @@ func (c *checker) creates() {
 	}
 }
 
-func (c *checker) recoveries() {
-	type done struct{ began, completed time.Duration }
-	var list []done
-	for _, s := range c.tasks {
-		for _, e := range s.ops {
-			if r := s.last(); e.Op.Name == "create" && e.Op.Outcome == OK && r != nil && r.State == schemas.Completed {
-				list = append(list, done{e.Op.Began, c.since(r.EndedAt)})
+// recoveries finds, for each fault, when all that it hurt did their work again: a worker
+// started an attempt, a gateway answered, a placer placed, a reaper wrote, and a record
+// was written where NATS was hurt.
+func (c *checker) recoveries(history []Event) {
+	did := func(e Event, name string) bool {
+		service := strings.TrimRight(name, "0123456789")
+		var by string
+		if e.Rev != nil && e.Rev.Record != nil {
+			if h := e.Rev.Record.History; len(h) > 0 {
+				by = h[len(h)-1].By
 			}
 		}
+		switch {
+		case strings.HasPrefix(name, "agent-"):
+			return e.Life != nil && e.Life.Do == "start" && name == "agent-"+string(e.Life.Assignment.Worker)
+		case service == "gateway":
+			return e.Op != nil && e.Op.Outcome == OK && name == fmt.Sprintf("gateway%d", e.Op.Gateway+1)
+		case service == "nats":
+			return e.Rev != nil
+		}
+		return by == service
 	}
 	for _, f := range c.Faults {
-		best := time.Duration(-1)
-		for _, d := range list {
-			if took := d.completed - f.Until; d.began >= f.Until && (best < 0 || took < best) {
-				best = took
-			}
+		all := time.Duration(0)
+		if f.Kind == Copies {
+			all = -1 // nothing to recover from
 		}
-		c.Recovery = append(c.Recovery, best)
+		for _, name := range strings.Fields(f.Target) {
+			from, _ := slices.BinarySearchFunc(history, f.Until, func(e Event, t time.Duration) int { return cmp.Compare(e.T, t) })
+			i := slices.IndexFunc(history[from:], func(e Event) bool { return did(e, name) })
+			if i < 0 {
+				all = -1
+				break
+			}
+			all = max(all, history[from+i].T-f.Until)
+		}
+		c.Recovery = append(c.Recovery, all)
 	}
 }
 
@@ -582,46 +729,4 @@ func (r Result) Count(rule Rule) (n int) {
 		}
 	}
 	return n
-}
-
-// Print writes the table.
-func (r Result) Print(out io.Writer) {
-	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	row := func(name string, v any) { fmt.Fprintf(w, "%s\t%v\n", name, v) }
-	row("seed", r.Run.Seed)
-	row("tasks accepted", r.Accepted)
-	row("records", r.Records)
-	for _, rule := range []Rule{Lost, Stuck, Overlap, StartedTwice, Orphan, AfterFinal, WrongEnd, IllegalStep, FinalChanged, Unguarded,
-		Doubled, RefusedMade, CancelIgnored, ExtendLost, StaleRead} {
-		row(string(rule), r.Count(rule))
-	}
-	group := func(name string, m map[string]int) {
-		for _, k := range slices.Sorted(maps.Keys(m)) {
-			row(name+": "+k, m[k])
-		}
-	}
-	group("final", r.Finals)
-	group("requeued", r.Requeues)
-	group("attempt ended by", r.Lives)
-	for _, n := range slices.Sorted(maps.Keys(r.Attempts)) {
-		row(fmt.Sprintf("tasks with %d attempts", n), r.Attempts[n])
-	}
-	group("op", r.Ops)
-	row("all final after healing", r.Settled.Round(time.Millisecond))
-	if n := len(r.Overshoot); n > 0 {
-		slices.Sort(r.Overshoot)
-		row("TTL overshoot p50, p99", fmt.Sprint(r.Overshoot[n/2].Round(time.Millisecond), " ", r.Overshoot[n*99/100].Round(time.Millisecond)))
-	}
-	if n := len(r.ShownLate); n > 0 {
-		row("deadline shown too late", fmt.Sprintf("%d times, by %v at most", n, slices.Max(r.ShownLate).Round(time.Millisecond)))
-	}
-	fmt.Fprintln(w, "\nfault\ttarget\tlasted\teffect\trecovered in")
-	for i, f := range r.Faults {
-		took := "no task"
-		if r.Recovery[i] >= 0 {
-			took = r.Recovery[i].Round(time.Millisecond).String()
-		}
-		fmt.Fprintf(w, "%s\t%s\t%v\t%s\t%s\n", f.Kind, f.Target, (f.Until - r.FaultsAt[i]).Round(time.Millisecond), cmp.Or(f.Effect, "NONE SEEN"), took)
-	}
-	w.Flush()
 }

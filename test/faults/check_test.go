@@ -3,6 +3,7 @@ package faults
 import (
 	"bytes"
 	"slices"
+	"strconv"
 	"testing"
 	"time"
 
@@ -115,6 +116,18 @@ func whole() *story {
 	return s
 }
 
+// logged is a story of a task that writes n bytes, of what its record says of that, and
+// of what was read.
+func logged(n int, sum schemas.LogSum, read Log) *story {
+	s := running(func(s *schemas.Spec) { s.Command = []string{"log", strconv.Itoa(n), "5s"} })
+	s.die(8, schemas.EndedItself, 0)
+	s.next(8.1, schemas.Settle{Meta: s.meta(8.1, "reaper"), Report: schemas.Report{Assignment: s.rec.Assignment(), Phase: schemas.PhaseEnded, Ran: true,
+		End: &schemas.End{By: schemas.EndedItself, Exit: &schemas.Exit{}, Logs: sum}}})
+	read.Task = s.task
+	s.add(9, Event{Log: &read})
+	return s
+}
+
 func TestGoodHistories(t *testing.T) {
 	again := running(nil)
 	again.fault(4)
@@ -138,10 +151,57 @@ func TestGoodHistories(t *testing.T) {
 	extended.die(30, schemas.EndedDeadline, 143)
 	extended.end(30.1, schemas.EndedDeadline, 143)
 
-	for name, s := range map[string]*story{"whole": whole(), "again": again, "canceled": canceled, "extended": extended} {
+	// A reaper whose clock is ahead takes the task's time for over.
+	ahead := running(nil)
+	ahead.add(4, Event{Fault: &Fault{Kind: ClockOff + " +1h", Target: "reaper1", Until: at(9), Effect: "off"}})
+	ahead.die(5, schemas.EndedDeadline, 143)
+	ahead.end(5.1, schemas.EndedDeadline, 143)
+
+	refused := newStory(func(s *schemas.Spec) {
+		s.Command, s.Timeouts.Queue = []string{"refuse"}, schemas.Duration(at(5))
+	})
+	refused.assign(2, "w1")
+	refused.next(2.1, schemas.Settle{Meta: refused.meta(2.1, "reaper"), Report: schemas.Report{Assignment: refused.rec.Assignment(), Phase: schemas.PhaseEnded,
+		End: &schemas.End{By: schemas.EndedGaveBack}}})
+	refused.next(6, schemas.Sweep{Meta: refused.meta(6, "reaper")})
+
+	idle := running(nil) // a start that was broken off, and done by dockerd when all was over
+	idle.die(4, schemas.EndedPermit, 137)
+	idle.fault(3.5)
+	idle.lose(5)
+	idle.next(6, schemas.AskCancel{Meta: idle.meta(6, "gateway")})
+	idle.op(6.1, Op{Name: "cancel"})
+	late := Life{Do: "start", Assignment: schemas.Assignment{Task: idle.task, Attempt: 2, Worker: "w2"}, Idle: true}
+	idle.add(7, Event{Life: &late})
+
+	seen := running(nil) // a real container
+	seen.die(7.9, "", 0)
+	seen.end(8.1, schemas.EndedItself, 0)
+
+	shown := newStory(func(s *schemas.Spec) { s.Command, s.TTL = []string{"sleep", "1h"}, schemas.Duration(at(9)) })
+	shown.assign(2, "w1") // its report of the start comes 5 s late
+	shown.add(3, Event{Life: &Life{Do: "start", Assignment: shown.rec.Assignment()}})
+	shown.next(8, schemas.Settle{Meta: shown.meta(8, "reaper"), Report: schemas.Report{Assignment: shown.rec.Assignment(), Phase: schemas.PhaseRunning, Ran: true}})
+	shown.die(12, "", 0)
+	shown.end(12.1, schemas.EndedDeadline, 143)
+
+	unknown := newStory(func(s *schemas.Spec) { s.OnLost = schemas.OnLostWait })
+	unknown.assign(2, "w1") // whose worker is not heard of again
+	unknown.lose(14)
+	unknown.next(3600, schemas.Sweep{Meta: unknown.meta(3600, "reaper")})
+
+	for name, s := range map[string]*story{
+		"whole": whole(), "again": again, "canceled": canceled, "extended": extended, "seen": seen, "idle": idle, "shown": shown,
+		"unknown": unknown, "ahead": ahead, "refused": refused,
+		"log":         logged(100, schemas.LogSum{StdoutBytes: 100}, Log{Bytes: 100, Good: 100}),
+		"limited log": logged(100, schemas.LogSum{StdoutBytes: 60, Dropped: 40, Truncated: true, Why: "limit"}, Log{Bytes: 60, Good: 60}),
+	} {
 		if r := Check(s.events); len(r.Violations) > 0 {
 			t.Errorf("%s: %v", name, r.Violations)
 		}
+	}
+	if r := Check(idle.events); r.IdleLeft != 1 {
+		t.Errorf("%d idle inits are left", r.IdleLeft)
 	}
 	r := Check(again.events)
 	if r.Requeues["worker_lost, ended by permit"] != 1 || r.Attempts[2] != 1 || r.Accepted != 1 {
@@ -272,6 +332,24 @@ func TestBrokenHistories(t *testing.T) {
 			s.end(8.1, schemas.EndedItself, 0)
 			return s
 		}},
+		"completed, but seen for too short": {WrongEnd, func() *story {
+			s := running(nil)
+			s.die(5, "", 0)
+			s.end(8.1, schemas.EndedItself, 0)
+			return s
+		}},
+		"completed, but a real one never ends": {WrongEnd, func() *story {
+			s := running(func(s *schemas.Spec) { s.Command = []string{"term-exit", "0"} })
+			s.die(8, "", 0)
+			s.end(8.1, schemas.EndedItself, 0)
+			return s
+		}},
+		"completed, but its log is short": {WrongEnd, func() *story {
+			s := running(func(s *schemas.Spec) { s.Command = []string{"log", "20000", "5s"} })
+			s.die(8, schemas.EndedItself, 0)
+			s.end(8.1, schemas.EndedItself, 0)
+			return s
+		}},
 		"canceled by nobody": {WrongEnd, func() *story {
 			s := running(nil)
 			s.next(4, schemas.AskCancel{Meta: s.meta(4, "gateway")})
@@ -334,6 +412,22 @@ func TestBrokenHistories(t *testing.T) {
 			s.die(23, schemas.EndedDeadline, 143)
 			s.end(30.1, schemas.EndedDeadline, 143)
 			return s
+		}},
+		"expired too soon, an agent's clock off": {WrongEnd, func() *story {
+			s := running(nil)
+			s.add(4, Event{Fault: &Fault{Kind: ClockOff + " +1h", Target: "agent-w1", Until: at(9), Effect: "off"}})
+			s.die(6, schemas.EndedDeadline, 143)
+			s.end(6.1, schemas.EndedDeadline, 143)
+			return s
+		}},
+		"the end of a log missing": {LogLost, func() *story {
+			return logged(100, schemas.LogSum{StdoutBytes: 100}, Log{Bytes: 64, Good: 64})
+		}},
+		"a hole in a log": {LogLost, func() *story {
+			return logged(100, schemas.LogSum{StdoutBytes: 100}, Log{Bytes: 100, Good: 64})
+		}},
+		"a log cut short for no reason": {LogLost, func() *story {
+			return logged(100, schemas.LogSum{Truncated: true, Why: "worker_lost"}, Log{})
 		}},
 		"an older answer": {StaleRead, func() *story {
 			s := whole()

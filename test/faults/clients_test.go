@@ -17,13 +17,14 @@ import (
 
 // client does one thing after the other, by its seed.
 type client struct {
-	name string
-	site *harness.Site
-	rec  *Recorder
-	rng  *rand.Rand
-	run  string // makes keys of this run its own
-	n    int
-	ids  []schemas.TaskID // the newest
+	name  string
+	site  *harness.Site
+	rec   *Recorder
+	rng   *rand.Rand
+	run   string // makes keys of this run its own
+	hosts *hosts // nil: no real containers
+	n     int
+	ids   []schemas.TaskID // the newest
 }
 
 // opTimeout bounds one request.
@@ -56,19 +57,18 @@ func (c *client) gateway() int { return c.rng.IntN(len(c.site.Gateway)) }
 
 func (c *client) pick() schemas.TaskID { return c.ids[c.rng.IntN(len(c.ids))] }
 
-// spec draws a task. All are over by themselves or by their TTL within half a minute
-// of running. There is none that every worker refuses: it would be given back for ever,
-// since each give-back begins its queue timeout anew.
+// spec draws a task. All are over by themselves, by their TTL or by their queue timeout
+// within half a minute. What no worker takes is given back until that.
 func (c *client) spec(key string) map[string]any {
 	code := c.rng.IntN(4) * c.rng.IntN(2)
 	commands := [][]string{
 		{"exit", fmt.Sprint(code)}, {"exit", "0"}, {"sleep", fmt.Sprintf("%dms", 200+c.rng.IntN(3000)), fmt.Sprint(code)},
 		{"sleep", fmt.Sprintf("%dms", 1000+c.rng.IntN(14000)), fmt.Sprint(code)}, {"sleep"}, {"ignore-term"},
-		{"ignore-term", fmt.Sprintf("%dms", c.rng.IntN(8000))}, {"term-exit", "0"}, {"log", "20000", "1s"}, {"oom"},
-		{"fail", "image"}, {"fail", "start"},
+		{"ignore-term", fmt.Sprintf("%dms", c.rng.IntN(8000))}, {"term-exit", "0"}, {"log", fmt.Sprint(c.rng.IntN(300_000)), fmt.Sprintf("%dms", c.rng.IntN(5000))}, {"oom"},
+		{"fail", "image"}, {"fail", "start"}, {"refuse"},
 	}
-	weights := []int{3, 3, 4, 5, 3, 2, 2, 2, 2, 1, 1, 1}
-	n := c.rng.IntN(29)
+	weights := []int{3, 3, 4, 5, 3, 2, 2, 2, 4, 1, 1, 1, 2}
+	n := c.rng.IntN(33)
 	i := 0
 	for ; n >= weights[i]; i++ {
 		n -= weights[i]
@@ -77,7 +77,13 @@ func (c *client) spec(key string) map[string]any {
 		"image": "any", "command": commands[i], "ttl": fmt.Sprintf("%ds", 4+c.rng.IntN(20)), "max_attempts": 1 + c.rng.IntN(6),
 		"timeouts": map[string]any{"stop": fmt.Sprintf("%dms", 100+c.rng.IntN(1500)), "queue": "30s"},
 		"labels":   map[string]string{"key": key}, "resources": map[string]any{"cpus": 0.1, "memory": "16MiB"},
-		"on_lost": []string{"requeue", "requeue", "requeue", "requeue", "fail", "wait"}[c.rng.IntN(6)],
+		"constraints": map[string]string{"engine": "fake"},
+		"on_lost":     []string{"requeue", "requeue", "requeue", "requeue", "fail", "wait"}[c.rng.IntN(6)],
+	}
+	if commands[i][0] == "refuse" { // which no container can play
+		s["timeouts"] = map[string]any{"queue": fmt.Sprintf("%ds", 4+c.rng.IntN(8))}
+	} else if c.hosts != nil && c.rng.IntN(6) == 0 {
+		c.hosts.real(s)
 	}
 	return s
 }
@@ -120,6 +126,27 @@ func (c *client) one(name, method string, id schemas.TaskID, path string, ttl ti
 		body = schemas.ExtendRequest{TTL: schemas.Duration(ttl)}
 	}
 	c.call(&Op{Name: name, Task: id, TTL: ttl, Gateway: c.gateway()}, method, "/v1/tasks/"+string(id)+path, body, new(schemas.Task))
+}
+
+// log reads the log of a final task's final attempt, as far as it is there.
+func (c *client) log(ctx context.Context, r *schemas.Record, gateway int) error {
+	var text string
+	path := fmt.Sprintf("/v1/tasks/%s/logs?stream=stdout&attempt=%d", r.ID, r.Attempt)
+	_, err := harness.Request(ctx, transport, http.MethodGet, c.site.Gateway[gateway].Addrs.HTTP+path, "", nil, &text)
+	if err != nil {
+		return err
+	}
+	good := 0
+	for line := 0; good < len(text); line++ {
+		want := fmt.Sprintf("o%062d\n", line)
+		n := min(len(want), len(text)-good)
+		if text[good:good+n] != want[:n] {
+			break
+		}
+		good += n
+	}
+	c.rec.Add(Now(), Event{Log: &Log{Task: r.ID, Gateway: gateway, Bytes: int64(len(text)), Good: int64(good)}})
+	return nil
 }
 
 // list reads all pages.

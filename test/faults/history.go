@@ -26,6 +26,7 @@ type Event struct {
 	Rev    *Rev          `json:"rev,omitzero"`
 	Life   *Life         `json:"life,omitzero"`
 	Write  *Write        `json:"write,omitzero"`
+	Log    *Log          `json:"log,omitzero"`
 	Healed *Healed       `json:"healed,omitzero"`
 }
 
@@ -86,19 +87,37 @@ type Rev struct {
 	Record   *schemas.Record `json:"record,omitzero"`
 }
 
+// Kinds of faults that Check must know: a clock that is off, by the target's name, and
+// messages that come twice, which hurt nobody.
+const (
+	ClockOff = "clock"
+	Copies   = "messages twice and late"
+)
+
 // Write is a publish to a record's subject, accepted or not. Only those that are no
 // compare-and-set are written down.
 type Write struct {
 	Task schemas.TaskID `json:"task"`
 }
 
-// Life is one line of a fake host's journal: an attempt's start or end. T is when that
-// happened.
+// Life is an attempt's start or end, of a fake host's journal or as it was seen of a
+// real container: nobody says then by whom it was ended. T is when that happened.
 type Life struct {
 	Do         string             `json:"do"` // start, end
 	Assignment schemas.Assignment `json:"assignment"`
 	By         schemas.EndedBy    `json:"by,omitzero"`
 	Code       int                `json:"code,omitzero"`
+	// Idle, of a start: a container was there, and no process of the task was seen in it.
+	Idle bool `json:"idle,omitzero"`
+}
+
+// Log is what a client read of the log of a final task: stdout of its final attempt.
+type Log struct {
+	Task    schemas.TaskID `json:"task"`
+	Gateway int            `json:"gateway"`
+	Bytes   int64          `json:"bytes"`
+	// Good is how many of them, from the first, are those that the task wrote.
+	Good int64 `json:"good"`
 }
 
 // Healed says that all faults are over and no client creates any more. Within all

@@ -7,8 +7,10 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"net/http"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -23,12 +25,15 @@ type unit struct {
 	worker string     // of an agent
 }
 
-// injector injects faults in lanes: one over the agents, one over the other services,
-// one over NATS. Faults of two lanes may fall together.
+// injector injects faults in lanes: one over the agents, one over the hosts of other
+// agents, one over the other services, one over NATS, one over everything. Faults of two
+// lanes may fall together.
 type injector struct {
 	rec   *Recorder
 	site  *harness.Site
+	clock string // a dayfly whose clock can be off
 	fence time.Duration
+	hosts *hosts // nil: they cannot be hurt here
 	log   func(format string, args ...any)
 }
 
@@ -70,21 +75,29 @@ func (in *injector) kinds(part string) []fault {
 		return stopped(u)
 	}
 	half, two := in.fence/2, 2*in.fence
+	if part == "all" {
+		return []fault{{"kill -9 everything", during(0, kill), 100}}
+	}
+	clocks := []fault{{ClockOff + " +1h", in.clockOff(time.Hour, two), 1}, {ClockOff + " -1h", in.clockOff(-time.Hour, two), 1}}
 	if part == "nats" {
-		return []fault{
+		return append(clocks, []fault{
 			{"kill -9", during(time.Second, kill), 1},
 			{"stop two of three", during(half, term), 2},
 			{"restart all", during(0, term), 3},
 			{"SIGSTOP 0.5 fence", during(half, pause), 1},
 			{"kill -9 all", during(time.Second, kill), 3},
 			{"SIGTERM", during(half, term), 1},
-		}
+			{"store wiped", in.wipe, 1},
+		}...)
 	}
-	list := []fault{
+	list := append(clocks, []fault{
 		{"kill -9", during(200*time.Millisecond, kill), 1},
 		{"SIGSTOP 2 fences", during(two, pause), 1},
 		{"SIGTERM", during(0, term), 1},
 		{"SIGSTOP 0.5 fence", during(half, pause), 1},
+	}...)
+	if part == "hosts" {
+		return append(append(list, fault{"dead for 2 fences", during(two, kill), 1}), in.hosts.kinds(in)...)
 	}
 	if part != "agents" {
 		return append(list, fault{"kill -9 both", during(time.Second, kill), 2})
@@ -99,6 +112,66 @@ func (in *injector) kinds(part string) []fault {
 			return "wiped"
 		}), 1},
 		fault{"kill -9 all", during(time.Second, kill), 3})
+}
+
+// clockOff lets a service end in good order and go on with a clock that is off.
+func (in *injector) clockOff(off, d time.Duration) func(context.Context, []*unit) (string, error) {
+	return func(ctx context.Context, targets []*unit) (effect string, err error) {
+		u := targets[0]
+		bin, env := u.Bin, u.Env
+		if err := u.Stop(); err != nil {
+			in.log("%v", err)
+		}
+		u.Bin, u.Env = in.clock, append(slices.Clip(env), harness.ClockEnv+"="+off.String())
+		if err := in.heal(u); err != nil {
+			return "", err
+		}
+		res, err := http.Get(u.Addrs.Admin + "/healthz")
+		if err == nil {
+			res.Body.Close()
+			says, _ := http.ParseTime(res.Header.Get("Date"))
+			if is := time.Until(says).Round(time.Minute); is == off {
+				effect = "off by " + is.String()
+			}
+		}
+		sleep(ctx, d)
+		if err := u.Stop(); err != nil {
+			in.log("%v", err)
+		}
+		u.Bin, u.Env = bin, env
+		return effect, in.heal(u)
+	}
+}
+
+// wipe takes the store of one NATS server away. Before that, and before anything else
+// may happen to them, each server has all that the others have: what two of three
+// acknowledged may be gone if one of them is wiped while the third is behind.
+func (in *injector) wipe(ctx context.Context, targets []*unit) (effect string, err error) {
+	u := targets[0]
+	if err := in.whole(ctx); err != nil {
+		return "", nil // the run is over
+	}
+	u.Kill()
+	if os.RemoveAll(in.site.NATSData(u.Process)) == nil {
+		effect = "wiped"
+	}
+	sleep(ctx, in.fence)
+	if err := in.heal(u); err != nil {
+		return effect, err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	return effect, in.whole(ctx)
+}
+
+// whole waits until every NATS server has all that the others have.
+func (in *injector) whole(ctx context.Context) error {
+	for _, p := range in.site.NATS {
+		if err := p.Ready(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // stopped says whether the kernel has the process stopped.
@@ -137,10 +210,14 @@ func (in *injector) heal(u *unit) error {
 func (in *injector) lane(ctx context.Context, part string, groups [][]*unit, rng *rand.Rand) error {
 	var deck []fault
 	least := 2
-	if part == "nats" {
+	first := 1
+	switch part {
+	case "nats":
 		least = 10 // an election takes 4 to 10 s; without a pause nothing would be at work to be hurt
+	case "all":
+		first, least = 15, 60
 	}
-	for sleep(ctx, time.Duration(1+rng.IntN(3))*time.Second); ctx.Err() == nil; sleep(ctx, time.Duration(least+rng.IntN(5))*time.Second) {
+	for sleep(ctx, time.Duration(first+rng.IntN(3))*time.Second); ctx.Err() == nil; sleep(ctx, time.Duration(least+rng.IntN(5))*time.Second) {
 		if len(deck) == 0 {
 			deck = in.kinds(part)
 			rng.Shuffle(len(deck), func(i, j int) { deck[i], deck[j] = deck[j], deck[i] })
@@ -148,8 +225,13 @@ func (in *injector) lane(ctx context.Context, part string, groups [][]*unit, rng
 		f := deck[0]
 		deck = deck[1:]
 		units := slices.Clone(groups[rng.IntN(len(groups))])
+		if part == "hosts" {
+			units = in.hosts.fit(f.kind, units)
+		}
 		rng.Shuffle(len(units), func(i, j int) { units[i], units[j] = units[j], units[i] })
 		units = units[:min(f.many, len(units))]
+		// Always in the same order, for lanes that share units.
+		slices.SortFunc(units, func(a, b *unit) int { return strings.Compare(a.Name, b.Name) })
 		name := ""
 		for _, u := range units {
 			u.mu.Lock()

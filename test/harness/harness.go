@@ -141,7 +141,7 @@ func (u *Up) end(sig syscall.Signal) error {
 // Remove stops the process and takes away its containers and its folder.
 func (u *Up) Remove(ctx context.Context) error {
 	err := u.Kill()
-	err = errors.Join(err, removeContainers(ctx, u.Cluster))
+	err = errors.Join(err, RemoveContainers(ctx, u.Cluster))
 	u.Log.Close()
 	return errors.Join(err, os.RemoveAll(u.Dir))
 }
@@ -187,19 +187,27 @@ func Poll(ctx context.Context, fn func() error) error {
 // Fatal makes Poll give up.
 func Fatal(err error) error { return fatal{err} }
 
-// MakeImage makes the guest image (services/agent/guest) under a name.
-func MakeImage(ctx context.Context, name string) error {
-	engine, err := client.New(client.FromEnv)
-	if err != nil {
-		return err
-	}
-	defer engine.Close()
+// MakeImage makes the guest image (services/agent/guest) under a name, on the
+// Engines at some hosts; "" and none is this machine's.
+func MakeImage(ctx context.Context, name string, hosts ...string) error {
 	archive, err := guest.Build(ctx)
 	if err != nil {
 		return err
 	}
-	_, err = guest.ImportImage(ctx, engine, archive, name, guest.Entrypoint)
-	return err
+	if len(hosts) == 0 {
+		hosts = []string{""}
+	}
+	for _, host := range hosts {
+		engine, err := engineAt(host)
+		if err == nil {
+			_, err = guest.ImportImage(ctx, engine, archive, name, guest.Entrypoint)
+			err = errors.Join(err, engine.Close())
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // RemoveImage takes an image away. One that is not there is no error.

@@ -26,6 +26,8 @@ type Process struct {
 	Dir  string   // for its log and its addresses
 	Args []string // the subcommand and its flags, without the addresses
 	Env  []string
+	// Under is a command that becomes the process, such as Namespace.Enter.
+	Under []string
 	// Listen has the flags that say where it listens. Port 0 becomes the one it got.
 	Listen map[string]string
 	Addrs  Addrs // where it listens, once started
@@ -50,33 +52,16 @@ type Addrs struct {
 func (p *Process) Start(ctx context.Context) error {
 	file := filepath.Join(p.Dir, p.Name+".json")
 	_ = os.Remove(file)
-	log, err := os.OpenFile(p.logName(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	defer log.Close()
 	args := append([]string{}, p.Args...)
 	for flag, addr := range p.Listen {
 		args = append(args, flag, addr)
 	}
-	p.cmd = exec.Command(p.Bin, append(args, "--print-addrs", file)...)
-	p.cmd.Stdout, p.cmd.Stderr = log, log
-	p.cmd.Env = append(os.Environ(), p.Env...)
-	if err := p.cmd.Start(); err != nil {
-		p.cmd = nil
+	if err := p.run(append(args, "--print-addrs", file)); err != nil {
 		return err
 	}
-	exited := make(chan struct{})
-	p.exited = exited
-	go func() {
-		p.err = p.cmd.Wait()
-		close(exited)
-	}()
-	err = Poll(ctx, func() error {
-		select {
-		case <-exited:
+	err := Poll(ctx, func() error {
+		if !p.Running() {
 			return Fatal(fmt.Errorf("it ended: %v", p.err))
-		default:
 		}
 		b, err := os.ReadFile(file)
 		if err != nil {
@@ -92,6 +77,30 @@ func (p *Process) Start(ctx context.Context) error {
 			_, p.Listen[flag], _ = strings.Cut(url, "://")
 		}
 	}
+	return nil
+}
+
+// run starts the process.
+func (p *Process) run(args []string) error {
+	log, err := os.OpenFile(p.logName(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	argv := append(append(append([]string{}, p.Under...), p.Bin), args...)
+	p.cmd = exec.Command(argv[0], argv[1:]...)
+	p.cmd.Stdout, p.cmd.Stderr = log, log
+	p.cmd.Env = append(os.Environ(), p.Env...)
+	if err := p.cmd.Start(); err != nil {
+		p.cmd = nil
+		return err
+	}
+	cmd, exited := p.cmd, make(chan struct{})
+	p.exited = exited
+	go func() {
+		p.err = cmd.Wait()
+		close(exited)
+	}()
 	return nil
 }
 

@@ -1,6 +1,7 @@
 package harness
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -17,12 +18,13 @@ import (
 
 // SiteOptions say what a site consists of. Zero of a service is one.
 type SiteOptions struct {
-	Bin                                 string // the dayfly binary
-	NATS, Gateways, Placers, Reapers    int    // NATS: 1 or 3
-	Agents                              int
+	Bin                                 string  // the dayfly binary
+	NATS, Gateways, Placers, Reapers    int     // NATS: 1 or 3
+	Agents                              int     // -1: none
 	Scale                               float64 // 0 is 1
 	Fake                                bool    // tasks are only played
 	Sync                                string  // of NATS; "" is always
+	Host                                string  // address at which NATS listens; "" is the loopback one
 	AgentArgs, GatewayArgs, ServiceArgs []string
 }
 
@@ -30,6 +32,7 @@ type SiteOptions struct {
 type Site struct {
 	Dir     string
 	Cluster string // label of its containers
+	Image   string // of its tasks, if it has one of its own; it goes with them
 	NATS    []*Process
 	Gateway []*Process
 	Placer  []*Process
@@ -43,7 +46,7 @@ type Site struct {
 // NewSite prepares a site in a temporary folder; nothing runs yet. Remove it.
 func NewSite(ctx context.Context, o SiteOptions) (*Site, error) {
 	for _, n := range []*int{&o.NATS, &o.Gateways, &o.Placers, &o.Reapers, &o.Agents} {
-		*n = max(1, *n)
+		*n = max(0, cmp.Or(*n, 1))
 	}
 	if o.Scale == 0 {
 		o.Scale = 1
@@ -61,14 +64,18 @@ func NewSite(ctx context.Context, o SiteOptions) (*Site, error) {
 		return nil, errors.Join(err, os.RemoveAll(dir))
 	}
 	for i := range o.NATS {
-		args := []string{"nats", "--credentials", s.core, "--name", fmt.Sprintf("n%d", i+1), "--data", filepath.Join(dir, fmt.Sprintf("n%d", i+1))}
+		args := []string{"nats", "--credentials", s.core, "--name", fmt.Sprintf("n%d", i+1), "--data", filepath.Join(dir, fmt.Sprintf("data-nats%d", i+1))}
 		if o.Sync != "" {
 			args = append(args, "--sync", o.Sync)
 		}
 		if o.NATS > 1 {
 			args = append(args, "--cluster-name", s.Cluster, "--cluster-listen", ports[i], "--routes", strings.Join(ports, ","))
 		}
-		s.NATS = append(s.NATS, s.process(fmt.Sprintf("nats%d", i+1), args, "--listen"))
+		n := s.process(fmt.Sprintf("nats%d", i+1), args, "--listen")
+		if o.Host != "" {
+			n.Args, n.Listen["--listen"] = append(n.Args, "--insecure-listen"), o.Host+":0"
+		}
+		s.NATS = append(s.NATS, n)
 	}
 	return s, nil
 }
@@ -163,6 +170,9 @@ func (s *Site) NewAgent(ctx context.Context, worker string) (*Process, error) {
 // AgentData is the folder of a worker's agent.
 func (s *Site) AgentData(worker string) string { return filepath.Join(s.Dir, "data-"+worker) }
 
+// NATSData is the folder of a NATS server.
+func (s *Site) NATSData(p *Process) string { return filepath.Join(s.Dir, "data-"+p.Name) }
+
 // FakeJournal is the file in which a worker's fake runtime keeps what it runs. It
 // outlives AgentData.
 func (s *Site) FakeJournal(worker string) string { return filepath.Join(s.Dir, worker+".host") }
@@ -182,7 +192,10 @@ func (s *Site) Remove(ctx context.Context, more ...*Process) error {
 	}
 	var err error
 	if !s.o.Fake {
-		err = removeContainers(ctx, s.Cluster)
+		err = RemoveContainers(ctx, s.Cluster)
+	}
+	if s.Image != "" {
+		err = errors.Join(err, RemoveImage(ctx, s.Image))
 	}
 	return errors.Join(err, os.RemoveAll(s.Dir))
 }
@@ -192,23 +205,37 @@ func (s *Site) Call(ctx context.Context, gateway int, method, path string, in, o
 	return Call(ctx, method, s.Gateway[gateway].Addrs.HTTP+path, "", in, out)
 }
 
-func removeContainers(ctx context.Context, cluster string) error {
+// RemoveContainers takes away what a cluster has on this machine's Engine, until none is left: dockerd may still be at work for a dayfly
+// that was killed, and then refuses, or has just removed one itself.
+func RemoveContainers(ctx context.Context, cluster string) error {
 	engine, err := client.New(client.FromEnv)
 	if err != nil {
 		return err
 	}
 	defer engine.Close()
-	list, err := Containers(ctx, cluster)
-	for _, id := range list {
-		_, e := engine.ContainerRemove(ctx, id, client.ContainerRemoveOptions{Force: true, RemoveVolumes: true})
-		err = errors.Join(err, e)
-	}
-	return err
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	return Poll(ctx, func() error {
+		list, err := Containers(ctx, cluster)
+		if err != nil || len(list) == 0 {
+			return err
+		}
+		for _, id := range list {
+			_, e := engine.ContainerRemove(ctx, id, client.ContainerRemoveOptions{Force: true, RemoveVolumes: true})
+			err = errors.Join(err, e)
+		}
+		return errors.Join(fmt.Errorf("%d containers are left of %s", len(list), cluster), err)
+	})
 }
 
 // Containers lists what a cluster has on the Engine, running or not.
 func Containers(ctx context.Context, cluster string) ([]string, error) {
-	engine, err := client.New(client.FromEnv)
+	return ContainersAt(ctx, "", cluster)
+}
+
+// ContainersAt is Containers on the Engine at a host; "" is this machine's.
+func ContainersAt(ctx context.Context, host, cluster string) ([]string, error) {
+	engine, err := engineAt(host)
 	if err != nil {
 		return nil, err
 	}
@@ -223,6 +250,14 @@ func Containers(ctx context.Context, cluster string) ([]string, error) {
 		ids = append(ids, c.ID)
 	}
 	return ids, nil
+}
+
+// engineAt gives a client of the Engine at a host; "" is this machine's.
+func engineAt(host string) (*client.Client, error) {
+	if host == "" {
+		return client.New(client.FromEnv)
+	}
+	return client.New(client.WithHost(host))
 }
 
 // Binaries builds dayfly, and dayfly-init beside it, into a folder, for tests.

@@ -537,3 +537,103 @@ func TestPullFaults(t *testing.T) {
 	}
 	t.Log(fault.Message)
 }
+
+// A start whose process runs is none that failed, whatever cannot be written down: its
+// task would run elsewhere, too.
+func TestAStartThatCannotBeNoted(t *testing.T) {
+	worker := schemas.WorkerID("w-" + randomID())
+	dir := t.TempDir()
+	rt := openIn(t, dir, worker)
+	req := request(t, rt, worker, "sleep", "1h")
+	// A folder under the name of the note stands for a full disk.
+	noted := filepath.Join(dir, "run", docker.ContainerName(req.Assignment), "started")
+	var obstructing sync.WaitGroup
+	obstructing.Go(func() {
+		for end := time.Now().Add(20 * time.Second); os.Mkdir(noted, 0o700) != nil && time.Now().Before(end); {
+			time.Sleep(time.Millisecond) // between two looks
+		}
+	})
+	defer obstructing.Wait()
+	a := start(t, rt, req)
+	if _, ran := a.StartedFor(); !ran {
+		t.Error("it was not started")
+	}
+}
+
+// A dockerd that is killed while it starts a container may have forgotten that it did: the
+// container is "created" for ever, and its process runs. Init's word counts.
+func TestRecoverWhatDockerHasForgotten(t *testing.T) {
+	dir, worker := t.TempDir(), schemas.WorkerID("w-"+randomID())
+	rt := openIn(t, dir, worker)
+	a := start(t, rt, request(t, rt, worker, "term-exit"))
+	waitFor(t, "ready", func() bool { kept, _ := a.Output().Size(schemas.Stdout); return kept > 0 })
+	rt.Close()
+	// Another one under its name, that was never started, stands for what Docker knows.
+	name := docker.ContainerName(a.Assignment())
+	labels := inspect(t, name).Config.Labels
+	if _, err := site.docker.ContainerRename(t.Context(), name, client.ContainerRenameOptions{NewName: "forgotten-" + name}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_, _ = site.docker.ContainerRemove(context.Background(), "forgotten-"+name, client.ContainerRemoveOptions{Force: true})
+	})
+	if _, err := site.docker.ContainerCreate(t.Context(), client.ContainerCreateOptions{Name: name, Config: &container.Config{Image: site.imageID, Labels: labels}}); err != nil {
+		t.Fatal(err)
+	}
+	next := openIn(t, dir, worker)
+	list, err := next.Recover(t.Context())
+	if err != nil || len(list) != 1 {
+		t.Fatal(list, err)
+	}
+	select {
+	case <-list[0].Done():
+		t.Errorf("it runs, and is said to have ended: %+v", list[0].Outcome())
+	default:
+		list[0].Stop(5 * time.Second)
+		if o := wait(t, list[0]); o.By != schemas.EndedStop {
+			t.Errorf("%+v", o)
+		}
+	}
+	if err := list[0].Remove(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// An init whose folder was taken away is told nothing any more, and its word is wanted by
+// nobody: it goes.
+func TestInitWithoutFolderGoes(t *testing.T) {
+	for _, command := range []string{"sleep 1h", "exit 0"} {
+		d := doom(t, time.Hour, time.Hour, command)
+		d.kill()
+		if err := os.RemoveAll(filepath.Join(d.dir, "run", d.name())); err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, command+": its container ends", func() bool { return !inspect(t, d.name()).State.Running })
+	}
+}
+
+// More programs than init runs beside a task are refused, and break nothing.
+func TestManyExecs(t *testing.T) {
+	rt := openIn(t, t.TempDir(), "w-execs")
+	a := start(t, rt, request(t, rt, "w-execs", "sleep", "1h"))
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var all sync.WaitGroup
+	refused := make(chan error, 3*initproto.MaxExecs)
+	for range cap(refused) {
+		all.Go(func() {
+			_, err := a.Exec(ctx, agent.Command{Argv: []string{"/bin/sleep", "1h"}})
+			refused <- err
+		})
+	}
+	for range cap(refused) - initproto.MaxExecs {
+		if err := <-refused; err == nil || errors.Is(err, agent.ErrAway) || errors.Is(err, context.Canceled) {
+			t.Errorf("refused with %v", err)
+		}
+	}
+	cancel()
+	all.Wait()
+	if exit, err := a.Exec(t.Context(), agent.Command{Argv: []string{"/bin/exit", "3"}}); err != nil || exit.Code != 3 {
+		t.Errorf("%+v, %v", exit, err)
+	}
+}

@@ -67,7 +67,7 @@ func (r *Runtime) box(ctx context.Context, req agent.StartRequest) (*box, error)
 	b := &box{
 		cluster: r.cfg.Cluster, a: req.Assignment, spec: req.Spec, image: img,
 		dir: r.folder(ContainerName(req.Assignment)), init: r.initPath,
-		permit: filepath.Join(r.cfg.StateDir, "permit"), seccomp: r.seccomp, cpus: float64(r.cpus), v2: r.v2,
+		permit: filepath.Join(r.cfg.StateDir, "permit"), seccomp: r.seccomp, cpus: float64(r.cpus), v2: r.v2, gpus: req.GPUs,
 	}
 	if field := unsupported(req.Spec); field != "" {
 		return nil, &agent.StartError{Reason: schemas.ReasonStart, Message: field + " is not available on this worker; leave it out"}
@@ -97,8 +97,6 @@ func unsupported(s schemas.Spec) string {
 		return "runtime"
 	case s.Mounts != nil:
 		return "mounts"
-	case s.Resources.GPUs > 0:
-		return "resources.gpus"
 	}
 	for _, f := range s.Files {
 		if f.Blob != "" {
@@ -112,7 +110,7 @@ func unsupported(s schemas.Spec) string {
 func (r *Runtime) prepare(req agent.StartRequest, b *box) (*attempt, error) {
 	m := meta{
 		Version: 1, Assignment: req.Assignment, Key: newKey(), Free: req.NoPermit,
-		Grace: req.Grace, LogLimit: req.LogLimit, BootID: r.boot,
+		Grace: req.Grace, LogLimit: req.LogLimit, BootID: r.boot, Again: again(req.Spec),
 	}
 	if err := makeFolder(b.dir, m, req.Spec.Files); err != nil {
 		if !errors.Is(err, os.ErrExist) {
@@ -132,6 +130,17 @@ func (r *Runtime) prepare(req agent.StartRequest, b *box) (*attempt, error) {
 	return a, nil
 }
 
+// again is what init is told of the restart policy.
+func again(s schemas.Spec) *initproto.Again {
+	if !s.Restarts() {
+		return nil
+	}
+	return &initproto.Again{
+		Always: s.Restart.Policy == schemas.RestartAlways, Max: s.Restart.Max,
+		Pause: s.Restart.Backoff.Std(), Most: schemas.MaxRestartPause, Calm: schemas.RestartCalm,
+	}
+}
+
 // create makes the container. Where the outcome is unknown the name tells: what
 // stands under it with our labels and was never started is ours. With an error comes
 // a channel that is closed once dockerd has answered, nil if it has: only then is it
@@ -145,7 +154,9 @@ func (r *Runtime) create(ctx context.Context, a *attempt, b *box) (answered <-ch
 			// Not the caller's ctx: dockerd would go on making it, and we would not know.
 			ctx, cancel := context.WithTimeout(r.ctx, dockerWithin)
 			defer cancel()
+			began := time.Now()
 			created, err := r.docker.ContainerCreate(ctx, b.options())
+			r.metrics.done("create", began, err)
 			if failed = err; err == nil {
 				a.mu.Lock()
 				a.container = created.ID
@@ -164,8 +175,11 @@ func (r *Runtime) create(ctx context.Context, a *attempt, b *box) (answered <-ch
 			return nil, nil
 		}
 		settle, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
-		id, ours := r.leftover(settle, a)
+		id, ours, err := r.leftover(settle, a)
 		cancel()
+		if err != nil && !cerrdefs.IsConflict(failed) { // Docker is away: what stands under the name goes once it is back
+			id, ours = a.name, true
+		}
 		if ours && cerrdefs.IsConflict(failed) && try == 0 {
 			// Of a start that was broken off, whose folder is gone: it has nothing mounted that
 			// we could use.
@@ -183,14 +197,17 @@ func (r *Runtime) create(ctx context.Context, a *attempt, b *box) (answered <-ch
 }
 
 // leftover finds a container under the attempt's name that bears its labels and was
-// never started.
-func (r *Runtime) leftover(ctx context.Context, a *attempt) (string, bool) {
+// never started. An error says that Docker does not tell.
+func (r *Runtime) leftover(ctx context.Context, a *attempt) (id string, ours bool, err error) {
 	got, err := r.docker.ContainerInspect(ctx, a.name, client.ContainerInspectOptions{})
+	if cerrdefs.IsNotFound(err) {
+		return "", false, nil
+	}
 	if err != nil || got.Container.Config == nil || got.Container.State == nil {
-		return "", false
+		return "", false, err
 	}
 	as, ok := r.assignmentOf(got.Container.Config.Labels, strings.TrimPrefix(got.Container.Name, "/"))
-	return got.Container.ID, ok && as == a.meta.Assignment && got.Container.State.Status == "created"
+	return got.Container.ID, ok && as == a.meta.Assignment && got.Container.State.Status == "created", nil
 }
 
 // launch starts the container and, as soon as init says hello, the process: it does
@@ -218,7 +235,9 @@ func (r *Runtime) launch(ctx context.Context, a *attempt, b *box, req agent.Star
 		// Not the caller's ctx: dockerd would go on starting it, and we would not know.
 		ctx, cancel := context.WithTimeout(r.ctx, dockerWithin)
 		defer cancel()
+		began := time.Now()
 		_, err := r.docker.ContainerStart(ctx, a.containerID(), client.ContainerStartOptions{})
+		r.metrics.done("start", began, err)
 		started <- err
 	})
 	if !running {
@@ -271,32 +290,47 @@ func (r *Runtime) launch(ctx context.Context, a *attempt, b *box, req agent.Star
 		case <-ctx.Done():
 			err = context.Cause(ctx)
 		}
+		a.send(initproto.Request{Op: initproto.OpStop})
 		a.hangUp()
-		r.abandon(a, answered)
+		gone := r.abandon(a, answered)
+		if a.wasRun() { // the process may have been started, and must be over before we say that it was not
+			<-gone
+		}
 		return err
 	}
 }
 
 // abandon takes away what a start that failed has left, in the background: dockerd
-// may still be at work on it.
-func (r *Runtime) abandon(a *attempt, answered <-chan struct{}) {
+// may still be at work on it. The channel is closed when that is done, or the runtime.
+func (r *Runtime) abandon(a *attempt, answered <-chan struct{}) <-chan struct{} {
+	gone := make(chan struct{})
 	away := func() {
+		defer close(gone)
 		if answered != nil {
 			<-answered
 		}
 		<-a.served
 		a.finish(agent.Outcome{By: schemas.EndedLost, Message: "its start failed"})
-		ctx, cancel := context.WithTimeout(r.ctx, dockerWithin)
-		defer cancel()
-		if err := a.Remove(ctx); err != nil {
-			a.log().Error().Err(err).Msg("cannot remove what a failed start left; the next recover will")
+		for pause := 100 * time.Millisecond; ; pause = min(2*pause, 10*time.Second) {
+			ctx, cancel := context.WithTimeout(r.ctx, dockerWithin)
+			err := a.Remove(ctx)
+			cancel()
+			if err == nil || r.ctx.Err() != nil { // what is left then, the next recover removes
+				return
+			}
+			a.log().Warn().Err(err).Msg("cannot remove what a failed start left, trying again")
+			select {
+			case <-time.After(pause):
+			case <-r.ctx.Done():
+			}
 		}
 	}
 	if answered == nil && a.containerID() == "" {
 		away() // nothing but the folder
-		return
+	} else if !r.goDo(away) {
+		close(gone)
 	}
-	r.goDo(away)
+	return gone
 }
 
 // run gives init its run and waits for the answer.
@@ -352,7 +386,7 @@ func (a *attempt) run(g *greeting, b *box, req agent.StartRequest) error {
 		a.asked = true
 		_ = g.conn.SetDeadline(time.Now().Add(helloAfter))
 		err = g.conn.Send(initproto.Request{
-			ID: 1, Op: initproto.OpRun, Key: a.meta.Key, Argv: b.argv(), Env: b.env(), Free: a.meta.Free, Grace: a.meta.Grace,
+			ID: 1, Op: initproto.OpRun, Key: a.meta.Key, Argv: b.argv(), Env: b.env(), Free: a.meta.Free, Grace: a.meta.Grace, Again: a.meta.Again,
 		}, fds...)
 	}
 	a.mu.Unlock()
@@ -376,9 +410,14 @@ func (a *attempt) run(g *greeting, b *box, req agent.StartRequest) error {
 			_ = g.conn.SetDeadline(time.Time{})
 			a.mu.Lock()
 			a.ran, a.startedAt = true, initproto.Now()
+			a.current.Up = true
 			a.mu.Unlock()
 			close(a.met)
-			return initproto.WriteInstant(filepath.Join(a.dir, "started"), a.startedAt)
+			// It runs, also if this cannot be noted: init says it to the next agent.
+			if err := initproto.WriteInstant(filepath.Join(a.dir, "started"), a.startedAt); err != nil {
+				a.log().Warn().Err(err).Msg("cannot note a start")
+			}
+			return nil
 		}
 	}
 }

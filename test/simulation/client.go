@@ -1,0 +1,236 @@
+package simulation
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/rs/zerolog"
+
+	"dayfly.dev/bus"
+	"dayfly.dev/schemas"
+	"dayfly.dev/test/faults"
+)
+
+// wish is what a client will ask for.
+type wish struct {
+	at     time.Duration
+	spec   string
+	cancel time.Duration // after it was accepted; 0: never
+	extend time.Duration // the same
+	ttl    time.Duration // to extend to
+}
+
+// wish makes up one task. There is none that every worker refuses and no queue timeout
+// ends.
+func (w *world) wish() wish {
+	code := w.number(4) * w.number(2)
+	commands := []string{
+		fmt.Sprintf(`["exit","%d"]`, code), `["exit","0"]`, fmt.Sprintf(`["sleep","%s","%d"]`, w.between(200*time.Millisecond, 4*time.Second), code),
+		fmt.Sprintf(`["sleep","%s","%d"]`, w.between(time.Second, 100*time.Second), code), `["sleep"]`, `["sleep"]`, `["ignore-term"]`,
+		fmt.Sprintf(`["ignore-term","%s"]`, w.between(0, 30*time.Second)), `["term-exit","0"]`, `["log","20000","1s"]`, `["oom"]`,
+		`["fail","image"]`, `["fail","start"]`, `["refuse"]`,
+	}
+	weights := []int{3, 3, 4, 6, 3, 3, 2, 2, 2, 1, 1, 1, 1, 1}
+	n, i := w.number(33), 0
+	for ; n >= weights[i]; i++ {
+		n -= weights[i]
+	}
+	x := wish{at: w.between(0, 100*time.Second), ttl: w.between(10*time.Second, 3*time.Minute)}
+	if w.chance(0.5) { // many at once
+		x.at = x.at.Truncate(40*time.Second) + w.between(0, 20*time.Millisecond)
+	}
+	if w.chance(0.3) {
+		x.cancel = w.between(0, 20*time.Second)
+		if w.chance(0.5) {
+			x.cancel /= 200
+		}
+	}
+	if w.chance(0.3) {
+		x.extend = w.between(0, 40*time.Second)
+	}
+	x.spec = fmt.Sprintf(`{"image":"any","command":%s,"ttl":"%ds","max_attempts":%d,"timeouts":{"stop":"%s","queue":"2m"},
+		"resources":{"cpus":0.5,"memory":"64MiB"},"on_lost":"%s"}`, commands[i], 5+w.number(115), 1+w.number(4),
+		w.between(100*time.Millisecond, 8*time.Second), []string{"requeue", "requeue", "requeue", "fail", "wait"}[w.number(5)])
+	return x
+}
+
+// client does what a gateway does with a task, for some clients.
+type client struct {
+	w     *world
+	conn  *bus.Conn
+	table *bus.Table[schemas.Record]
+}
+
+// runClients starts a gateway of which clients wish all that. It ends when they have
+// been answered.
+func (w *world) runClients(name string, wishes []wish) *process {
+	return w.launch(name, "", func(ctx context.Context, _ *process, conn *bus.Conn, _ zerolog.Logger) error {
+		c := &client{w: w, conn: conn, table: bus.NewTable(conn, schemas.BucketTasks, bus.Codec[schemas.Record]{
+			Encode: func(r schemas.Record) ([]byte, nats.Header, error) {
+				b, err := schemas.Encode(r)
+				return b, r.Headers(), err
+			},
+			Decode: func(b []byte) (r schemas.Record, err error) { return r, schemas.Decode(b, &r) },
+			Wrote:  schemas.Record.Wrote,
+		})}
+		var each sync.WaitGroup
+		for _, x := range wishes {
+			each.Go(func() { c.serve(ctx, x) })
+		}
+		for range 5 {
+			each.Go(func() { c.meddle(ctx) })
+		}
+		each.Wait()
+		return nil
+	})
+}
+
+func (c *client) serve(ctx context.Context, x wish) {
+	pause(ctx, x.at)
+	id, ok := c.create(ctx, x)
+	if !ok {
+		return
+	}
+	var both sync.WaitGroup
+	defer both.Wait()
+	if x.cancel > 0 {
+		both.Go(func() {
+			pause(ctx, x.cancel)
+			c.cancel(ctx, id)
+		})
+	}
+	if x.extend > 0 {
+		both.Go(func() {
+			pause(ctx, x.extend)
+			c.extend(ctx, id, x.ttl)
+		})
+	}
+}
+
+// meddle asks for something about a task whose record has just changed, perhaps because
+// a client of another gateway asked.
+func (c *client) meddle(ctx context.Context) {
+	pause(ctx, c.w.between(0, 110*time.Second))
+	c.w.nextStored("$KV." + schemas.BucketTasks + ".")
+	c.w.mu.Lock()
+	id := c.w.latest
+	c.w.mu.Unlock()
+	if id == "" || ctx.Err() != nil {
+		return
+	}
+	if c.w.chance(0.3) {
+		c.cancel(ctx, id)
+		return
+	}
+	c.extend(ctx, id, c.w.between(20*time.Second, 3*time.Minute))
+}
+
+func meta() schemas.Meta {
+	return schemas.Meta{At: time.Now().UTC(), By: "client", Op: rand.Text()}
+}
+
+func (c *client) create(ctx context.Context, x wish) (schemas.TaskID, bool) {
+	spec, err := schemas.ParseSpec([]byte(x.spec), schemas.DefaultPolicy())
+	if err != nil {
+		panic(err)
+	}
+	id, err := schemas.NewTaskID(time.Now(), rand.Reader)
+	if err != nil {
+		panic(err)
+	}
+	spec.Labels = map[string]string{"key": string(id)} // so that the checker can tell what was refused and made all the same
+	m, op := meta(), &faults.Op{Name: "create", Task: id, Key: string(id), Began: c.w.now()}
+	c.w.tell("client", "%s creates %s", id, spec.Command)
+	e, err := c.table.Create(ctx, string(id), schemas.NewRecord(id, spec, schemas.DefaultPolicy(), m), m.Op)
+	c.answer(op, e, http.StatusCreated, err)
+	return id, err == nil
+}
+
+func (c *client) change(ctx context.Context, id schemas.TaskID, event func(schemas.Record, schemas.Meta) schemas.Event) (bus.Entry[schemas.Record], error) {
+	m := meta()
+	e, err := c.table.Update(ctx, string(id), m.Op, func(e bus.Entry[schemas.Record]) (schemas.Record, []bus.WriteOption, error) {
+		r := e.Value
+		m.On = e.Revision
+		next, err := schemas.Next(r, event(r, m))
+		return next, nil, err
+	})
+	if err == nil && e.Value.State.Held() {
+		body, err := schemas.Encode(schemas.NewOrder(e.Value, e.Revision, e.Value.Assignment(), time.Now()))
+		if err != nil {
+			panic(err)
+		}
+		c.conn.PublishAsync(schemas.OrderSubject(e.Value.Worker, id), nil, body, nil)
+	}
+	return e, err
+}
+
+func (c *client) cancel(ctx context.Context, id schemas.TaskID) {
+	op := &faults.Op{Name: "cancel", Task: id, Began: c.w.now()}
+	e, err := c.change(ctx, id, func(r schemas.Record, m schemas.Meta) schemas.Event {
+		return schemas.AskCancel{Meta: m, Grace: r.Spec.Timeouts.Stop}
+	})
+	if errors.Is(err, schemas.ErrFinal) || errors.Is(err, schemas.ErrUnchanged) {
+		err = nil
+	}
+	c.answer(op, e, http.StatusOK, err)
+}
+
+func (c *client) extend(ctx context.Context, id schemas.TaskID, ttl time.Duration) {
+	op := &faults.Op{Name: "extend", Task: id, Began: c.w.now(), TTL: ttl}
+	e, err := c.change(ctx, id, func(_ schemas.Record, m schemas.Meta) schemas.Event {
+		return schemas.AskExtend{Meta: m, TTL: schemas.Duration(ttl)}
+	})
+	if errors.Is(err, schemas.ErrUnchanged) {
+		err = nil
+	}
+	want := e.Value.Extensions
+	heard := func() bool { return !e.Value.State.Held() || e.Value.Applied >= want }
+	for until := time.Now().Add(2 * time.Second); err == nil && !heard() && time.Now().Before(until); {
+		pause(ctx, 100*time.Millisecond)
+		if now, err := c.table.Get(ctx, string(id)); err == nil {
+			e = now
+		}
+	}
+	switch {
+	case err != nil:
+		c.answer(op, e, 0, err)
+	case e.Value.State.Final():
+		c.answer(op, e, http.StatusConflict, schemas.ErrFinal)
+	case !heard():
+		c.answer(op, e, http.StatusAccepted, nil)
+	default:
+		c.answer(op, e, http.StatusOK, nil)
+	}
+}
+
+// answer writes down what the client was told.
+func (c *client) answer(op *faults.Op, e bus.Entry[schemas.Record], status int, err error) {
+	var refused *schemas.TransitionError
+	switch {
+	case err == nil:
+		op.Outcome, op.Status = faults.OK, status
+		op.Seen = &faults.Seen{State: e.Value.State, Attempt: e.Value.Attempt, Revision: e.Revision, ExpiresAt: e.Value.ExpiresAt}
+	case errors.As(err, &refused), errors.Is(err, schemas.ErrFinal), errors.Is(err, bus.ErrUnavailable), errors.Is(err, bus.ErrConflict):
+		op.Outcome, op.Error = faults.Failed, err.Error()
+	default:
+		op.Outcome, op.Error = faults.Unknown, err.Error()
+	}
+	c.w.add(faults.Event{Op: op})
+	c.w.tell("client", "%s %s: %s %d %s", op.Task, op.Name, op.Outcome, op.Status, op.Error)
+}
+
+// pause waits, or ends with ctx.
+func pause(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}
