@@ -62,9 +62,10 @@ const (
 // key in the bucket "tasks". It changes only through Next and compare-and-set.
 // Its fields are only ever added to; those this version does not know are kept.
 type Record struct {
-	Version int    `json:"v"`
-	ID      TaskID `json:"id"`
-	Spec    Spec   `json:"spec"`
+	Version int     `json:"v"`
+	ID      TaskID  `json:"id"`
+	Batch   BatchID `json:"batch,omitzero"` // the batch that it is an item of
+	Spec    Spec    `json:"spec"`
 
 	State   State  `json:"state"`
 	Reason  Reason `json:"reason,omitzero"`
@@ -221,6 +222,9 @@ func (r Record) Headers() map[string][]string {
 	h := map[string][]string{HeaderState: {string(r.State)}}
 	if r.State.Held() {
 		h[HeaderHolder] = []string{string(r.Worker) + " " + string(r.Epoch)}
+	}
+	if r.State.Final() && r.Spec.Callback != nil {
+		h[HeaderCallback] = r.Spec.Callback.header(r.EndedAt)
 	}
 	return h
 }

@@ -131,14 +131,6 @@ type TCPCheck struct {
 	Unknown Unknown `json:",embed"`
 }
 
-// Callback is where the end of the task is announced.
-type Callback struct {
-	URL    string `json:"url"`
-	Secret string `json:"secret,omitzero"`
-
-	Unknown Unknown `json:",embed"`
-}
-
 // Network is what a task may reach.
 type Network string
 
@@ -219,6 +211,11 @@ func ParseSpec(body []byte, p Policy) (Spec, error) {
 	if err := DecodeStrict(body, &s); err != nil {
 		return Spec{}, err
 	}
+	return s.complete(p)
+}
+
+// complete fills in what follows from other fields, and checks the spec.
+func (s Spec) complete(p Policy) (Spec, error) {
 	if s.OnLost == "" {
 		s.OnLost = OnLostRequeue
 		if len(s.Ports) > 0 {

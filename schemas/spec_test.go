@@ -195,7 +195,6 @@ func TestParseSpecRefuses(t *testing.T) {
 		"network internal":     {`{"image":"a","network":"internal"}`, 422, "not_available", "network", ""},
 		"a runtime":            {`{"image":"a","runtime":"runsc"}`, 422, "not_available", "runtime", ""},
 		"a kind":               {`{"image":"a","kind":"judge"}`, 422, "not_available", "kind", ""},
-		"a callback":           {`{"image":"a","callback":{"url":"http://a"}}`, 422, "not_available", "callback", ""},
 		"a blob":               {`{"image":"a","files":[{"path":"a","blob":"sha256:00"}]}`, 422, "not_available", "files.0.blob", ""},
 		"the image's own user": {`{"image":"a","user":"image"}`, 422, "not_allowed", "user", ""},
 		"big files":            {`{"image":"a","files":[{"path":"a","content":"` + strings.Repeat("x", 100_000) + `"}]}`, 413, "too_large", "files", ""},

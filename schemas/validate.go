@@ -90,6 +90,7 @@ func (s *Spec) Validate(p Policy) []FieldError {
 	c.value(s.OnLost == OnLostRequeue || s.OnLost == OnLostFail || s.OnLost == OnLostWait, "on_lost", `must be "requeue", "fail" or "wait"`)
 	c.value(s.Priority >= 1 && s.Priority <= 9, "priority", "must be 1 (low) to 9 (high)")
 	checkPairs(c, "constraints", s.Constraints)
+	s.Callback.check(c, "callback")
 	checkPairs(c, "labels", s.Labels)
 	s.checkAvailable(c)
 	if len(c.errs) == 0 {
@@ -114,7 +115,6 @@ func (s *Spec) checkAvailable(c *checker) {
 	c.value(slices.Contains([]Network{NetworkNone, NetworkEgress, NetworkInternal}, s.Network), "network", `must be "none"`)
 	no(s.Runtime != "", "runtime", "leave it out")
 	no(s.Kind != "", "kind", "leave it out")
-	no(s.Callback != nil, "callback", "use ?wait=done")
 	for i, f := range s.Files {
 		no(f.Blob != "", fmt.Sprintf("files.%d.blob", i), "use content or base64")
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"time"
@@ -130,10 +131,33 @@ func (p *process) placer(connect connector, identity string) {
 	})
 }
 
-func (p *process) reaper(connect connector, retention time.Duration) {
+// reaperConfig is what a reaper is told.
+type reaperConfig struct {
+	callbackAllow []string
+	allow         []netip.Prefix // of check
+}
+
+func (r *reaperConfig) flags(f *pflag.FlagSet) {
+	f.StringArrayVar(&r.callbackAllow, "callback-allow", nil, "network of the inside, such as 10.1.0.0/16, that callbacks may reach; may be repeated")
+}
+
+func (r *reaperConfig) check() error {
+	r.allow = nil
+	for _, s := range r.callbackAllow {
+		p, err := netip.ParsePrefix(s)
+		if err != nil || p != p.Masked() {
+			return errors.New("--callback-allow must be a network such as 10.1.0.0/16 or 10.1.2.3/32")
+		}
+		r.allow = append(r.allow, p)
+	}
+	return nil
+}
+
+func (p *process) reaper(connect connector, r reaperConfig, retention time.Duration) {
 	p.part("reaper", "reaper: views", connect, func(ctx context.Context, conn *bus.Conn) error {
 		cfg := reaper.DefaultConfig()
 		cfg.Retention, cfg.Fence, cfg.Redrive = retention, p.config.scaled(cfg.Fence), p.config.scaled(cfg.Redrive)
+		cfg.Callbacks.Allow = r.allow
 		return reaper.Run(ctx, reaper.Deps{Conn: conn, Logger: p.logger("reaper"), Metrics: p.registry, Health: p.health}, cfg)
 	})
 }

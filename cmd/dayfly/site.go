@@ -99,7 +99,7 @@ func (c *cli) up(ctx context.Context, u upConfig) (err error) {
 	// Nobody else holds this data folder, so an earlier leader of this name is dead.
 	p.placer(own("placer"), "up-"+u.agent.cluster)
 	p.agent(own("agent"), rt, u.agent)
-	p.reaper(own("reaper"), u.retention)
+	p.reaper(own("reaper"), u.reaper, u.retention)
 	p.address = func(a *addresses) {
 		a.HTTP, a.Ingress = "http://"+api.Addr().String(), "http://"+ingress.Addr().String()
 		a.NATS, a.Worker, a.Cluster = server.URL(), u.agent.worker, u.agent.cluster

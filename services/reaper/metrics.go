@@ -20,9 +20,12 @@ type metrics struct {
 	start     prometheus.Histogram
 	lifetime  prometheus.Histogram
 	lastSweep prometheus.Gauge
+	callbacks *prometheus.CounterVec
+	overdue   prometheus.GaugeFunc
 }
 
-func newMetrics(reg prometheus.Registerer) *metrics {
+// newMetrics makes them; oldest gives the age of the oldest callback that is not delivered.
+func newMetrics(reg prometheus.Registerer, oldest func() float64) *metrics {
 	m := &metrics{
 		reports:   prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_reports_total", Help: "Reports of workers, by what came of them."}, []string{"result"}),
 		again:     prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_reports_redelivered_total", Help: "Reports that came again because the first delivery was not acknowledged in time, or could not be settled yet."}),
@@ -34,6 +37,8 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		start:     prometheus.NewHistogram(prometheus.HistogramOpts{Name: "dayfly_task_start_seconds", Help: "From accepted to running.", Buckets: ops.BucketsStart}),
 		lifetime:  prometheus.NewHistogram(prometheus.HistogramOpts{Name: "dayfly_task_lifetime_seconds", Help: "From running to final.", Buckets: ops.BucketsLife}),
 		lastSweep: prometheus.NewGauge(prometheus.GaugeOpts{Name: "dayfly_reaper_last_sweep_timestamp_seconds", Help: "When this reaper last looked at what is due."}),
+		callbacks: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_callbacks_total", Help: "Tries to deliver a callback from here, by what came of them."}, []string{"outcome"}),
+		overdue:   prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "dayfly_callback_oldest_seconds", Help: "Age of the oldest callback that is not delivered yet."}, oldest),
 	}
 	for _, result := range []string{"settled", "unchanged", "stale", "ahead", "unknown", "refused", "error"} {
 		m.reports.WithLabelValues(result)
@@ -48,7 +53,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		m.finished.WithLabelValues(string(schemas.Failed), string(reason))
 	}
 	if reg != nil {
-		reg.MustRegister(m.reports, m.again, m.requeued, m.lost, m.redriven, m.lag, m.start, m.lifetime, m.lastSweep)
+		reg.MustRegister(m.reports, m.again, m.requeued, m.lost, m.redriven, m.lag, m.start, m.lifetime, m.lastSweep, m.callbacks, m.overdue)
 	}
 	return m
 }

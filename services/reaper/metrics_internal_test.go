@@ -11,7 +11,7 @@ import (
 
 func TestAWorkersWordMakesNoNewLabel(t *testing.T) {
 	reg := prometheus.NewRegistry()
-	m := newMetrics(reg)
+	m := newMetrics(reg, func() float64 { return 0 })
 	before := testutil.CollectAndCount(m.finished)
 	for _, reason := range []schemas.Reason{"mine-1", "mine-2", schemas.ReasonOOM} {
 		m.transition(schemas.Record{State: schemas.Running}, schemas.Record{State: schemas.Failed, Reason: reason})
