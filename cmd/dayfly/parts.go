@@ -36,7 +36,8 @@ func (p *process) connect(ctx context.Context, c bus.Config) (*bus.Conn, error) 
 	if err != nil {
 		return nil, err
 	}
-	conn.Observe = ops.NewBusMetrics(p.registry, c.Name, conn.Connected).Observe
+	conn.Observe = ops.NewBusMetrics(p.registry, c.Name, conn.Connected,
+		func() uint64 { return conn.NC.Stats().Reconnects }).Observe
 	p.health.Add(c.Name+": nats", func(context.Context) error {
 		if !conn.Connected() {
 			return errors.New("not connected")
@@ -226,7 +227,7 @@ func (a *agentConfig) open(p *process) (agent.Runtime, error) {
 	}
 	rt, err := docker.New(docker.Config{
 		Cluster: a.cluster, Worker: schemas.WorkerID(a.worker), StateDir: a.stateDir(), InitPath: initPath,
-		Slots: a.slots, GPUs: a.gpus, Labels: labels, AuthFile: dockerConfig(), Logger: p.logger("agent"),
+		Slots: a.slots, GPUs: a.gpus, Labels: labels, AuthFile: dockerConfig(), Logger: p.logger("agent"), Metrics: p.registry,
 	})
 	if err != nil {
 		return nil, &hintError{err, "dayfly doctor, which says what is missing on this machine"}

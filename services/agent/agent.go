@@ -75,6 +75,7 @@ func Run(ctx context.Context, deps Deps, cfg Config) error {
 		return fmt.Errorf("ask the runtime about this host: %w", err)
 	}
 	a.host = host
+	a.metrics.host(deps.Metrics, cfg, host)
 	if err := a.recover(ctx); err != nil {
 		return err
 	}

@@ -38,7 +38,8 @@ type attempt struct {
 	unsaid atomic.Bool   // recovered or kept, and not reported yet under this registration
 	dead   chan struct{} // closed once no process of it is left, or ever will be
 
-	reserved bool // of the attempt's goroutine: it holds room on the host
+	reserved bool   // of the attempt's goroutine: it holds room on the host
+	image    string // of the attempt's goroutine: how its image came
 
 	// reconnected is of the attempt's goroutine: closed by a reconnect to which the
 	// attempt has not answered yet. It outlives watch, so that none is missed.
@@ -138,7 +139,9 @@ func (t *attempt) begin(o schemas.Order, before *attempt, journalled error) {
 	case end != nil:
 		t.finish(*end, false)
 	default:
-		t.watch(found, t.agent.rt.Now()-began)
+		took := t.agent.rt.Now() - began
+		t.agent.metrics.started.WithLabelValues(t.image).Observe(took.Seconds())
+		t.watch(found, took)
 	}
 }
 
@@ -166,9 +169,18 @@ func (t *attempt) resume(found Attempt) {
 func (t *attempt) start(ctx context.Context, spec schemas.Spec) (Attempt, *schemas.End) {
 	pull, cancel := context.WithTimeoutCause(ctx, spec.Timeouts.Pull.Std(), &StartError{
 		Reason: schemas.ReasonPullTimeout, Message: fmt.Sprintf("the image was not pulled within %s", spec.Timeouts.Pull)})
-	image, err := t.agent.rt.Image(pull, spec, t.progress)
+	began, how := time.Now(), imagePresent
+	image, err := t.agent.rt.Image(pull, spec, func(said string) {
+		how = imagePulled
+		t.progress(said)
+	})
 	err = because(pull, err)
 	cancel()
+	t.image = how
+	if err != nil {
+		how = imageFailed
+	}
+	t.agent.metrics.image.WithLabelValues(how).Observe(time.Since(began).Seconds())
 	if err != nil {
 		return nil, t.unstarted(ctx, err)
 	}
@@ -229,7 +241,6 @@ func (t *attempt) watch(found Attempt, startTook time.Duration) {
 		_ = t.moveDeadline()
 	}
 	t.mu.Unlock()
-	t.agent.metrics.started.Observe(startTook.Seconds())
 	hold := t.agent.cfg.HoldBack
 	if startTook > hold || t.recovered {
 		hold = 0

@@ -20,6 +20,9 @@ func (a *Agent) orders(ctx context.Context) error {
 			_ = m.Ack()
 			return
 		}
+		if m.Delivered > 1 {
+			a.metrics.again.Inc()
+		}
 		a.handle(o)
 		a.mu.Lock()
 		a.newest = m.Sequence

@@ -199,8 +199,13 @@ func (a *attempt) Remove(ctx context.Context) error {
 // volumes. One that is not there is fine.
 func (r *Runtime) removeContainer(ctx context.Context, id string) error {
 	for pause := 50 * time.Millisecond; ; pause = min(2*pause, 2*time.Second) {
+		began := time.Now()
 		_, err := r.docker.ContainerRemove(ctx, id, client.ContainerRemoveOptions{Force: true, RemoveVolumes: true})
-		if err == nil || cerrdefs.IsNotFound(err) {
+		if cerrdefs.IsNotFound(err) {
+			err = nil
+		}
+		r.metrics.done("remove", began, err)
+		if err == nil {
 			return nil
 		}
 		// "Already in progress" is another removal's; "device busy" goes away by itself.

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/moby/moby/client"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/rs/zerolog"
 
 	"dayfly.dev/schemas"
@@ -45,13 +46,15 @@ type Config struct {
 	AuthFile    string                // a Docker config.json with "auths"; "" is none
 	Credentials map[string]Credential // by registry host; they go before AuthFile
 
-	Logger zerolog.Logger
+	Logger  zerolog.Logger
+	Metrics prometheus.Registerer // nil: nobody asks
 }
 
 // Runtime implements agent.Runtime. It is safe for concurrent use.
 type Runtime struct {
 	cfg      Config
 	log      zerolog.Logger
+	metrics  *metrics
 	docker   *client.Client
 	lock     *os.File
 	null     *os.File
@@ -110,7 +113,7 @@ func New(cfg Config) (*Runtime, error) {
 		return nil, fmt.Errorf("make state folder: %w", err)
 	}
 	r := &Runtime{
-		cfg: cfg, log: cfg.Logger, boot: bootID(),
+		cfg: cfg, log: cfg.Logger, metrics: newMetrics(cfg.Metrics), boot: bootID(),
 		starts: make(chan struct{}, cfg.StartsInFlight), removals: make(chan struct{}, cfg.RemovalsInFlight),
 		attempts: map[string]*attempt{}, images: map[string]image{},
 	}

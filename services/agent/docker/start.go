@@ -154,7 +154,9 @@ func (r *Runtime) create(ctx context.Context, a *attempt, b *box) (answered <-ch
 			// Not the caller's ctx: dockerd would go on making it, and we would not know.
 			ctx, cancel := context.WithTimeout(r.ctx, dockerWithin)
 			defer cancel()
+			began := time.Now()
 			created, err := r.docker.ContainerCreate(ctx, b.options())
+			r.metrics.done("create", began, err)
 			if failed = err; err == nil {
 				a.mu.Lock()
 				a.container = created.ID
@@ -233,7 +235,9 @@ func (r *Runtime) launch(ctx context.Context, a *attempt, b *box, req agent.Star
 		// Not the caller's ctx: dockerd would go on starting it, and we would not know.
 		ctx, cancel := context.WithTimeout(r.ctx, dockerWithin)
 		defer cancel()
+		began := time.Now()
 		_, err := r.docker.ContainerStart(ctx, a.containerID(), client.ContainerStartOptions{})
+		r.metrics.done("start", began, err)
 		started <- err
 	})
 	if !running {
