@@ -12,24 +12,10 @@ import (
 )
 
 // Batch is many tasks asked for at once.
-type Batch struct {
-	Template schemas.Spec      `json:"template"` // what holds for every item
-	Items    []BatchItem       `json:"items"`
-	Labels   map[string]string `json:"labels,omitzero"`   // of each task too
-	Callback *schemas.Callback `json:"callback,omitzero"` // announces the end of all
-}
+type Batch = schemas.BatchSpec
 
-// BatchItem is what a task of a batch differs in from the template: a field that is
-// given replaces the template's, entries of maps are added. The API takes any field of
-// a spec here; use CreateBatchRaw for others.
-type BatchItem struct {
-	Name    string            `json:"name,omitzero"` // becomes the label "name"
-	Command []string          `json:"command,omitzero"`
-	Env     map[string]string `json:"env,omitzero"`
-	Stdin   string            `json:"stdin,omitzero"`
-	Files   []schemas.File    `json:"files,omitzero"`
-	Labels  map[string]string `json:"labels,omitzero"`
-}
+// BatchItem is what a task of a batch differs in from the template.
+type BatchItem = schemas.BatchSpecItem
 
 // CreateBatch asks for all tasks of a batch, or none if one of them is wrong. The key
 // is that of CreateOptions.

@@ -63,6 +63,10 @@ func (r *Record) View(revision uint64, now time.Time) Task {
 	return t
 }
 
+func (r *Record) ready() bool {
+	return r.State == Running && (r.Spec.Health == nil || !r.ReadyAt.IsZero())
+}
+
 // WithoutBodies is the task as lists show it and callbacks carry it: its spec without
 // what may be long or secret.
 func (t Task) WithoutBodies() Task {
@@ -73,10 +77,6 @@ func (t Task) WithoutBodies() Task {
 func (s Spec) withoutBodies() Spec {
 	s.Stdin, s.Files, s.Env, s.Callback, s.Unknown = "", nil, nil, nil, nil
 	return s
-}
-
-func (r *Record) ready() bool {
-	return r.State == Running && (r.Spec.Health == nil || !r.ReadyAt.IsZero())
 }
 
 // TaskList is a page of tasks, newest first.

@@ -12,6 +12,26 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 )
 
+// BatchSpec is what POST /v1/batches takes.
+type BatchSpec struct {
+	Template Spec              `json:"template"` // what holds for every item
+	Items    []BatchSpecItem   `json:"items"`
+	Labels   map[string]string `json:"labels,omitzero"`   // of each task too
+	Callback *Callback         `json:"callback,omitzero"` // announces the end of all
+}
+
+// BatchSpecItem is what a task of a batch differs in from the template: a field that is
+// given replaces the template's, entries of maps are added. Any field of a spec may
+// stand here.
+type BatchSpecItem struct {
+	Name    string            `json:"name,omitzero"` // becomes the label "name"
+	Command []string          `json:"command,omitzero"`
+	Env     map[string]string `json:"env,omitzero"`
+	Stdin   string            `json:"stdin,omitzero"`
+	Files   []File            `json:"files,omitzero"`
+	Labels  map[string]string `json:"labels,omitzero"`
+}
+
 // BatchRequest is what POST /v1/batches asks for, but its items.
 type BatchRequest struct {
 	Template []byte // the JSON of a spec: what holds for every item
@@ -236,7 +256,7 @@ func (b BatchRequest) ParseItem(item []byte, p Policy) (Spec, error) {
 	}
 	maps.Copy(labels, over.Labels)
 	if over.Name != "" {
-		labels[LabelOfName] = over.Name
+		labels[ItemLabel] = over.Name
 	}
 	if len(labels) > 0 {
 		over.Labels = labels
@@ -244,5 +264,5 @@ func (b BatchRequest) ParseItem(item []byte, p Policy) (Spec, error) {
 	return over.Spec.complete(p)
 }
 
-// LabelOfName is the label that the name of a batch's item becomes.
-const LabelOfName = "name"
+// ItemLabel is the label that the name of a batch's item becomes.
+const ItemLabel = "name"

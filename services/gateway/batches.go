@@ -330,7 +330,7 @@ func (g *Gateway) listItems(w *response, r *http.Request) error {
 			return err
 		}
 		if known {
-			item.Name, item.State, item.Reason, item.Exit = rec.Spec.Labels[schemas.LabelOfName], rec.State, rec.Reason, rec.Exit
+			item.Name, item.State, item.Reason, item.Exit = rec.Spec.Labels[schemas.ItemLabel], rec.State, rec.Reason, rec.Exit
 		}
 		page.Items = append(page.Items, item)
 	}

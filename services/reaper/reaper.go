@@ -47,8 +47,8 @@ type Deps struct {
 }
 
 // task is what the view keeps of a record that can still change. Of a final one it
-// keeps nothing, unless its end is to be announced: those stay in the bucket for their retention, and only their number
-// grows.
+// keeps nothing but its callback: those stay in the bucket for their retention, and only
+// their number grows.
 type task struct {
 	holder string // "<worker> <epoch>", "" if none
 	raw    []byte // nil once final
@@ -71,11 +71,11 @@ type Reaper struct {
 	due     *timers[schemas.TaskID]
 	fleet   *fleet
 	unknown *unknown
-	courier *courier
 
 	suspected chan struct{}
 	mu        sync.Mutex
 	suspects  map[schemas.WorkerID]struct{} // under mu: whose tasks are to be looked at
+	courier   *courier
 }
 
 // Run runs the reaper until ctx ends.
@@ -137,10 +137,11 @@ func (r *Reaper) checkViews(context.Context) error {
 
 func decodeTask(_ string, h nats.Header, data []byte) (task, error) {
 	if schemas.State(h.Get(schemas.HeaderState)).Final() {
-		if callback := h.Get(schemas.HeaderCallback); callback != "" {
-			return task{callback: callback}, nil
+		callback := h.Get(schemas.HeaderCallback)
+		if callback == "" {
+			return task{}, bus.ErrForget
 		}
-		return task{}, bus.ErrForget
+		return task{callback: callback}, nil
 	}
 	return task{holder: h.Get(schemas.HeaderHolder), raw: bytes.Clone(data)}, nil
 }
@@ -154,7 +155,7 @@ func decodeBeat(_ string, _ nats.Header, data []byte) (b schemas.Beat, err error
 func (r *Reaper) taskChanged(c bus.Change[task]) {
 	id := schemas.TaskID(c.Key)
 	r.courier.changed(c.Key, c.Old.callback, c.New.callback)
-	if c.Deleted || c.New.callback != "" {
+	if c.Deleted || c.New.raw == nil {
 		r.due.drop(id)
 		return
 	}

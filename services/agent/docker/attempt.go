@@ -313,7 +313,8 @@ func (a *attempt) runIsLocked(m initproto.Reply, up bool) {
 	if policy != nil && policy.Max > 0 {
 		n = min(n, policy.Max)
 	}
-	if policy == nil || n < a.current.Restarts || n == a.current.Restarts && up == a.current.Up {
+	known := n == a.current.Restarts && up == a.current.Up && (a.current.Last != nil || m.Exit == nil)
+	if policy == nil || n < a.current.Restarts || known {
 		return
 	}
 	if n > a.current.Restarts { // written first: what was reported must not be forgotten

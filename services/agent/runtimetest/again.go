@@ -157,6 +157,40 @@ func (b *bench) resting(t *testing.T, left time.Duration) agent.Attempt {
 	return a
 }
 
+func outOfMemoryAgain(t *testing.T, b *bench) {
+	req := b.restarting(t, schemas.RestartOnFailure, 1, "eat", fmt.Sprint(200<<20))
+	req.Spec.Resources.Memory = 24 << 20
+	a := b.start(t, req)
+	o := done(t, a)
+	by(t, o, schemas.EndedItself, 137)
+	if run, _ := a.Run(); run.Restarts != 1 || o.Reason != schemas.ReasonOOM || !o.Exit.OOMKilled {
+		t.Errorf("%+v, %+v, %+v", run, o, o.Exit)
+	}
+}
+
+func recoveredAtRest(t *testing.T, b *bench) {
+	if b.Reopen == nil {
+		t.Skip("has no state")
+	}
+	b.resting(t, time.Minute)
+	b.Runtime = b.Reopen(t)
+	list, err := b.Runtime.Recover(t.Context())
+	if err != nil || len(list) != 1 {
+		t.Fatalf("%d attempts, %v", len(list), err)
+	}
+	a := list[0]
+	t.Cleanup(func() { _ = a.Remove(context.Background()) })
+	b.permit(t, time.Minute)
+	if run := until(t, a, func(r agent.RunState) bool { return r.Last != nil }); run.Up || run.Restarts != 0 || run.Last.Code != 3 {
+		t.Errorf("%+v, %+v", run, run.Last)
+	}
+	if _, err := a.Dial(t.Context(), 80); !errors.Is(err, agent.ErrAway) {
+		t.Errorf("dialed between two runs: %v", err)
+	}
+	a.Stop(time.Hour)
+	by(t, done(t, a), schemas.EndedStop, 3)
+}
+
 func stopsBetweenRuns(t *testing.T, b *bench) {
 	a := b.resting(t, time.Minute)
 	a.Stop(time.Hour)

@@ -68,6 +68,8 @@ func Run(t *testing.T, open func(t *testing.T) Bench) {
 		"restarts have a limit":                     restartLimit,
 		"always is also after success":              alwaysAgain,
 		"restarts go on without an agent":           runsAgainAlone,
+		"memory that runs out is a failure":         outOfMemoryAgain,
+		"what rests between two runs is recovered":  recoveredAtRest,
 		"a stop ends a task between two runs":       stopsBetweenRuns,
 		"the deadline ends it between two runs":     deadlineBetweenRuns,
 		"the permit ends it between two runs":       permitBetweenRuns,
