@@ -364,12 +364,3 @@ func (g *Gateway) cancelBatch(w *response, r *http.Request) error {
 	}
 	return answer(w, http.StatusOK, g.batchView(ctx, e))
 }
-
-// batchBody is the body of POST /v1/batches as openapi.json tells it; schemas.ReadBatch
-// reads it.
-type batchBody struct {
-	Template schemas.Spec      `json:"template"`
-	Items    []map[string]any  `json:"items"`
-	Labels   map[string]string `json:"labels,omitzero"`
-	Callback *schemas.Callback `json:"callback,omitzero"`
-}
