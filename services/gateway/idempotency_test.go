@@ -188,7 +188,7 @@ func TestUnknownOutcome(t *testing.T) {
 		r, err := w.records.Get(deadline(t), string(e.Task))
 		return err == nil && r.Value.State == schemas.Queued
 	})
-	a.do("DELETE", "/v1/tasks/"+string(e.Task), "").want(t, 503, schemas.CodeUnavailable)
+	a.do("DELETE", "/v1/tasks/"+string(e.Task), "").want(t, 503, schemas.CodeUnknownOutcome)
 	a.do("POST", "/v1/tasks", spec, "Idempotency-Key", "k").want(t, 503, schemas.CodeUnavailable)
 	p.deaf.Store(false)
 	until(t, "it hears again", func() bool { return a.do("POST", "/v1/tasks", spec, "Idempotency-Key", "k").status == 201 })
@@ -227,13 +227,17 @@ func newProxy(t testing.TB, to string) *proxy {
 			all.Go(func() {
 				defer client.Close()
 				b := make([]byte, 64<<10)
-				for {
+				for lost := false; ; {
 					n, err := server.Read(b)
 					if err != nil {
 						return
 					}
 					if p.deaf.Load() {
-						return // what was under way is lost, and the client dials again
+						lost = true
+						continue
+					}
+					if lost {
+						return // the client dials again
 					}
 					if _, err := client.Write(b[:n]); err != nil {
 						return

@@ -93,6 +93,8 @@ func (g *generator) operation(o operation) object {
 		of := reflect.TypeFor[schemas.TaskID]()
 		if strings.Contains(o.path, "/workers/") {
 			of = reflect.TypeFor[schemas.WorkerID]()
+		} else if strings.HasPrefix(o.path, "/v1/batches") {
+			of = reflect.TypeFor[schemas.BatchID]()
 		}
 		params = append(params, object{"name": m[1], "in": "path", "required": true, "schema": g.schema(of)})
 	}
@@ -159,6 +161,7 @@ func (g *generator) responses(o operation) object {
 var words = map[reflect.Type]object{
 	reflect.TypeFor[time.Time]():         {"type": "string", "format": "date-time"},
 	reflect.TypeFor[schemas.TaskID]():    {"type": "string", "pattern": "^t-[0-7][0-9a-hjkmnp-tv-z]{25}$", "examples": []string{"t-01jd6q0t000000000000000000"}},
+	reflect.TypeFor[schemas.BatchID]():   {"type": "string", "pattern": "^b-[0-7][0-9a-hjkmnp-tv-z]{25}$"},
 	reflect.TypeFor[schemas.WorkerID]():  {"type": "string", "pattern": "^[a-z0-9-]{1,63}$"},
 	reflect.TypeFor[schemas.Duration]():  {"type": "string", "pattern": `^-?([0-9]+(\.[0-9]+)?(ns|us|µs|ms|s|m|h))+$|^0$`, "examples": []string{"90s", "15m", "1h30m"}},
 	reflect.TypeFor[schemas.Size]():      {"type": []string{"integer", "string"}, "pattern": `^[0-9.]+ ?([bB]|[kKmMgGtTpP]([iI]?[bB])?)?$`, "examples": []any{"256MiB", 268435456}},

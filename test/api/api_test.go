@@ -235,6 +235,21 @@ func TestEveryAnswerIsWhatTheDocumentPromises(t *testing.T) {
 	s.want(400, "DELETE", path(waiting)+"?grace=x", "")
 	s.want(404, "DELETE", none, "")
 
+	_, answer := s.want(201, "POST", "/v1/batches", `{"template":{"image":"any","command":["exit","0"]},"items":[{},{"name":"two"}]}`)
+	var batch schemas.BatchStatus
+	if err := schemas.Decode(answer, &batch); err != nil {
+		t.Fatal(err)
+	}
+	b := "/v1/batches/" + string(batch.ID)
+	s.want(422, "POST", "/v1/batches", `{"template":{"image":"any"},"items":[{"colour":"red"}]}`)
+	s.want(200, "GET", b, "")
+	s.want(200, "GET", b+"/items?limit=1", "")
+	s.want(400, "GET", b+"/items?limit=0", "")
+	s.want(200, "DELETE", b, "")
+	for _, way := range [][2]string{{"GET", ""}, {"DELETE", ""}, {"GET", "/items"}} {
+		s.want(404, way[0], "/v1/batches/b-01jd0000000000000000000000"+way[1], "")
+	}
+
 	s.want(200, "GET", "/v1/workers", "")
 	s.want(400, "GET", "/v1/workers?state=ready", "")
 	s.want(200, "GET", "/v1/workers/w0000", "")
