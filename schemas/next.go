@@ -16,6 +16,7 @@ type Meta struct {
 	At time.Time // by the clock of the service that writes
 	By string    // the actor: "gateway", "placer", "reaper", or a client's name
 	Op string    // random id of this write, kept in last_ops
+	On uint64    // revision of the record that the write replaces; 0 if it is the first
 }
 
 // Event is something that may change a record. The kinds are below.
@@ -25,7 +26,7 @@ func (m Meta) meta() Meta { return m }
 
 // tidy gives m as a record keeps it: the time as JSON gives it back, the words short.
 func (m Meta) tidy() Meta {
-	return Meta{At: m.At.UTC().Round(0), By: line(m.By, maxWordBytes), Op: line(m.Op, maxWordBytes)}
+	return Meta{At: m.At.UTC().Round(0), By: line(m.By, maxWordBytes), Op: line(m.Op, maxWordBytes), On: m.On}
 }
 
 // Choose gives a queued task to a worker: the placer's event.
@@ -155,6 +156,7 @@ func Table() []Transition {
 func Next(r Record, event Event) (Record, error) {
 	m := event.meta().tidy()
 	n := r.clone()
+	n.seal(m.On)
 	err := ErrFinal
 	if !r.State.Final() {
 		switch e := event.(type) {
@@ -284,8 +286,15 @@ func (r *Record) settle(e Settle) error {
 		r.Applied = applied
 		changed = true
 	}
+	what := ""
 	if rep.Restarts > r.Restarts {
-		r.Restarts = rep.Restarts
+		r.Restarts, r.ReadyAt = rep.Restarts, time.Time{}
+		what = fmt.Sprintf("restart %d%s", r.Restarts, rep.Last.after())
+		changed = true
+	}
+	if rep.Ready && rep.Phase == PhaseRunning && r.ReadyAt.IsZero() {
+		r.ReadyAt = e.At
+		what = "ready"
 		changed = true
 	}
 	if ended {
@@ -302,6 +311,7 @@ func (r *Record) settle(e Settle) error {
 		r.try()
 		r.Progress, r.GiveBacks = "", 0
 		r.enter(Running, ReasonNone, "", e.Meta)
+		r.History[len(r.History)-1].Note = what
 	case rank == PhaseAccepted.rank() && r.State == Assigned:
 		r.try()
 		r.StartingAt, r.Progress = e.At, progress
@@ -310,13 +320,21 @@ func (r *Record) settle(e Settle) error {
 		r.Progress = progress
 		r.op(e.Meta)
 	case changed:
-		r.note(e.Meta, "worker reported")
+		r.note(e.Meta, cmp.Or(what, "worker reported"))
 	case rank < phaseOf(r.State).rank():
 		return ErrStale
 	default:
 		return ErrUnchanged
 	}
 	return nil
+}
+
+// after says for the history what came before a restart.
+func (e *Exit) after() string {
+	if e == nil {
+		return ""
+	}
+	return fmt.Sprintf(" after exit code %d", e.Code)
 }
 
 func phaseOf(s State) Phase {
@@ -367,7 +385,7 @@ func (r *Record) conclude(end End, ran bool, m Meta) {
 	}
 	timeOver := end.By == EndedDeadline || !r.ExpiresAt.IsZero() && !m.At.Before(r.ExpiresAt)
 	switch {
-	case end.By == EndedItself && end.Exit != nil && end.Exit.Code == 0:
+	case end.By == EndedItself && end.Exit != nil && end.Exit.Code == 0 && end.Reason != ReasonUnhealthy:
 		r.finish(Completed, ReasonExit, end.Message, m)
 	case end.By == EndedItself:
 		r.finish(Failed, cmp.Or(end.Reason, ReasonExit), end.Message, m)
@@ -424,7 +442,7 @@ func (r *Record) lostAttempt(end End, m Meta) {
 func (r *Record) requeue(reason Reason, message string, after time.Duration, m Meta) {
 	r.enter(Queued, reason, message, m) // the history still names the worker
 	r.Worker, r.Epoch, r.Restarts, r.Progress = "", "", 0, ""
-	r.QueuedAt, r.NotBefore = m.At, time.Time{}
+	r.QueuedAt, r.BackAt, r.NotBefore, r.ReadyAt = m.At, m.At, time.Time{}, time.Time{}
 	if after > 0 {
 		r.NotBefore = m.At.Add(after)
 	}

@@ -48,6 +48,7 @@ const (
 	ReasonPullTimeout  Reason = "pull_timeout"
 	ReasonNotFound     Reason = "command_not_found"      // exit code 127
 	ReasonNotExec      Reason = "command_not_executable" // exit code 126
+	ReasonUnhealthy    Reason = "unhealthy"              // its health check failed too often
 	ReasonStart        Reason = "start"                  // the container could not be made or started
 	ReasonStartTimeout Reason = "start_timeout"
 	ReasonQueueTimeout Reason = "queue_timeout"
@@ -62,9 +63,10 @@ const (
 // key in the bucket "tasks". It changes only through Next and compare-and-set.
 // Its fields are only ever added to; those this version does not know are kept.
 type Record struct {
-	Version int    `json:"v"`
-	ID      TaskID `json:"id"`
-	Spec    Spec   `json:"spec"`
+	Version int     `json:"v"`
+	ID      TaskID  `json:"id"`
+	Batch   BatchID `json:"batch,omitzero"` // the batch that it is an item of
+	Spec    Spec    `json:"spec"`
 
 	State   State  `json:"state"`
 	Reason  Reason `json:"reason,omitzero"`
@@ -80,10 +82,12 @@ type Record struct {
 	Progress string `json:"progress,omitzero"` // while starting: what the worker is doing
 
 	AcceptedAt time.Time `json:"accepted_at"`
-	QueuedAt   time.Time `json:"queued_at"` // when it last began to wait; a give-back goes on waiting
+	QueuedAt   time.Time `json:"queued_at"`        // when it last began to wait; a give-back goes on waiting
+	BackAt     time.Time `json:"back_at,omitzero"` // when it was last put back; NotBefore and Avoid are of the same clock
 	AssignedAt time.Time `json:"assigned_at,omitzero"`
 	StartingAt time.Time `json:"starting_at,omitzero"`
 	RunningAt  time.Time `json:"running_at,omitzero"` // the first time, of any attempt
+	ReadyAt    time.Time `json:"ready_at,omitzero"`   // with a health check: when the present run, or the last, first passed it
 	EndedAt    time.Time `json:"ended_at,omitzero"`
 	// ExpiresAt is set at the first "running" and moved only by extensions.
 	ExpiresAt time.Time `json:"expires_at,omitzero"`
@@ -109,7 +113,9 @@ type Record struct {
 	Logs   *LogSum `json:"logs,omitzero"`
 
 	History []Change `json:"history"`
-	LastOps []string `json:"last_ops,omitzero"`
+	// Forgotten is the revision of the newest entry that History had to drop; 0: it has all.
+	Forgotten uint64   `json:"forgotten,omitzero"`
+	LastOps   []string `json:"last_ops,omitzero"`
 
 	Unknown Unknown `json:",embed"`
 }
@@ -158,6 +164,9 @@ type Change struct {
 	Attempt int       `json:"attempt,omitzero"`
 	Worker  WorkerID  `json:"worker,omitzero"`
 	Note    string    `json:"note,omitzero"` // what changed besides the state
+	// Revision is that of the record whose write made the entry. The writer cannot know it:
+	// the next one fills it in, so in a record it is 0 where it is the record's own.
+	Revision uint64 `json:"revision,omitzero"`
 
 	Unknown Unknown `json:",embed"`
 }
@@ -215,6 +224,9 @@ func (r Record) Headers() map[string][]string {
 	if r.State.Held() {
 		h[HeaderHolder] = []string{string(r.Worker) + " " + string(r.Epoch)}
 	}
+	if r.State.Final() && r.Spec.Callback != nil {
+		h[HeaderCallback] = r.Spec.Callback.header(r.EndedAt)
+	}
 	return h
 }
 
@@ -241,9 +253,25 @@ func (r *Record) note(m Meta, note string) {
 		At: m.At, State: r.State, Reason: r.Reason, By: m.By, Attempt: r.Attempt, Worker: r.Worker, Note: note,
 	})
 	if n := len(r.History); n > MaxHistory { // keep how it began and what came last
+		r.Forgotten = max(r.Forgotten, r.History[n-MaxHistory].Revision, 1)
 		r.History = slices.Delete(r.History, 1, 1+n-MaxHistory)
 	}
 	r.op(m)
+}
+
+// seal fills in the revision of the entries that the last write made: it is the one
+// that this write replaces.
+func (r *Record) seal(on uint64) {
+	for i := len(r.History) - 1; i >= 0 && r.History[i].Revision == 0; i-- {
+		r.History[i].Revision = on
+	}
+}
+
+// Changes is the history with all revisions, of a record that is at revision.
+func (r *Record) Changes(revision uint64) []Change {
+	c := Record{History: slices.Clone(r.History)}
+	c.seal(revision)
+	return c.History
 }
 
 // op remembers the write's id.
@@ -251,7 +279,9 @@ func (r *Record) op(m Meta) {
 	if m.Op != "" {
 		r.LastOps = append(r.LastOps, m.Op)
 		if n := len(r.LastOps); n > MaxLastOps {
-			r.LastOps = slices.Delete(r.LastOps, 0, n-MaxLastOps)
+			// The first made the record. Whoever did not hear that it was made finds it here, however
+			// much has become of the task since.
+			r.LastOps = slices.Delete(r.LastOps, 1, n-MaxLastOps+1)
 		}
 	}
 }

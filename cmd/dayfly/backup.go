@@ -9,6 +9,8 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -39,20 +41,42 @@ type backupHead struct {
 }
 
 type backupEntry struct {
-	Bucket string          `json:"bucket"`
-	Key    string          `json:"key"`
-	TTL    string          `json:"ttl,omitempty"`
-	Value  json.RawMessage `json:"value"`
+	Bucket   string          `json:"bucket"`
+	Key      string          `json:"key"`
+	Revision uint64          `json:"revision"`
+	Header   nats.Header     `json:"header,omitempty"`
+	Value    json.RawMessage `json:"value"`
 }
 
 const backupFormat = 1
 
-// backedUp are the buckets of a backup. The keys of clients come after the records, so
-// that a key is there for every record that has one; a key without its record names a
-// task that came too late. Beats and leaders are left out: after a restore every worker
-// registers anew.
-func backedUp() []string {
-	return []string{schemas.BucketTasks, schemas.BucketIdempotency, schemas.BucketDrains}
+// backedUp are the buckets of a backup, in their order: the records first, the keys of
+// clients last, so that a key is there for every record that has one; a key without its
+// record names a task that came too late. Beats and leaders are left out: after a
+// restore every worker registers anew.
+func backedUp() []schemas.Asset {
+	var list []schemas.Asset
+	var keys schemas.Asset
+	for _, a := range schemas.Assets(time.Hour) {
+		switch {
+		case a.Name == schemas.BucketIdempotency:
+			keys = a
+		case a.Bucket && !a.Hint:
+			list = append(list, a)
+		}
+	}
+	return append(list, keys)
+}
+
+// kept are the headers that a value is restored with.
+func kept(h nats.Header) nats.Header {
+	k := nats.Header{}
+	for name, values := range h {
+		if name == jetstream.MsgTTLHeader || !strings.HasPrefix(name, "Nats-") {
+			k[name] = values
+		}
+	}
+	return k
 }
 
 // storeConfig says where the records are: in the folder of an `up` that does not run, or
@@ -114,8 +138,8 @@ func (c *cli) backupCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "backup FILE",
 		Short: "Write all records to a file",
-		Long: `backup writes the records of all tasks, the clients' idempotency keys and the drains
-to FILE, while dayfly runs. The records are those of one moment. FILE holds what tasks
+		Long: `backup writes the records of all tasks, batches, callbacks, drains and the clients'
+idempotency keys to FILE, while dayfly runs. The records are those of one moment. FILE holds what tasks
 were given, secrets in their environment too.
 
 Logs are not in it, save the first 16 KiB of a finished task's output.`,
@@ -148,7 +172,8 @@ func (c *cli) backup(ctx context.Context, conn *bus.Conn, path string) error {
 	w := bufio.NewWriter(f)
 	out := json.NewEncoder(w)
 	foot := map[string]int{}
-	for _, bucket := range backedUp() {
+	for _, asset := range backedUp() {
+		bucket := asset.Name
 		list, sequence, err := conn.Snapshot(ctx, bucket)
 		if err != nil {
 			return err
@@ -159,7 +184,7 @@ func (c *cli) backup(ctx context.Context, conn *bus.Conn, path string) error {
 		foot[bucket] = len(list)
 		for _, e := range list {
 			err = errors.Join(err, out.Encode(backupLine{Entry: &backupEntry{
-				Bucket: bucket, Key: e.Key, TTL: e.Header.Get(jetstream.MsgTTLHeader), Value: e.Data}}))
+				Bucket: bucket, Key: e.Key, Revision: e.Revision, Header: kept(e.Header), Value: e.Data}}))
 		}
 		if err != nil {
 			return err
@@ -294,13 +319,13 @@ that a worker still has are closed, and named in the reapers' logs.`,
 
 // checkEmpty refuses NATS servers that dayfly has used.
 func checkEmpty(ctx context.Context, conn *bus.Conn) error {
-	for _, bucket := range append(backedUp(), schemas.BucketWorkers) {
-		there, err := conn.Exists(ctx, bucket)
+	for _, asset := range append(backedUp(), schemas.Asset{Name: schemas.BucketWorkers}) {
+		there, err := conn.Exists(ctx, asset.Name)
 		if err != nil {
-			return fmt.Errorf("look for bucket %s: %w", bucket, err)
+			return fmt.Errorf("look for bucket %s: %w", asset.Name, err)
 		}
 		if there {
-			return &hintError{fmt.Errorf("NATS is not empty: it has the bucket %s", bucket),
+			return &hintError{fmt.Errorf("NATS is not empty: it has the bucket %s", asset.Name),
 				"end all services, and give NATS an empty folder"}
 		}
 	}
@@ -314,7 +339,7 @@ const sequenceLeap = 1_000_000_000_000
 func restore(ctx context.Context, conn *bus.Conn, head backupHead, entries map[string][]backupEntry, replicas int, retention time.Duration) ([]restored, error) {
 	m := schemas.Meta{At: time.Now().UTC(), By: "restore"}
 	var list []restored
-	stored := map[string][]bus.Stored{}
+	var records []bus.Stored
 	known := map[schemas.TaskID]bool{}
 	for _, e := range entries[schemas.BucketTasks] {
 		var r schemas.Record
@@ -322,54 +347,51 @@ func restore(ctx context.Context, conn *bus.Conn, head backupHead, entries map[s
 			return nil, fmt.Errorf("record %s: %w", e.Key, err)
 		}
 		known[r.ID] = true
-		one := bus.Stored{Key: e.Key, Data: e.Value}
-		if !r.State.Final() {
-			next, err := schemas.Next(r, schemas.Restore{Meta: m})
-			if err == nil {
-				one.Data, err = schemas.Encode(next)
-			}
-			if err != nil {
-				return nil, err
-			}
-			list = append(list, restored{r.ID, r.State, next.State, next.Reason})
-			if next.State.Final() {
-				e.TTL = retention.String()
-			}
-			r = next
+		if r.State.Final() {
+			records = append(records, bus.Stored{Key: e.Key, Data: e.Value, Header: e.Header})
+			continue
 		}
-		one.Header = nats.Header(r.Headers())
-		if e.TTL != "" {
-			one.Header.Set(jetstream.MsgTTLHeader, e.TTL)
+		m.On = e.Revision
+		next, err := schemas.Next(r, schemas.Restore{Meta: m})
+		if err != nil {
+			return nil, err
 		}
-		stored[schemas.BucketTasks] = append(stored[schemas.BucketTasks], one)
+		data, err := schemas.Encode(next)
+		if err != nil {
+			return nil, err
+		}
+		header := nats.Header(next.Headers())
+		if next.State.Final() {
+			header.Set(jetstream.MsgTTLHeader, retention.String())
+		}
+		records = append(records, bus.Stored{Key: e.Key, Data: data, Header: header})
+		list = append(list, restored{r.ID, r.State, next.State, next.Reason})
 	}
 	for _, e := range entries[schemas.BucketIdempotency] {
 		var entry schemas.IdempotencyEntry
 		if err := schemas.Decode(e.Value, &entry); err != nil {
 			return nil, fmt.Errorf("idempotency key %s: %w", e.Key, err)
 		}
-		if !known[entry.Task] && entry.At.After(head.At.Add(-time.Minute)) {
+		if entry.Task != "" && !known[entry.Task] && entry.At.After(head.At.Add(-time.Minute)) {
 			list = append(list, restored{Task: entry.Task, After: lostTask})
 		}
-		stored[schemas.BucketIdempotency] = append(stored[schemas.BucketIdempotency], bus.Stored{Key: e.Key, Data: e.Value})
-	}
-	for _, e := range entries[schemas.BucketDrains] {
-		stored[schemas.BucketDrains] = append(stored[schemas.BucketDrains], bus.Stored{Key: e.Key, Data: e.Value})
-	}
-	assets := map[string]schemas.Asset{}
-	for _, a := range schemas.Assets(time.Hour) {
-		assets[a.Name] = a
 	}
 	// The records come last: without them nothing happens.
-	for _, bucket := range []string{schemas.BucketDrains, schemas.BucketIdempotency, schemas.BucketTasks} {
-		a := assets[bucket]
-		if bucket == schemas.BucketTasks {
-			a.First = head.Sequence + sequenceLeap
+	assets := backedUp()
+	slices.Reverse(assets)
+	for _, a := range assets {
+		var stored []bus.Stored
+		if a.Name == schemas.BucketTasks {
+			a.First, stored = head.Sequence+sequenceLeap, records
+		} else {
+			for _, e := range entries[a.Name] {
+				stored = append(stored, bus.Stored{Key: e.Key, Data: e.Value, Header: e.Header})
+			}
 		}
 		if err := bus.Provision(ctx, conn, []schemas.Asset{a}, replicas); err != nil {
 			return nil, err
 		}
-		if err := conn.Fill(ctx, bucket, stored[bucket]); err != nil {
+		if err := conn.Fill(ctx, a.Name, stored); err != nil {
 			return nil, err
 		}
 	}

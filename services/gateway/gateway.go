@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -26,7 +27,9 @@ type Config struct {
 	Policy schemas.Policy // what tasks may ask for; zero: schemas.DefaultPolicy
 
 	WaitMax      time.Duration // longest ?wait=, 60 s
-	MaxFollowers int           // log readers at a time, 512; one more is answered with 429
+	MaxFollowers int           // readers of logs and events at a time, 512; one more is answered with 429
+	ListLook     int           // tasks that one request for a list looks at, 10,000
+	EventWindow  int           // events that a reader of them holds which is behind, 4096 and at most twice as many
 	CacheBytes   int           // whole records kept in memory beside the short ones, 32 MiB
 
 	// Retention is how long the record of a task is kept that was canceled while it was
@@ -39,6 +42,10 @@ type Config struct {
 	// request that brought it may still be at work, and whoever repeats it finishes that
 	// work. 60 s.
 	KeyGrace time.Duration
+
+	BatchAhead int           // how many tasks of one batch wait for a worker at a time, 256
+	MaxBatches int           // batches that are not done; one more is answered with 429, 64
+	BatchLease time.Duration // how long a gateway that works on batches may be silent, 5 s
 
 	Unavailable time.Duration // how long a request waits for NATS to come back, 500 ms
 	OpTimeout   time.Duration // longest operation on the bus, 3 s
@@ -54,10 +61,15 @@ func (c Config) withDefaults() Config {
 	}
 	c.WaitMax = cmp.Or(c.WaitMax, time.Minute)
 	c.MaxFollowers = cmp.Or(c.MaxFollowers, 512)
+	c.ListLook = cmp.Or(c.ListLook, 10_000)
+	c.EventWindow = cmp.Or(c.EventWindow, 4096)
 	c.CacheBytes = cmp.Or(c.CacheBytes, 32<<20)
 	c.Retention = cmp.Or(c.Retention, 24*time.Hour)
 	c.Lease = cmp.Or(c.Lease, 30*time.Second)
 	c.KeyGrace = cmp.Or(c.KeyGrace, time.Minute)
+	c.BatchAhead = cmp.Or(c.BatchAhead, 256)
+	c.MaxBatches = cmp.Or(c.MaxBatches, 64)
+	c.BatchLease = cmp.Or(c.BatchLease, 5*time.Second)
 	c.Unavailable = cmp.Or(c.Unavailable, 500*time.Millisecond)
 	c.OpTimeout = cmp.Or(c.OpTimeout, 3*time.Second)
 	c.ExtendWait = cmp.Or(c.ExtendWait, 2*time.Second)
@@ -87,12 +99,17 @@ type Gateway struct {
 	records *bus.Table[record]
 	keys    *bus.Table[schemas.IdempotencyEntry]
 	drains  *bus.Table[schemas.Drain]
-	tasks   *bus.View[*item]
-	recent  *recent
-	index   index
-	fleet   *fleet
 
-	followers chan struct{} // one per open log
+	deliveries *bus.Table[schemas.Delivery]
+	batches    *batches
+
+	tasks  *bus.View[*item]
+	recent *recent
+	index  index
+	fleet  *fleet
+
+	page      func() ([]byte, error) // the docs page
+	followers chan struct{}          // one per open log or stream of events
 }
 
 // Run serves the API on deps.Listener until ctx ends. While it connects it answers that
@@ -108,7 +125,7 @@ func Run(ctx context.Context, deps Deps, cfg Config) error {
 				return
 			}
 			away.fail(newResponse(w, r), r, unavailable())
-		}))
+		}), deps.Logger)
 	})
 	group.Go(func() error {
 		if deps.Conn == nil {
@@ -154,10 +171,14 @@ func New(deps Deps, cfg Config) *Gateway {
 			},
 			Decode: func(b []byte) (d schemas.Drain, err error) { return d, schemas.Decode(b, &d) },
 		}),
+		deliveries: newDeliveries(deps.Conn),
+
 		fleet:     newFleet(deps.Conn, cfg.Lease),
 		recent:    newRecent(cfg.CacheBytes),
 		followers: make(chan struct{}, cfg.MaxFollowers),
+		page:      sync.OnceValues(docsPage),
 	}
+	g.batches = newBatches(g)
 	g.tasks = bus.NewView(deps.Conn, schemas.BucketTasks, decodeItem, bus.ViewOptions[*item]{OnChange: g.taskChanged})
 	if deps.Health != nil {
 		deps.Health.Add("gateway: nats", func(context.Context) error {
@@ -182,11 +203,13 @@ func (g *Gateway) KeepViews(ctx context.Context) error {
 	group.Go(func() error { return g.tasks.Run(ctx) })
 	group.Go(func() error { return g.fleet.beats.Run(ctx) })
 	group.Go(func() error { return g.fleet.drains.Run(ctx) })
+	group.Go(func() error { return g.batches.view.Run(ctx) })
+	group.Go(func() error { return g.batches.run(ctx) })
 	return group.Wait()
 }
 
 func (g *Gateway) views() []<-chan struct{} {
-	return []<-chan struct{}{g.tasks.Ready(), g.fleet.beats.Ready(), g.fleet.drains.Ready()}
+	return []<-chan struct{}{g.tasks.Ready(), g.fleet.beats.Ready(), g.fleet.drains.Ready(), g.batches.view.Ready()}
 }
 
 func (g *Gateway) ready() bool {
@@ -210,6 +233,7 @@ func (g *Gateway) taskChanged(c bus.Change[*item]) {
 	}
 	g.fleet.count(c.Old, c.New)
 	g.recent.changed(c.Old, c.New)
+	g.batches.taskChanged(c)
 }
 
 // meta is that of one write: by says who wants it.
@@ -234,9 +258,9 @@ func (g *Gateway) reach(ctx context.Context) error {
 	return unavailable()
 }
 
-// operation gives the context of work on the bus. The client's leaving does not end
+// onBus gives the context of work on the bus. The client's leaving does not end
 // it: an accepted key shall get its task.
-func (g *Gateway) operation(r *http.Request) (context.Context, context.CancelFunc) {
+func (g *Gateway) onBus(r *http.Request) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.WithoutCancel(r.Context()), g.cfg.OpTimeout)
 }
 

@@ -40,6 +40,9 @@ func (r *Reaper) reports(ctx context.Context) error {
 	return r.conn.Consume(ctx, bus.ConsumeOptions{
 		Stream: schemas.StreamReports, Durable: durable, MaxMessages: 1024, Workers: settlers,
 	}, func(ctx context.Context, m bus.Msg) {
+		if m.Delivered > 1 {
+			r.metrics.again.Inc()
+		}
 		var rep schemas.Report
 		if err := schemas.Decode(m.Data, &rep); err != nil || m.Subject != schemas.ReportSubject(rep.Worker, rep.Task) {
 			// Not ours, or a worker that speaks for another: its subject says who it is.
@@ -107,7 +110,7 @@ func (u *unknown) prune(before time.Time) {
 // attempt never become untrue.
 func (r *Reaper) settle(ctx context.Context, rep schemas.Report) (string, error) {
 	e, err := r.entry(ctx, rep.Task)
-	if err == nil && (e.Value.Attempt < rep.Attempt || e.Value.Attempt == rep.Attempt && e.Value.Assignment() != rep.Assignment && e.Value.State.Held()) {
+	if err == nil && (e.Revision < rep.Revision || e.Value.Attempt < rep.Attempt || e.Value.Attempt == rep.Attempt && e.Value.Assignment() != rep.Assignment && e.Value.State.Held()) {
 		e, err = r.table.Get(ctx, string(rep.Task)) // the view may lag behind the report
 		if err == nil && e.Value.Attempt < rep.Attempt {
 			err = errAhead
