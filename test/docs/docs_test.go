@@ -276,13 +276,13 @@ func makeImage(t *testing.T) string {
 		_, e := w.Write(body)
 		err = errors.Join(err, e)
 	}
+	for _, name := range []string{"bin/", "tmp/", "etc/"} {
+		err = errors.Join(err, w.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: name, Mode: 0o755}))
+	}
 	add("bin/busybox", program)
 	add("bin/python", []byte("#!/bin/sh\nexec sh \"$@\"\n")) // the programs of the pages are so small that both read them
 	for _, name := range []string{"sh", "echo", "sleep", "cat", "wc", "mkdir", "httpd", "wget"} {
-		err = errors.Join(err, w.WriteHeader(&tar.Header{Typeflag: tar.TypeLink, Name: "bin/" + name, Linkname: "bin/busybox"}))
-	}
-	for _, name := range []string{"tmp/", "etc/"} {
-		err = errors.Join(err, w.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: name, Mode: 0o755}))
+		err = errors.Join(err, w.WriteHeader(&tar.Header{Typeflag: tar.TypeLink, Name: "bin/" + name, Linkname: "bin/busybox", Mode: 0o755}))
 	}
 	if err = errors.Join(err, w.Close()); err != nil {
 		t.Fatal(err)
