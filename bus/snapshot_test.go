@@ -9,7 +9,6 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
-	"golang.org/x/sync/errgroup"
 
 	"dayfly.dev/bus"
 	"dayfly.dev/bus/natstest"
@@ -46,8 +45,8 @@ func TestSnapshotIsOneState(t *testing.T) {
 		}
 	}
 	ctx, stop := context.WithCancel(t.Context())
-	var g errgroup.Group
-	g.Go(func() error {
+	ended := make(chan error, 1)
+	write := func() error {
 		for n := 1; ; n++ {
 			for i := range pair {
 				e, err := table.Replace(ctx, pair[i], fmt.Sprint(n), "")
@@ -60,7 +59,8 @@ func TestSnapshotIsOneState(t *testing.T) {
 				pair[i] = e
 			}
 		}
-	})
+	}
+	go func() { ended <- write() }()
 	last := ""
 	for range 20 {
 		list, sequence, err := c.Snapshot(t.Context(), "things")
@@ -84,7 +84,7 @@ func TestSnapshotIsOneState(t *testing.T) {
 		last = values["k1"]
 	}
 	stop()
-	if err := g.Wait(); err != nil {
+	if err := <-ended; err != nil {
 		t.Error(err)
 	}
 	if last == "0" {

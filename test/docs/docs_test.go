@@ -9,7 +9,7 @@
 //	```sh         is run by bash, all blocks of a page in one shell
 //	```text       is what the block before it prints on stdout, line by line and in this
 //	              order; other lines may stand between
-//	```go         is the program of test/docs/service, which is there as `service`
+//	```go program is the program of test/docs/service, which is there as `service`
 //
 // Any other block is only shown. Names of images become that of a small local image,
 // addresses become free ports.
@@ -149,7 +149,7 @@ func run(t *testing.T, page string, serve ...string) {
 				}
 				rest = after
 			}
-		case "go":
+		case "go program":
 			if want, err := os.ReadFile("service/main.go"); err != nil || !strings.HasSuffix(string(want), b.text) || !strings.HasPrefix(b.text, "package main\n") {
 				t.Errorf("%s:%d: the program is not that of test/docs/service (%v)", page, b.line, err)
 			}
