@@ -91,7 +91,7 @@ cluster: build ## test services as processes of their own on three NATS servers 
 	cd test && go test -tags cluster ./cluster -count=1 -timeout 10m
 
 .PHONY: docs-check
-docs-check: ## run what the guides and the README tell their readers to type, on real Docker
+docs-check: setup ## run what the guides and the README tell their readers to type, on real Docker
 	cd test && go test -tags docs ./docs -count=1 -timeout 10m
 
 .PHONY: faults
