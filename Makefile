@@ -60,11 +60,11 @@ check-format:
 
 .PHONY: check-vet
 check-vet:
-	go vet -tags cluster,faults,mutants work
+	go vet -tags cluster,docs,faults,mutants work
 
 .PHONY: check-static
 check-static:
-	go run $(STATICCHECK) -tags cluster,faults,mutants $(PACKAGES)
+	go run $(STATICCHECK) -tags cluster,docs,faults,mutants $(PACKAGES)
 
 .PHONY: check-modules
 check-modules: # each module is tidy, and whole without the workspace
@@ -89,6 +89,10 @@ metrics-check: setup ## ask a real Prometheus every query of the dashboards and 
 .PHONY: cluster
 cluster: build ## test services as processes of their own on three NATS servers that are killed; a minute
 	cd test && go test -tags cluster ./cluster -count=1 -timeout 10m
+
+.PHONY: docs-check
+docs-check: setup ## run what the guides and the README tell their readers to type, on real Docker
+	cd test && go test -tags docs ./docs -count=1 -timeout 10m
 
 .PHONY: faults
 faults: ## break things by SEED=… (SEEDS=… of them) for MINUTES=…, and check that nothing is lost or doubled; HISTORY=folder keeps what happened

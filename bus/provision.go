@@ -132,6 +132,7 @@ func streamConfig(a schemas.Asset, replicas int) jetstream.StreamConfig {
 		Name: a.Name, Subjects: a.Subjects, Storage: jetstream.FileStorage, Replicas: replicas,
 		MaxAge: a.MaxAge, MaxBytes: a.MaxBytes, MaxMsgs: -1, MaxMsgsPerSubject: -1, MaxConsumers: maxConsumers,
 		AllowDirect: a.DirectGet, DenyDelete: a.KeepDeleted, Discard: jetstream.DiscardOld,
+		FirstSeq: a.First,
 	}
 	if sc.MaxBytes == 0 {
 		sc.MaxBytes = -1

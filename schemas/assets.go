@@ -31,6 +31,10 @@ type Asset struct {
 	// all the rest of placing it.
 	Keep string
 
+	// First is the sequence with which it begins, if it is made: a bucket that is restored
+	// goes on behind all revisions that services and workers may know.
+	First uint64
+
 	MaxAge   time.Duration
 	MaxBytes int64
 }

@@ -71,6 +71,11 @@ type Lose struct {
 // whose worker is away for good.
 type Sweep struct{ Meta }
 
+// Restore says that the record was read from a backup and that the world has gone on
+// since: the task may have been given to workers that the record does not know. All
+// containers that need a permit are dead by now.
+type Restore struct{ Meta }
+
 // Sentinels of Next. All of them leave the record as it was.
 var (
 	ErrFinal     = errors.New("the task is final")
@@ -108,6 +113,10 @@ const (
 	// end a task by its init alone.
 	LostSlack = 10 * time.Second
 
+	// RestoreLeap is how far a restored record leaps over the attempts and extensions that
+	// may have been made since the backup: more than there can have been.
+	RestoreLeap = 1_000_000
+
 	backoffFirst = 200 * time.Millisecond
 	backoffMost  = 30 * time.Second
 )
@@ -128,7 +137,7 @@ func Table() []Transition {
 		{Queued, Assigned, "placer", "a worker chosen"},
 		{Queued, Canceled, "gateway", "cancel"},
 		{Queued, Expired, "reaper", "TTL over while queued again"},
-		{Queued, Failed, "reaper", "queue timeout"},
+		{Queued, Failed, "reaper", "queue timeout"}, // or the restore of a backup
 		{Assigned, Starting, "reaper", "report: accepted"},
 		{Assigned, Running, "reaper", "report: process started"},
 		{Starting, Running, "reaper", "report: process started"},
@@ -168,6 +177,9 @@ func Next(r Record, event Event) (Record, error) {
 			err = n.lose(e)
 		case Sweep:
 			err = n.sweep(m)
+		case Restore:
+			n.restore(m)
+			err = nil
 		default:
 			panic(fmt.Sprintf("schemas: unknown event %T", event))
 		}
@@ -455,6 +467,32 @@ func (r *Record) lose(e Lose) error {
 // unseenEnd is the end of an attempt of which nothing more will be heard.
 func unseenEnd(by EndedBy) End {
 	return End{By: by, Logs: LogSum{Truncated: true, Why: "worker_lost"}}
+}
+
+// restore decides what becomes of a task of which nobody knows what happened since the
+// backup. One that needs no permit may still run somewhere, so it stays with the worker
+// that had it, or fails; it is never given to another. Of the others no process is left.
+func (r *Record) restore(m Meta) {
+	const message = "its record is from a backup, and it may have run since"
+	if r.Spec.OnLost == OnLostWait && r.State.Held() {
+		r.Extensions += RestoreLeap // so that the worker hears the deadline anew
+		r.note(m, "restored from a backup")
+		return
+	}
+	if r.State == Queued || r.State == Assigned { // what nobody knows counts as a try
+		r.Tries++
+	}
+	switch {
+	case r.Cancel != nil:
+		r.finish(Canceled, ReasonCanceled, "canceled by "+r.Cancel.By, m)
+	case !r.ExpiresAt.IsZero() && !m.At.Before(r.ExpiresAt):
+		r.finish(Expired, ReasonExpired, "its time of "+r.TTL.String()+" was over", m)
+	case r.Spec.OnLost == OnLostRequeue && r.Tries < r.Spec.MaxAttempts:
+		r.requeue(ReasonRestored, message, 0, m)
+		r.Attempt += RestoreLeap
+	default:
+		r.finish(Failed, ReasonRestored, message, m)
+	}
 }
 
 func (r *Record) sweep(m Meta) error {

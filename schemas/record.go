@@ -56,6 +56,7 @@ const (
 	ReasonExpired      Reason = "expired"
 	ReasonWorkerLost   Reason = "worker_lost"
 	ReasonGaveBack     Reason = "gave_back" // the worker could not hold it
+	ReasonRestored     Reason = "restored"  // its record is from a backup, and it may have run since
 )
 
 // Record is the truth about one task: its spec and its status, the value of its

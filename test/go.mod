@@ -4,6 +4,7 @@ go 1.26.0
 
 require (
 	dayfly.dev/bus v0.0.0
+	dayfly.dev/client v0.0.0
 	dayfly.dev/deploy v0.0.0
 	dayfly.dev/ops v0.0.0
 	dayfly.dev/schemas v0.0.0

@@ -90,7 +90,7 @@ could not do it, 124 that the time was over, 130 Ctrl-C, 2 a wrong command line.
 	f.BoolVarP(&c.quiet, "quiet", "q", false, "print only ids, and no progress")
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json", "yaml", "name", templateFormat}, cobra.ShellCompDirectiveNoFileComp))
 	root.AddGroup(&cobra.Group{ID: "tasks", Title: "Tasks:"}, &cobra.Group{ID: "site", Title: "The site:"},
-		&cobra.Group{ID: "single", Title: "The services, each as a process of its own:"})
+		&cobra.Group{ID: "single", Title: "The services, each as a process of its own, and their records:"})
 	for _, cmd := range []*cobra.Command{
 		c.runCommand(), c.psCommand(), c.inspectCommand(), c.logsCommand(), c.cancelCommand(), c.extendCommand(), c.waitCommand(),
 	} {
@@ -103,6 +103,7 @@ could not do it, 124 that the time was over, 130 Ctrl-C, 2 a wrong command line.
 	}
 	for _, cmd := range []*cobra.Command{
 		c.gatewayCommand(), c.placerCommand(), c.agentCommand(), c.reaperCommand(), c.natsCommand(), c.credentialsCommand(),
+		c.backupCommand(), c.restoreCommand(),
 	} {
 		cmd.GroupID = "single"
 		root.AddCommand(cmd)

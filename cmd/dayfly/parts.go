@@ -39,13 +39,18 @@ func (p *process) connect(ctx context.Context, c bus.Config) (*bus.Conn, error) 
 	}
 	conn.Observe = ops.NewBusMetrics(p.registry, c.Name, conn.Connected,
 		func() uint64 { return conn.NC.Stats().Reconnects }).Observe
-	p.health.Add(c.Name+": nats", func(context.Context) error {
+	p.watch(c.Name, conn)
+	return conn, nil
+}
+
+// watch makes a connection one of the checks.
+func (p *process) watch(name string, conn *bus.Conn) {
+	p.health.Add(name+": nats", func(context.Context) error {
 		if !conn.Connected() {
 			return errors.New("not connected")
 		}
 		return nil
 	})
-	return conn, nil
 }
 
 // part makes a part of a service and adds it to those that run.

@@ -37,10 +37,17 @@ func (p *processConfig) flags(f *pflag.FlagSet, admin string) {
 }
 
 func (p *processConfig) check() error {
-	if p.scale <= 0 || p.scale > 10 {
-		return errors.New("--scale must be more than 0 and at most 10")
+	if err := checkScale(p.scale); err != nil {
+		return err
 	}
 	return p.listens("--admin", p.admin)
+}
+
+func checkScale(scale float64) error {
+	if scale <= 0 || scale > 10 {
+		return errors.New("--scale must be more than 0 and at most 10")
+	}
+	return nil
 }
 
 // listens refuses an address that others than this machine reach.

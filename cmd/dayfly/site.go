@@ -92,7 +92,10 @@ func (c *cli) up(ctx context.Context, u upConfig) (err error) {
 		}
 	}
 	own := func(name string) connector {
-		return func(context.Context) (*bus.Conn, error) { return conns[name], nil }
+		return func(context.Context) (*bus.Conn, error) {
+			p.watch(name, conns[name]) // in the place of "not connected yet"
+			return conns[name], nil
+		}
 	}
 	p.gateway(own("gateway"), api, u.gateway, u.retention)
 	p.parts = append(p.parts, part{"ingress", "", func(ctx context.Context) error { return ops.Serve(ctx, ingress, http.HandlerFunc(noIngress), p.log) }})

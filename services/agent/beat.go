@@ -146,6 +146,7 @@ func (a *Agent) renew(ctx context.Context, former schemas.Epoch) (schemas.Epoch,
 	}
 	a.mu.Unlock()
 	for _, t := range old {
+		t.log.Warn().Str("epoch", string(t.Epoch)).Msg("attempt ends with its registration")
 		t.supersede()
 	}
 	for _, t := range old {
