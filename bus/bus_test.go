@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -247,8 +248,8 @@ func TestTableUpdateByMany(t *testing.T) {
 		all.Go(func() {
 			for i := range each {
 				op := fmt.Sprintf("%d-%d", w, i)
-				_, err := tasks.Update(ctx, "a", op, func(n note) (note, []bus.WriteOption, error) {
-					return note{n.Text, append(n.Ops[:len(n.Ops):len(n.Ops)], op)}, nil, nil
+				_, err := tasks.Update(ctx, "a", op, func(e bus.Entry[note]) (note, []bus.WriteOption, error) {
+					return note{e.Value.Text, append(slices.Clone(e.Value.Ops), op)}, nil, nil
 				})
 				if err != nil {
 					t.Error(err)
@@ -265,7 +266,7 @@ func TestTableUpdateByMany(t *testing.T) {
 		t.Errorf("observed %d conflicts, %d operations", conflicts.Load(), ops.Load())
 	}
 	refuse := errors.New("no")
-	saw, err := tasks.Update(ctx, "a", "x", func(n note) (note, []bus.WriteOption, error) { return n, nil, refuse })
+	saw, err := tasks.Update(ctx, "a", "x", func(e bus.Entry[note]) (note, []bus.WriteOption, error) { return e.Value, nil, refuse })
 	if err != refuse || saw.Revision != e.Revision {
 		t.Errorf("got %v at %d, want fn's error at %d", err, saw.Revision, e.Revision)
 	}
@@ -280,8 +281,8 @@ func TestWritesOutliveServerRestarts(t *testing.T) {
 	stop := run(t, func(run context.Context) error {
 		for i := 0; run.Err() == nil; i++ {
 			op := fmt.Sprint(i)
-			_, err := tasks.Update(ctx, "a", op, func(n note) (note, []bus.WriteOption, error) {
-				return note{n.Text, append(n.Ops[:len(n.Ops):len(n.Ops)], op)}, nil, nil
+			_, err := tasks.Update(ctx, "a", op, func(e bus.Entry[note]) (note, []bus.WriteOption, error) {
+				return note{e.Value.Text, append(slices.Clone(e.Value.Ops), op)}, nil, nil
 			})
 			if err != nil {
 				return err

@@ -24,6 +24,7 @@ type Msg struct {
 	Sequence  uint64    // in the stream
 	Time      time.Time // when it was stored
 	Delivered uint64    // how often, 1 at first
+	Pending   uint64    // how many were behind it when the server sent it; 0: it was the newest
 
 	Ack        func() error
 	Nak        func(delay time.Duration) error
@@ -34,7 +35,7 @@ type Msg struct {
 func newMsg(m jetstream.Msg, meta *jetstream.MsgMetadata) Msg {
 	return Msg{
 		Subject: m.Subject(), Header: m.Headers(), Data: m.Data(),
-		Sequence: meta.Sequence.Stream, Time: meta.Timestamp, Delivered: meta.NumDelivered,
+		Sequence: meta.Sequence.Stream, Time: meta.Timestamp, Delivered: meta.NumDelivered, Pending: meta.NumPending,
 	}
 }
 

@@ -109,9 +109,10 @@ func (t *Table[T]) Replace(ctx context.Context, e Entry[T], v T, op string, opts
 }
 
 // Update reads the entry of key, applies fn, writes, and repeats on conflict until
-// ctx ends. fn may run several times and only looks at its argument. An error of fn
+// ctx ends. fn may run several times and only looks at its argument, the entry that
+// its result replaces. An error of fn
 // comes back as it is, with the entry that fn saw.
-func (t *Table[T]) Update(ctx context.Context, key, op string, fn func(T) (T, []WriteOption, error)) (Entry[T], error) {
+func (t *Table[T]) Update(ctx context.Context, key, op string, fn func(Entry[T]) (T, []WriteOption, error)) (Entry[T], error) {
 	e, err := t.Get(ctx, key)
 	if err != nil {
 		return e, err
@@ -121,9 +122,9 @@ func (t *Table[T]) Update(ctx context.Context, key, op string, fn func(T) (T, []
 
 // UpdateFrom is Update that starts from an entry which the caller has, and saves a
 // read when that is the newest.
-func (t *Table[T]) UpdateFrom(ctx context.Context, e Entry[T], op string, fn func(T) (T, []WriteOption, error)) (Entry[T], error) {
+func (t *Table[T]) UpdateFrom(ctx context.Context, e Entry[T], op string, fn func(Entry[T]) (T, []WriteOption, error)) (Entry[T], error) {
 	for try := 0; ; try++ {
-		v, opts, err := fn(e.Value)
+		v, opts, err := fn(e)
 		if err != nil {
 			return e, err
 		}

@@ -48,7 +48,7 @@ func (r *Record) View(revision uint64, now time.Time) Task {
 		ID: r.ID, State: r.State, Reason: r.Reason, Message: r.Message, Progress: r.Progress,
 		Attempt: r.Attempt, Restarts: r.Restarts, Worker: r.Worker, Spec: r.Spec,
 		Timings: Timings{Accepted: r.AcceptedAt, Assigned: r.AssignedAt, Starting: r.StartingAt, Running: r.RunningAt, Ended: r.EndedAt},
-		History: r.History, ExpiresAt: r.ExpiresAt, Cancel: r.Cancel, WorkerLostAt: r.WorkerLostAt,
+		History: r.Changes(revision), ExpiresAt: r.ExpiresAt, Cancel: r.Cancel, WorkerLostAt: r.WorkerLostAt,
 		Exit: r.Exit, Usage: r.Usage, Stdout: r.Stdout, Stderr: r.Stderr, Logs: r.Logs, Revision: revision,
 	}
 	if !r.ExpiresAt.IsZero() && !r.State.Final() {
@@ -92,6 +92,23 @@ type Allocation struct {
 // WorkerList is the answer of GET /v1/workers, by name.
 type WorkerList struct {
 	Items []Worker `json:"items"`
+}
+
+// TaskEvent is one change of one task, taken from the history of its record: there is
+// no other account of it that could differ.
+type TaskEvent struct {
+	ID      uint64            `json:"id"` // revision of the write; events come in its order, over all tasks
+	Task    TaskID            `json:"task"`
+	At      time.Time         `json:"at"` // by the clock of the service that wrote
+	State   State             `json:"state"`
+	Reason  Reason            `json:"reason,omitzero"`
+	By      string            `json:"by"`
+	Note    string            `json:"note,omitzero"` // what changed besides the state
+	Attempt int               `json:"attempt,omitzero"`
+	Worker  WorkerID          `json:"worker,omitzero"`
+	Labels  map[string]string `json:"labels,omitzero"`
+	// Truncated says that earlier changes of this task which were asked for are no longer kept.
+	Truncated bool `json:"truncated,omitzero"`
 }
 
 // LogLine is one piece of a task's log as NDJSON and SSE carry it: a run of bytes

@@ -10,30 +10,31 @@ type Code string
 
 // The codes of the API. They are never renamed or reused.
 const (
-	CodeInvalidJSON     Code = "invalid_json"       // 400: the body is not one JSON value in UTF-8
-	CodeDuplicateField  Code = "duplicate_field"    // 400
-	CodeTooLarge        Code = "too_large"          // 413: body above MaxBodyBytes, or spec above MaxSpecBytes
-	CodeContentType     Code = "content_type"       // 415: not application/json
-	CodeInvalidHeader   Code = "invalid_header"     // 400: a header such as Idempotency-Key
-	CodeInvalidQuery    Code = "invalid_query"      // 400: a query parameter
-	CodeUnknownField    Code = "unknown_field"      // 422
-	CodeInvalidType     Code = "invalid_type"       // 422: right field, wrong JSON type or form
-	CodeInvalidValue    Code = "invalid_value"      // 422: right type, value out of its range
-	CodeNotAvailable    Code = "not_available"      // 422: a known field whose feature is not there yet
-	CodeNotAllowed      Code = "not_allowed"        // 422: the operator's policy forbids it
-	CodeNoCapacity      Code = "no_capacity"        // 422: no worker could ever hold it
-	CodeKeyReused       Code = "idempotency_reused" // 422: same key, another body
-	CodeKeyExpired      Code = "idempotency_gone"   // 410: the key's task was never made, or is gone
-	CodeInProgress      Code = "in_progress"        // 409: the first request with this key still runs
-	CodeNotFound        Code = "not_found"          // 404
-	CodeMethod          Code = "method_not_allowed" // 405
-	CodeStateConflict   Code = "state_conflict"     // 409: the task's state forbids it
-	CodeTooLate         Code = "too_late"           // 409: less than two seconds of the task's time are left
-	CodeDraining        Code = "draining"           // 409: the task's worker is being drained, so it gets no more time
-	CodeUnavailable     Code = "unavailable"        // 503: the bus is away; nothing was done
-	CodeUnknownOutcome  Code = "unknown_outcome"    // 503: it may have been done; ask again with the same Idempotency-Key
-	CodeTooManyRequests Code = "too_many"           // 429
-	CodeInternal        Code = "internal"           // 500
+	CodeInvalidJSON     Code = "invalid_json"        // 400: the body is not one JSON value in UTF-8
+	CodeDuplicateField  Code = "duplicate_field"     // 400
+	CodeTooLarge        Code = "too_large"           // 413: body above MaxBodyBytes, or spec above MaxSpecBytes
+	CodeContentType     Code = "content_type"        // 415: not application/json
+	CodeInvalidHeader   Code = "invalid_header"      // 400: a header such as Idempotency-Key
+	CodeInvalidQuery    Code = "invalid_query"       // 400: a query parameter
+	CodeUnknownField    Code = "unknown_field"       // 422
+	CodeInvalidType     Code = "invalid_type"        // 422: right field, wrong JSON type or form
+	CodeInvalidValue    Code = "invalid_value"       // 422: right type, value out of its range
+	CodeNotAvailable    Code = "not_available"       // 422: a known field whose feature is not there yet
+	CodeNotAllowed      Code = "not_allowed"         // 422: the operator's policy forbids it
+	CodeNoCapacity      Code = "no_capacity"         // 422: no worker could ever hold it
+	CodeKeyReused       Code = "idempotency_reused"  // 422: same key, another body
+	CodeKeyExpired      Code = "idempotency_gone"    // 410: the key's task was never made, or is gone
+	CodeInProgress      Code = "in_progress"         // 409: the first request with this key still runs
+	CodeNotFound        Code = "not_found"           // 404
+	CodeMethod          Code = "method_not_allowed"  // 405
+	CodePrecondition    Code = "precondition_failed" // 412: the task is not at the revision of If-Match
+	CodeStateConflict   Code = "state_conflict"      // 409: the task's state forbids it
+	CodeTooLate         Code = "too_late"            // 409: less than two seconds of the task's time are left
+	CodeDraining        Code = "draining"            // 409: the task's worker is being drained, so it gets no more time
+	CodeUnavailable     Code = "unavailable"         // 503: the bus is away; nothing was done
+	CodeUnknownOutcome  Code = "unknown_outcome"     // 503: it may have been done; ask again with the same Idempotency-Key
+	CodeTooManyRequests Code = "too_many"            // 429
+	CodeInternal        Code = "internal"            // 500
 )
 
 // FieldError is one thing wrong with one field of a request. Message never

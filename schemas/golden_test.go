@@ -79,7 +79,7 @@ func messages(t *testing.T) map[string]any {
 	}
 	second := func(n int) time.Time { return t0.Add(time.Duration(n) * time.Second) }
 	by := func(n int, who string) schemas.Meta {
-		return schemas.Meta{At: second(n), By: who, Op: who + "-op"}
+		return schemas.Meta{At: second(n), By: who, Op: who + "-op", On: uint64(n)}
 	}
 	settle := func(r schemas.Record, n int, rep schemas.Report) schemas.Record {
 		rep.Assignment = r.Assignment()
@@ -164,6 +164,8 @@ func messages(t *testing.T) map[string]any {
 			ID: "w1", State: "ready", Epoch: "e1", Version: "0.1.0", Host: beat.Host, Assigned: schemas.Allocation{Tasks: 3, CPUs: 1.5, Memory: 768 << 20},
 			Running: 3, Load: beat.Load, BeatAgo: schemas.Duration(1200 * time.Millisecond), RegisteredAt: t0,
 		}}},
+		"task_event": schemas.TaskEvent{ID: 812, Task: taskID, At: second(2), State: schemas.Running, By: "reaper", Note: "worker reported", Attempt: 1, Worker: "w1",
+			Labels: map[string]string{"owner": "litmus"}, Truncated: true},
 		"log_line":        schemas.LogLine{Attempt: 1, Stream: schemas.Stdout, Offset: 16, At: t0, Data: "hi\n"},
 		"log_line_binary": schemas.LogLine{Attempt: 1, Stream: schemas.Stderr, Offset: 19, At: t0, Base64: "/wA="},
 		"error_invalid":   *invalid.(*schemas.Error),

@@ -62,6 +62,13 @@ func NewTaskID(now time.Time, entropy io.Reader) (TaskID, error) {
 	return TaskID("t-" + strings.ToLower(id.String())), nil
 }
 
+// FirstTaskID is the least id that may be made at t: ids of later tasks are greater.
+func FirstTaskID(t time.Time) TaskID {
+	var id ulid.ULID
+	_ = id.SetTime(uint64(max(0, min(t.UnixMilli(), int64(ulid.MaxTime())))))
+	return TaskID("t-" + strings.ToLower(id.String()))
+}
+
 const ulidAlphabet = "0123456789abcdefghjkmnpqrstvwxyz" // Crockford's base 32
 
 // ParseTaskID checks s, which comes from outside. The error never repeats s.

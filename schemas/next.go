@@ -16,6 +16,7 @@ type Meta struct {
 	At time.Time // by the clock of the service that writes
 	By string    // the actor: "gateway", "placer", "reaper", or a client's name
 	Op string    // random id of this write, kept in last_ops
+	On uint64    // revision of the record that the write replaces; 0 if it is the first
 }
 
 // Event is something that may change a record. The kinds are below.
@@ -25,7 +26,7 @@ func (m Meta) meta() Meta { return m }
 
 // tidy gives m as a record keeps it: the time as JSON gives it back, the words short.
 func (m Meta) tidy() Meta {
-	return Meta{At: m.At.UTC().Round(0), By: line(m.By, maxWordBytes), Op: line(m.Op, maxWordBytes)}
+	return Meta{At: m.At.UTC().Round(0), By: line(m.By, maxWordBytes), Op: line(m.Op, maxWordBytes), On: m.On}
 }
 
 // Choose gives a queued task to a worker: the placer's event.
@@ -146,6 +147,7 @@ func Table() []Transition {
 func Next(r Record, event Event) (Record, error) {
 	m := event.meta().tidy()
 	n := r.clone()
+	n.seal(m.On)
 	err := ErrFinal
 	if !r.State.Final() {
 		switch e := event.(type) {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -636,5 +637,40 @@ func TestGiveBacksDoNotProlongTheQueueTimeout(t *testing.T) {
 	r = must(t, r, schemas.Sweep{Meta: meta(r.SweepAt())})
 	if r.State != schemas.Failed || r.Reason != schemas.ReasonQueueTimeout {
 		t.Errorf("%s (%s)", r.State, r.Reason)
+	}
+}
+
+// Every write knows which revision it replaces, so each entry gets the one that wrote
+// it, also where writes between leave no entry.
+func TestHistoryKnowsItsRevisions(t *testing.T) {
+	on := func(revision uint64) schemas.Meta {
+		m := meta(t0)
+		m.On = revision
+		return m
+	}
+	r := newRecord(schemas.OnLostRequeue)
+	r = must(t, r, schemas.Choose{Meta: on(7), Worker: "w1", Epoch: "e1"})
+	settle := func(revision uint64, phase schemas.Phase, progress string) {
+		r = must(t, r, schemas.Settle{Meta: on(revision), Report: schemas.Report{Assignment: r.Assignment(), Phase: phase, Progress: progress}})
+	}
+	settle(9, schemas.PhaseAccepted, "pulling 1/2")
+	settle(12, schemas.PhaseAccepted, "pulling 2/2") // no entry
+	settle(15, schemas.PhaseRunning, "")
+	var got []uint64
+	for _, c := range r.Changes(20) {
+		got = append(got, c.Revision)
+	}
+	if want := []uint64{7, 9, 12, 20}; !slices.Equal(got, want) {
+		t.Errorf("revisions %v, want %v", got, want)
+	}
+	if last := r.History[len(r.History)-1]; last.Revision != 0 {
+		t.Errorf("the newest entry has revision %d in the record itself", last.Revision)
+	}
+	for i := range uint64(schemas.MaxHistory) {
+		r.State = schemas.Queued
+		r = must(t, r, schemas.Choose{Meta: on(20 + i), Worker: "w1", Epoch: "e1"})
+	}
+	if first := r.Changes(99)[1].Revision; r.Forgotten == 0 || r.Forgotten >= first {
+		t.Errorf("forgotten up to %d, the first that is kept is %d", r.Forgotten, first)
 	}
 }

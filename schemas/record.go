@@ -108,7 +108,9 @@ type Record struct {
 	Logs   *LogSum `json:"logs,omitzero"`
 
 	History []Change `json:"history"`
-	LastOps []string `json:"last_ops,omitzero"`
+	// Forgotten is the revision of the newest entry that History had to drop; 0: it has all.
+	Forgotten uint64   `json:"forgotten,omitzero"`
+	LastOps   []string `json:"last_ops,omitzero"`
 
 	Unknown Unknown `json:",embed"`
 }
@@ -157,6 +159,9 @@ type Change struct {
 	Attempt int       `json:"attempt,omitzero"`
 	Worker  WorkerID  `json:"worker,omitzero"`
 	Note    string    `json:"note,omitzero"` // what changed besides the state
+	// Revision is that of the record whose write made the entry. The writer cannot know it:
+	// the next one fills it in, so in a record it is 0 where it is the record's own.
+	Revision uint64 `json:"revision,omitzero"`
 
 	Unknown Unknown `json:",embed"`
 }
@@ -240,9 +245,25 @@ func (r *Record) note(m Meta, note string) {
 		At: m.At, State: r.State, Reason: r.Reason, By: m.By, Attempt: r.Attempt, Worker: r.Worker, Note: note,
 	})
 	if n := len(r.History); n > MaxHistory { // keep how it began and what came last
+		r.Forgotten = max(r.Forgotten, r.History[n-MaxHistory].Revision, 1)
 		r.History = slices.Delete(r.History, 1, 1+n-MaxHistory)
 	}
 	r.op(m)
+}
+
+// seal fills in the revision of the entries that the last write made: it is the one
+// that this write replaces.
+func (r *Record) seal(on uint64) {
+	for i := len(r.History) - 1; i >= 0 && r.History[i].Revision == 0; i-- {
+		r.History[i].Revision = on
+	}
+}
+
+// Changes is the history with all revisions, of a record that is at revision.
+func (r *Record) Changes(revision uint64) []Change {
+	c := Record{History: slices.Clone(r.History)}
+	c.seal(revision)
+	return c.History
 }
 
 // op remembers the write's id.

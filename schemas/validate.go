@@ -298,13 +298,18 @@ func (s *Spec) checkTimes(c *checker, p Policy) {
 	}
 }
 
+// LabelName says whether k may be the name of a label or of a constraint.
+func LabelName(k string) bool {
+	return k != "" && len(k) <= 63 && !strings.ContainsFunc(k, func(r rune) bool {
+		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("-_./", r))
+	})
+}
+
 func checkPairs(c *checker, field string, m map[string]string) {
 	c.value(len(m) <= MaxLabels, field, "must be at most %d", MaxLabels)
 	for _, k := range slices.Sorted(maps.Keys(m)) {
 		v := m[k]
-		if k == "" || len(k) > 63 || strings.ContainsFunc(k, func(r rune) bool {
-			return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("-_./", r))
-		}) {
+		if !LabelName(k) {
 			c.add(field, CodeInvalidValue, "names must be 1 to 63 of letters, digits and -_./")
 			return
 		}

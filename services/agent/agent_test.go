@@ -388,7 +388,8 @@ func (b *bench) declareLost() {
 		Decode: func(data []byte) (v schemas.Beat, err error) { return v, schemas.Decode(data, &v) },
 		Wrote:  func(v schemas.Beat, _ string) bool { return v.Lost() },
 	})
-	_, err := table.Update(b.context(), string(worker), "lost", func(v schemas.Beat) (schemas.Beat, []bus.WriteOption, error) {
+	_, err := table.Update(b.context(), string(worker), "lost", func(e bus.Entry[schemas.Beat]) (schemas.Beat, []bus.WriteOption, error) {
+		v := e.Value
 		v.LostAt = time.Now().UTC()
 		return v, nil, nil
 	})

@@ -88,7 +88,7 @@ func TestBadInput(t *testing.T) {
 		"limit a word":        query("/v1/tasks?limit="+secret, "limit"),
 		"state":               query("/v1/tasks?state=queued,"+secret, "state"),
 		"empty state":         query("/v1/tasks?state=", "state"),
-		"label":               query("/v1/tasks?label="+secret, "label"),
+		"label":               query("/v1/tasks?label=%20"+secret, "label"),
 		"label without name":  query("/v1/tasks?label=="+secret, "label"),
 		"label bad UTF-8":     query("/v1/tasks?label=a=%ff", "label"),
 		"worker":              query("/v1/tasks?worker=../"+secret, "worker"),

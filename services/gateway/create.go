@@ -28,7 +28,7 @@ func (g *Gateway) create(w *response, r *http.Request) error {
 }
 
 func (g *Gateway) createTask(w *response, r *http.Request) error {
-	q, err := parseQuery(r, "wait", "timeout")
+	q, err := parseQuery(w, r)
 	if err != nil {
 		return err
 	}
@@ -51,7 +51,7 @@ func (g *Gateway) createTask(w *response, r *http.Request) error {
 	if err := g.reach(r.Context()); err != nil {
 		return err
 	}
-	ctx, cancel := g.operation(r)
+	ctx, cancel := g.onBus(r)
 	e, replayed, err := g.createOnce(ctx, key, spec)
 	cancel()
 	if err != nil {
@@ -221,7 +221,7 @@ func (g *Gateway) await(r *http.Request, id schemas.TaskID, p patience) (bus.Ent
 			return bus.Entry[record]{Key: string(id), Value: rec, Revision: revision}, nil
 		}
 	}
-	ctx, cancel = g.operation(r)
+	ctx, cancel = g.onBus(r)
 	defer cancel()
 	return g.fetch(ctx, id)
 }

@@ -47,7 +47,7 @@ func (g *Gateway) setDrain(w *response, r *http.Request, draining bool, change f
 	if err != nil {
 		return noWorker()
 	}
-	if _, err := parseQuery(r); err != nil {
+	if _, err := parseQuery(w, r); err != nil {
 		return err
 	}
 	body, err := readBody(w, r)
@@ -63,7 +63,7 @@ func (g *Gateway) setDrain(w *response, r *http.Request, draining bool, change f
 	if _, _, ok := g.fleet.beats.Get(string(id)); !ok {
 		return noWorker()
 	}
-	ctx, cancel := g.operation(r)
+	ctx, cancel := g.onBus(r)
 	defer cancel()
 	if err := change(ctx, string(id)); err != nil {
 		return busError(err, "")

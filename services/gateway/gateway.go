@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -26,7 +27,8 @@ type Config struct {
 	Policy schemas.Policy // what tasks may ask for; zero: schemas.DefaultPolicy
 
 	WaitMax      time.Duration // longest ?wait=, 60 s
-	MaxFollowers int           // log readers at a time, 512; one more is answered with 429
+	MaxFollowers int           // readers of logs and events at a time, 512; one more is answered with 429
+	EventWindow  int           // events that a reader of them holds which is behind, 4096 and at most twice as many
 	CacheBytes   int           // whole records kept in memory beside the short ones, 32 MiB
 
 	// Retention is how long the record of a task is kept that was canceled while it was
@@ -54,6 +56,7 @@ func (c Config) withDefaults() Config {
 	}
 	c.WaitMax = cmp.Or(c.WaitMax, time.Minute)
 	c.MaxFollowers = cmp.Or(c.MaxFollowers, 512)
+	c.EventWindow = cmp.Or(c.EventWindow, 4096)
 	c.CacheBytes = cmp.Or(c.CacheBytes, 32<<20)
 	c.Retention = cmp.Or(c.Retention, 24*time.Hour)
 	c.Lease = cmp.Or(c.Lease, 30*time.Second)
@@ -92,7 +95,8 @@ type Gateway struct {
 	index   index
 	fleet   *fleet
 
-	followers chan struct{} // one per open log
+	page      func() ([]byte, error) // the docs page
+	followers chan struct{}          // one per open log or stream of events
 }
 
 // Run serves the API on deps.Listener until ctx ends. While it connects it answers that
@@ -157,6 +161,7 @@ func New(deps Deps, cfg Config) *Gateway {
 		fleet:     newFleet(deps.Conn, cfg.Lease),
 		recent:    newRecent(cfg.CacheBytes),
 		followers: make(chan struct{}, cfg.MaxFollowers),
+		page:      sync.OnceValues(docsPage),
 	}
 	g.tasks = bus.NewView(deps.Conn, schemas.BucketTasks, decodeItem, bus.ViewOptions[*item]{OnChange: g.taskChanged})
 	if deps.Health != nil {
@@ -234,9 +239,9 @@ func (g *Gateway) reach(ctx context.Context) error {
 	return unavailable()
 }
 
-// operation gives the context of work on the bus. The client's leaving does not end
+// onBus gives the context of work on the bus. The client's leaving does not end
 // it: an accepted key shall get its task.
-func (g *Gateway) operation(r *http.Request) (context.Context, context.CancelFunc) {
+func (g *Gateway) onBus(r *http.Request) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.WithoutCancel(r.Context()), g.cfg.OpTimeout)
 }
 

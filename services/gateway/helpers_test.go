@@ -49,6 +49,7 @@ type api struct {
 	health *ops.Health
 	reg    *prometheus.Registry
 	g      *gateway.Gateway
+	stop   func() // as a kill would: connections break
 }
 
 func newWorld(t testing.TB, cfg gateway.Config) *world {
@@ -95,13 +96,14 @@ func newAPI(t testing.TB, c *bus.Conn, cfg gateway.Config) api {
 	a.url = srv.URL
 	a.client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 300, DisableCompression: true},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-	t.Cleanup(func() {
+	a.stop = sync.OnceFunc(func() {
 		a.client.CloseIdleConnections()
 		srv.CloseClientConnections()
 		srv.Close()
 		cancel()
 		done.Wait()
 	})
+	t.Cleanup(a.stop)
 	return a
 }
 
@@ -251,11 +253,18 @@ func meta(by string) schemas.Meta {
 	return schemas.Meta{At: time.Now(), By: by, Op: strconv.FormatInt(time.Now().UnixNano(), 36)}
 }
 
+// on is meta of a write that replaces e.
+func on(e bus.Entry[schemas.Record], by string) schemas.Meta {
+	m := meta(by)
+	m.On = e.Revision
+	return m
+}
+
 // next changes a record as another service would.
-func (w *world) next(id schemas.TaskID, event func(schemas.Record) schemas.Event) schemas.Record {
+func (w *world) next(id schemas.TaskID, event func(bus.Entry[schemas.Record]) schemas.Event) schemas.Record {
 	w.Helper()
-	e, err := w.records.Update(deadline(w), string(id), meta("").Op, func(r schemas.Record) (schemas.Record, []bus.WriteOption, error) {
-		n, err := schemas.Next(r, event(r))
+	e, err := w.records.Update(deadline(w), string(id), meta("").Op, func(e bus.Entry[schemas.Record]) (schemas.Record, []bus.WriteOption, error) {
+		n, err := schemas.Next(e.Value, event(e))
 		return n, nil, err
 	})
 	if err != nil {
@@ -266,16 +275,16 @@ func (w *world) next(id schemas.TaskID, event func(schemas.Record) schemas.Event
 
 func (w *world) choose(id schemas.TaskID, worker schemas.WorkerID) {
 	w.Helper()
-	w.next(id, func(schemas.Record) schemas.Event {
-		return schemas.Choose{Meta: meta("placer"), Worker: worker, Epoch: schemas.Epoch("e-" + worker)}
+	w.next(id, func(e bus.Entry[schemas.Record]) schemas.Event {
+		return schemas.Choose{Meta: on(e, "placer"), Worker: worker, Epoch: schemas.Epoch("e-" + worker)}
 	})
 }
 
 func (w *world) report(id schemas.TaskID, phase schemas.Phase, end *schemas.End) {
 	w.Helper()
-	w.next(id, func(r schemas.Record) schemas.Event {
-		return schemas.Settle{Meta: meta("reaper"), Report: schemas.Report{
-			Assignment: r.Assignment(), Phase: phase, Ran: phase != schemas.PhaseAccepted, Applied: r.Applied, End: end}}
+	w.next(id, func(e bus.Entry[schemas.Record]) schemas.Event {
+		return schemas.Settle{Meta: on(e, "reaper"), Report: schemas.Report{
+			Assignment: e.Value.Assignment(), Phase: phase, Ran: phase != schemas.PhaseAccepted, Applied: e.Value.Applied, End: end}}
 	})
 }
 
@@ -373,16 +382,16 @@ func (w *world) play() {
 }
 
 func (w *world) end(ctx context.Context, key string) {
-	e, err := w.records.Update(ctx, key, meta("").Op, func(r schemas.Record) (schemas.Record, []bus.WriteOption, error) {
-		n, err := schemas.Next(r, schemas.Choose{Meta: meta("placer"), Worker: "w1", Epoch: "e1"})
+	e, err := w.records.Update(ctx, key, meta("").Op, func(e bus.Entry[schemas.Record]) (schemas.Record, []bus.WriteOption, error) {
+		n, err := schemas.Next(e.Value, schemas.Choose{Meta: on(e, "placer"), Worker: "w1", Epoch: "e1"})
 		return n, nil, err
 	})
 	if err != nil {
 		return
 	}
-	_, err = w.records.UpdateFrom(ctx, e, meta("").Op, func(r schemas.Record) (schemas.Record, []bus.WriteOption, error) {
-		n, err := schemas.Next(r, schemas.Settle{Meta: meta("reaper"), Report: schemas.Report{
-			Assignment: r.Assignment(), Phase: schemas.PhaseEnded, Ran: true, End: ended(0, 0, 0)}})
+	_, err = w.records.UpdateFrom(ctx, e, meta("").Op, func(e bus.Entry[schemas.Record]) (schemas.Record, []bus.WriteOption, error) {
+		n, err := schemas.Next(e.Value, schemas.Settle{Meta: on(e, "reaper"), Report: schemas.Report{
+			Assignment: e.Value.Assignment(), Phase: schemas.PhaseEnded, Ran: true, End: ended(0, 0, 0)}})
 		return n, nil, err
 	})
 	if err != nil && ctx.Err() == nil && !errors.Is(err, bus.ErrUnavailable) {

@@ -20,7 +20,7 @@ import (
 func TestAPanicIsAnAnswerWithoutItsValue(t *testing.T) {
 	var log bytes.Buffer
 	g := &Gateway{log: zerolog.New(&log), metrics: newMetrics(nil)}
-	h := g.guard(g.route("/x", methods{"GET": func(*response, *http.Request) error { panic("hunter2") }}))
+	h := g.guard(g.route("/x", methods{"GET": {handle: func(*Gateway, *response, *http.Request) error { panic("hunter2") }}}))
 	rec := httptest.NewRecorder()
 	h.ServeHTTP(rec, httptest.NewRequest("GET", "/x", nil))
 	if rec.Code != 500 || !strings.Contains(rec.Body.String(), `"internal"`) || strings.Contains(rec.Body.String(), "goroutine") {

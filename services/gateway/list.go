@@ -14,15 +14,18 @@ import (
 	"dayfly.dev/schemas"
 )
 
-// Limits of a list.
+// Limits of a list. A filter that takes few tasks makes one request look at listLook at
+// the most, some ten milliseconds of work; the page then ends early, with a cursor.
 const (
 	listDefault = 100
 	listMax     = 1000
+	listLook    = 10_000
 )
 
-// list is GET /v1/tasks: newest first, from the view.
+// list is GET /v1/tasks: newest first, from the view. Tasks that come meanwhile stand
+// before the first page, so a cursor neither repeats nor skips.
 func (g *Gateway) list(w *response, r *http.Request) error {
-	q, err := parseQuery(r, "state*", "label*", "worker", "limit", "cursor")
+	q, err := parseQuery(w, r)
 	if err != nil {
 		return err
 	}
@@ -45,9 +48,12 @@ func (g *Gateway) list(w *response, r *http.Request) error {
 	}
 	page := schemas.TaskList{Items: []schemas.Task{}}
 	now := time.Now()
-	for {
+	for looked := 0; ; {
 		ids := g.index.before(after, 256)
 		for _, id := range ids {
+			if id < f.since {
+				return answer(w, http.StatusOK, page)
+			}
 			t, ok, err := g.listed(id, f, now)
 			if err != nil {
 				return err
@@ -65,6 +71,10 @@ func (g *Gateway) list(w *response, r *http.Request) error {
 			return answer(w, http.StatusOK, page)
 		}
 		after = ids[len(ids)-1]
+		if looked += len(ids); looked >= listLook {
+			page.NextCursor = f.cursor(after)
+			return answer(w, http.StatusOK, page)
+		}
 	}
 }
 
@@ -96,11 +106,18 @@ func (g *Gateway) listed(id string, f filter, now time.Time) (t schemas.Task, ok
 // filter says which tasks a list shows.
 type filter struct {
 	states []schemas.State
-	labels [][2]string
+	labels []label
 	worker schemas.WorkerID
+	since  string // the least id; ids begin with the time of their making
 	// needles stand in the bytes of every record that the filter takes, so most others
 	// are not decoded.
 	needles [][]byte
+}
+
+// label is one that a task must have: with this value, or with any.
+type label struct {
+	name, value string
+	any         bool
 }
 
 func parseFilter(q query) (f filter, err error) {
@@ -117,16 +134,30 @@ func parseFilter(q query) (f filter, err error) {
 		return f, badQuery("label", fmt.Sprintf("must be at most %d", schemas.MaxLabels))
 	}
 	for _, pair := range q.values["label"] {
-		k, v, ok := strings.Cut(pair, "=")
-		if !ok || k == "" || len(k) > 63 || len(v) > 256 {
-			return f, badQuery("label", "must be name=value")
+		l, refused := label{}, badQuery("label", "must be name=value, or a name alone for any value; names have 1 to 63 letters, digits and -_./")
+		var valued bool
+		l.name, l.value, valued = strings.Cut(pair, "=")
+		l.any = !valued
+		if !schemas.LabelName(l.name) || len(l.value) > 256 {
+			return f, refused
 		}
-		needle, err := schemas.Encode(map[string]string{k: v})
+		needle, err := schemas.Encode(map[string]string{l.name: l.value})
 		if err != nil {
-			return f, badQuery("label", "must be name=value")
+			return f, refused
 		}
-		f.labels = append(f.labels, [2]string{k, v})
-		f.needles = append(f.needles, needle[1:len(needle)-1])
+		needle = needle[1 : len(needle)-1]
+		if l.any {
+			needle = needle[:len(needle)-1] // "name":"
+		}
+		f.labels = append(f.labels, l)
+		f.needles = append(f.needles, needle)
+	}
+	if q.has("created_after") {
+		t, err := parseTime("created_after", q.get("created_after"), time.Now())
+		if err != nil {
+			return f, err
+		}
+		f.since = string(schemas.FirstTaskID(t))
 	}
 	if q.has("worker") {
 		if f.worker, err = schemas.ParseWorkerID(q.get("worker")); err != nil {
@@ -151,11 +182,12 @@ func (f filter) mayTake(raw []byte) bool {
 }
 
 func (f filter) takes(r schemas.Record) bool {
-	if f.worker != "" && r.Worker != f.worker || !f.takesState(r.State) {
-		return false
-	}
+	return (f.worker == "" || r.Worker == f.worker) && f.takesState(r.State) && f.takesLabels(r.Spec.Labels)
+}
+
+func (f filter) takesLabels(labels map[string]string) bool {
 	for _, l := range f.labels {
-		if v, ok := r.Spec.Labels[l[0]]; !ok || v != l[1] {
+		if v, ok := labels[l.name]; !ok || !l.any && v != l.value {
 			return false
 		}
 	}
@@ -186,6 +218,6 @@ func (f filter) openCursor(c string) (id string, err error) {
 // sum tells a cursor of this filter from any other text. It is no secret.
 func (f filter) sum(id string) uint32 {
 	h := fnv.New32a()
-	fmt.Fprintf(h, "list 1 %s %q %q %q", id, f.states, f.labels, f.worker)
+	fmt.Fprintf(h, "list 2 %s %q %v %q", id, f.states, f.labels, f.worker)
 	return h.Sum32()
 }

@@ -24,14 +24,14 @@ type logRequest struct {
 	stream  schemas.Stream // "": both
 	attempt int            // 0: the newest that has logs, and those after it
 	stamps  bool
-	format  logFormat
+	format  streamFormat
 	resume  *logPlace
 }
 
 const maxTailLines = 100_000
 
-func parseLogRequest(r *http.Request) (l logRequest, err error) {
-	q, err := parseQuery(r, "follow", "tail", "since", "stream", "attempt", "timestamps")
+func parseLogRequest(w *response, r *http.Request) (l logRequest, err error) {
+	q, err := parseQuery(w, r)
 	if err != nil {
 		return l, err
 	}
@@ -48,7 +48,7 @@ func parseLogRequest(r *http.Request) (l logRequest, err error) {
 		return l, err
 	}
 	if q.has("since") {
-		if l.since, err = parseSince(q.get("since"), time.Now()); err != nil {
+		if l.since, err = parseTime("since", q.get("since"), time.Now()); err != nil {
 			return l, err
 		}
 	}
@@ -56,7 +56,7 @@ func parseLogRequest(r *http.Request) (l logRequest, err error) {
 	if q.has("stream") && l.stream != schemas.Stdout && l.stream != schemas.Stderr {
 		return l, badQuery("stream", "must be stdout or stderr")
 	}
-	l.format = logFormatOf(r.Header)
+	l.format = streamFormatOf(r.Header, formatText, formatSSE, formatJSON)
 	if id := r.Header.Get("Last-Event-ID"); id != "" && l.format == formatSSE {
 		place, ok := parsePlace(id)
 		if !ok {
@@ -67,7 +67,7 @@ func parseLogRequest(r *http.Request) (l logRequest, err error) {
 	return l, nil
 }
 
-func parseSince(text string, now time.Time) (time.Time, error) {
+func parseTime(name, text string, now time.Time) (time.Time, error) {
 	var d schemas.Duration
 	if d.UnmarshalText([]byte(text)) == nil && d >= 0 {
 		return now.Add(-d.Std()), nil
@@ -75,7 +75,7 @@ func parseSince(text string, now time.Time) (time.Time, error) {
 	if t, err := time.Parse(time.RFC3339Nano, text); err == nil && len(text) <= 64 {
 		return t, nil
 	}
-	return time.Time{}, badQuery("since", `must be a duration such as "10m" or a time such as "2026-01-31T12:00:00Z"`)
+	return time.Time{}, badQuery(name, `must be a duration such as "10m" or a time such as "2026-01-31T12:00:00Z"`)
 }
 
 // logPlace is a place in a log from which reading goes on: everything up to the
@@ -112,24 +112,19 @@ func (g *Gateway) logs(w *response, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	ask, err := parseLogRequest(r)
+	ask, err := parseLogRequest(w, r)
 	if err != nil {
 		return err
-	}
-	select {
-	case g.followers <- struct{}{}:
-		defer func() { <-g.followers }()
-	default:
-		return &schemas.Error{Status: http.StatusTooManyRequests, Code: schemas.CodeTooManyRequests,
-			Detail: "too many logs are being read here; try again", RetryAfter: schemas.Duration(time.Second)}
 	}
 	kind := "logs"
 	if ask.format == formatSSE {
 		kind = "sse"
 	}
-	open := g.metrics.streams.WithLabelValues(kind)
-	open.Inc()
-	defer open.Dec()
+	done, err := g.follower(kind)
+	if err != nil {
+		return err
+	}
+	defer done()
 
 	l, err := g.openLog(r, id, ask)
 	if err != nil {
@@ -143,7 +138,7 @@ func (g *Gateway) logs(w *response, r *http.Request) error {
 		w.WriteHeader(http.StatusNoContent) // an EventSource stops asking
 		return nil
 	}
-	l.out = newLogWriter(w, ask.format, ask.stamps, g.cfg.WriteStall, g.cfg.KeepAlive)
+	l.out = g.newLogWriter(w, ask.format, ask.stamps)
 	defer l.out.close()
 	if err := l.read(r.Context()); err != nil {
 		if w.wrote || r.Context().Err() != nil {
@@ -183,13 +178,13 @@ type claim struct {
 }
 
 var (
-	errOver = errors.New("the log has come to its end")
+	errOver = errors.New("it has come to its end")
 	errGap  = errors.New("a piece of the log is missing")
 )
 
 // openLog finds the task and the attempts to show.
 func (g *Gateway) openLog(r *http.Request, id schemas.TaskID, ask logRequest) (*logReader, error) {
-	ctx, cancel := g.operation(r)
+	ctx, cancel := g.onBus(r)
 	defer cancel()
 	e, err := g.fetch(ctx, id)
 	if err != nil {
@@ -300,7 +295,7 @@ func (l *logReader) read(ctx context.Context) error {
 	if err := l.give(l.order.release()); err != nil {
 		return err
 	}
-	return l.out.end(l.rec.State)
+	return l.out.end(map[string]schemas.State{"state": l.rec.State})
 }
 
 // endTail hands out the last lines of what was stored.
@@ -321,7 +316,7 @@ func (l *logReader) endTail() error {
 
 // follow hands out what comes until the log is over.
 func (l *logReader) follow(ctx context.Context) error {
-	if err := l.out.goLive(); err != nil {
+	if err := l.out.goLive(""); err != nil {
 		return err
 	}
 	for !l.over() {

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"dayfly.dev/bus"
 	"dayfly.dev/bus/natstest"
 	"dayfly.dev/schemas"
 	"dayfly.dev/services/gateway"
@@ -204,7 +205,7 @@ func TestFollowGoesOnWithTheNextAttempt(t *testing.T) {
 	r := w.open(id, "?follow=1")
 	one := w.open(id, "?follow=1&attempt=1")
 	expect(t, r, "first\n")
-	w.next(id, func(schemas.Record) schemas.Event {
+	w.next(id, func(bus.Entry[schemas.Record]) schemas.Event {
 		return schemas.Lose{Meta: meta("reaper"), Worker: "w1", Epoch: "e-w1"}
 	})
 	w.choose(id, "w2")
@@ -217,7 +218,7 @@ func TestFollowGoesOnWithTheNextAttempt(t *testing.T) {
 	if got := w.log(id, ""); got != "second\n" {
 		t.Errorf("newest: %q", got)
 	}
-	w.next(id, func(schemas.Record) schemas.Event {
+	w.next(id, func(bus.Entry[schemas.Record]) schemas.Event {
 		return schemas.Lose{Meta: meta("reaper"), Worker: "w2", Epoch: "e-w2"}
 	})
 	w.choose(id, "w3")

@@ -1,6 +1,9 @@
 package gateway
 
 import (
+	"cmp"
+	"errors"
+	"fmt"
 	"io"
 	"mime"
 	"net/http"
@@ -11,15 +14,17 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"dayfly.dev/bus"
 	"dayfly.dev/schemas"
 )
 
 // query is a checked query string: only known parameters, each once.
 type query struct{ values url.Values }
 
-// parseQuery refuses what it does not know. Names that end in "*" may come more than
+// parseQuery refuses what the operation does not know. Names that end in "*" may come more than
 // once. Errors name the parameter and never repeat a value.
-func parseQuery(r *http.Request, names ...string) (query, error) {
+func parseQuery(w *response, r *http.Request) (query, error) {
+	names := w.names
 	if r.URL.RawQuery == "" {
 		return query{}, nil
 	}
@@ -31,7 +36,7 @@ func parseQuery(r *http.Request, names ...string) (query, error) {
 		many := slices.Contains(names, name+"*")
 		switch {
 		case !many && !slices.Contains(names, name):
-			return query{}, badQuery(shownName(name), "there is no such parameter here; there are: "+strings.ReplaceAll(strings.Join(names, ", "), "*", ""))
+			return query{}, badQuery(shownName(name), "there is no such parameter here; there are: "+cmp.Or(strings.ReplaceAll(strings.Join(names, ", "), "*", ""), "none"))
 		case !many && len(values[name]) > 1:
 			return query{}, badQuery(name, "stands there twice")
 		}
@@ -172,6 +177,34 @@ func readAll(r io.Reader, length int64) ([]byte, error) {
 
 // etag is the revision as an entity tag.
 func etag(revision uint64) string { return `"` + strconv.FormatUint(revision, 10) + `"` }
+
+// precondition is an If-Match: the revisions of which a task must have one. nil takes any.
+type precondition []string
+
+func parsePrecondition(h http.Header) (precondition, error) {
+	var tags precondition
+	for _, line := range h.Values("If-Match") {
+		for tag := range strings.SplitSeq(line, ",") {
+			tag = strings.TrimSpace(tag)
+			if tag != "*" && (len(tag) < 3 || len(tag) > 22 || tag[0] != '"' || tag[len(tag)-1] != '"' || strings.Trim(tag[1:len(tag)-1], "0123456789") != "") {
+				return nil, badHeader("If-Match", `must be ETags of this task, such as "1234" with its quotes, or *`)
+			}
+			tags = append(tags, tag)
+		}
+	}
+	return tags, nil
+}
+
+var errPrecondition = errors.New("the task is at another revision")
+
+// check gives an error that is errPrecondition where the entry is not at such a revision.
+func (p precondition) check(e bus.Entry[record]) error {
+	if p == nil || slices.Contains(p, "*") || slices.Contains(p, etag(e.Revision)) {
+		return nil
+	}
+	return fmt.Errorf("%w: %w", errPrecondition, &schemas.Error{Status: http.StatusPreconditionFailed, Code: schemas.CodePrecondition, Field: "If-Match",
+		Task: schemas.TaskID(e.Key), State: e.Value.State, Detail: "the task has changed since then; read it again and decide anew"})
+}
 
 // matches says whether an If-None-Match names the tag.
 func matches(h http.Header, tag string) bool {

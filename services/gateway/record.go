@@ -202,16 +202,20 @@ func (g *Gateway) fetch(ctx context.Context, id schemas.TaskID) (bus.Entry[recor
 	return e, nil
 }
 
-// change applies one event to a record, from its newest revision. Where Next refuses
-// it the entry comes back as it is, with the sentinel.
-func (g *Gateway) change(ctx context.Context, id schemas.TaskID, event func(schemas.Record, schemas.Meta) schemas.Event) (bus.Entry[record], error) {
+// change applies one event to a record, from its newest revision, if the client takes
+// that one. Where Next refuses it the entry comes back as it is, with the sentinel.
+func (g *Gateway) change(ctx context.Context, id schemas.TaskID, takes precondition, event func(schemas.Record, schemas.Meta) schemas.Event) (bus.Entry[record], error) {
 	if err := g.reach(ctx); err != nil {
 		return bus.Entry[record]{}, err
 	}
 	m := meta("client")
 	before := schemas.State("")
-	e, err := g.records.Update(ctx, string(id), m.Op, func(r record) (record, []bus.WriteOption, error) {
-		before = r.State
+	e, err := g.records.Update(ctx, string(id), m.Op, func(e bus.Entry[record]) (record, []bus.WriteOption, error) {
+		r := e.Value
+		if err := takes.check(e); err != nil {
+			return r, nil, err
+		}
+		before, m.On = r.State, e.Revision
 		next, err := schemas.Next(r.Record, event(r.Record, m))
 		if err != nil {
 			return r, nil, err
@@ -231,7 +235,7 @@ func (g *Gateway) change(ctx context.Context, id schemas.TaskID, event func(sche
 				Str("reason", string(e.Value.Reason)).Msg("task")
 		}
 		return e, nil
-	case errors.As(err, &refused):
+	case errors.As(err, &refused), errors.Is(err, errPrecondition):
 		g.fold(e)
 		return e, err
 	}

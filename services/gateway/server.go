@@ -15,17 +15,15 @@ import (
 	"dayfly.dev/schemas"
 )
 
-// handler answers one request. What it returns as an error is answered as a problem.
-type handler func(w *response, r *http.Request) error
-
-// methods are the handlers of one path. GET brings HEAD with it.
-type methods map[string]handler
+// methods are the operations of one path. GET brings HEAD with it.
+type methods map[string]*operation
 
 // response is the answer under way.
 type response struct {
 	http.ResponseWriter
-	id     string // of the request
-	route  string // for metrics: the pattern, never the path
+	id     string   // of the request
+	route  string   // for metrics: the pattern, never the path
+	names  []string // the parameters that the query may have
 	status int
 	wrote  bool
 }
@@ -50,18 +48,19 @@ func (w *response) Write(b []byte) (int, error) {
 // Handler is the API.
 func (g *Gateway) Handler() http.Handler {
 	mux := http.NewServeMux()
-	for pattern, m := range map[string]methods{
-		"/v1/tasks":             {"GET": g.list, "POST": g.create},
-		"/v1/tasks/{id}":        {"GET": g.get, "DELETE": g.cancel},
-		"/v1/tasks/{id}/extend": {"POST": g.extend},
-		"/v1/tasks/{id}/logs":   {"GET": g.logs},
-		"/v1/workers":           {"GET": g.listWorkers},
-		"/v1/workers/{id}":      {"GET": g.getWorker},
-
-		"/v1/workers/{id}/drain":   {"POST": g.drain},
-		"/v1/workers/{id}/undrain": {"POST": g.undrain},
-	} {
-		mux.Handle(pattern, g.route(pattern, m))
+	paths := map[string]methods{}
+	for _, o := range operations() {
+		if paths[o.path] == nil {
+			paths[o.path] = methods{}
+		}
+		paths[o.path][o.method] = &o
+	}
+	for path, m := range paths {
+		pattern := path
+		if strings.HasSuffix(path, "/") {
+			pattern += "{$}"
+		}
+		mux.Handle(pattern, g.route(path, m))
 	}
 	mux.Handle("/", g.route("none", nil))
 	return g.guard(mux)
@@ -126,13 +125,14 @@ func (g *Gateway) route(pattern string, m methods) http.Handler {
 		if method == http.MethodHead {
 			method = http.MethodGet
 		}
-		h := m[method]
+		o := m[method]
 		var err error
 		switch {
 		case m == nil:
 			err = noPath()
-		case h != nil:
-			err = h(w, r)
+		case o != nil:
+			w.names = o.names()
+			err = o.handle(g, w, r)
 		case method == http.MethodOptions:
 			w.Header().Set("Allow", allowed)
 			w.WriteHeader(http.StatusNoContent)
@@ -151,7 +151,7 @@ func plainPath(path string) bool {
 	if !strings.HasPrefix(path, "/") {
 		return false
 	}
-	if path == "/" {
+	if path == "/" || path == "/docs/" {
 		return true
 	}
 	for segment := range strings.SplitSeq(path[1:], "/") {

@@ -25,7 +25,7 @@ func (g *Gateway) get(w *response, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	q, err := parseQuery(r, "wait", "timeout")
+	q, err := parseQuery(w, r)
 	if err != nil {
 		return err
 	}
@@ -33,7 +33,7 @@ func (g *Gateway) get(w *response, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := g.operation(r)
+	ctx, cancel := g.onBus(r)
 	defer cancel()
 	e, err := g.fetch(ctx, id)
 	if err != nil {
@@ -83,7 +83,7 @@ func (g *Gateway) cancel(w *response, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	q, err := parseQuery(r, "grace")
+	q, err := parseQuery(w, r)
 	if err != nil {
 		return err
 	}
@@ -91,9 +91,13 @@ func (g *Gateway) cancel(w *response, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := g.operation(r)
+	takes, err := parsePrecondition(r.Header)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := g.onBus(r)
 	defer cancel()
-	e, err := g.change(ctx, id, func(rec schemas.Record, m schemas.Meta) schemas.Event {
+	e, err := g.change(ctx, id, takes, func(rec schemas.Record, m schemas.Meta) schemas.Event {
 		ask := schemas.AskCancel{Meta: m, Grace: schemas.Duration(grace)}
 		if grace < 0 {
 			ask.Grace = rec.Spec.Timeouts.Stop
@@ -118,7 +122,11 @@ func (g *Gateway) extend(w *response, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if _, err := parseQuery(r); err != nil {
+	if _, err := parseQuery(w, r); err != nil {
+		return err
+	}
+	takes, err := parsePrecondition(r.Header)
+	if err != nil {
 		return err
 	}
 	body, err := readBody(w, r)
@@ -138,7 +146,7 @@ func (g *Gateway) extend(w *response, r *http.Request) error {
 	case ask.TTL > g.cfg.Policy.MaxTTL:
 		return refuse(http.StatusUnprocessableEntity, schemas.CodeInvalidValue, "must be at most "+g.cfg.Policy.MaxTTL.String()+" here")
 	}
-	ctx, cancel := g.operation(r)
+	ctx, cancel := g.onBus(r)
 	defer cancel()
 	e, err := g.fetch(ctx, id)
 	if err != nil {
@@ -147,7 +155,7 @@ func (g *Gateway) extend(w *response, r *http.Request) error {
 	if err := g.stays(ctx, e.Value.Record); err != nil {
 		return err
 	}
-	e, err = g.change(ctx, id, func(_ schemas.Record, m schemas.Meta) schemas.Event {
+	e, err = g.change(ctx, id, takes, func(_ schemas.Record, m schemas.Meta) schemas.Event {
 		return schemas.AskExtend{Meta: m, TTL: ask.TTL}
 	})
 	conflict := func(code schemas.Code, detail string) *schemas.Error {

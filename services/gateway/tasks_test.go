@@ -244,8 +244,8 @@ func TestExtend(t *testing.T) {
 			got <- r
 		}()
 		until(t, "the record has it", func() bool { return w.task(id).SecondsLeft > 500 })
-		w.next(id, func(r schemas.Record) schemas.Event {
-			return schemas.Settle{Meta: meta("reaper"), Report: schemas.Report{Assignment: r.Assignment(), Phase: schemas.PhaseRunning, Ran: true, Applied: 1}}
+		w.next(id, func(e bus.Entry[schemas.Record]) schemas.Event {
+			return schemas.Settle{Meta: meta("reaper"), Report: schemas.Report{Assignment: e.Value.Assignment(), Phase: schemas.PhaseRunning, Ran: true, Applied: 1}}
 		})
 		if r := <-got; r.status != 200 || r.task(t).SecondsLeft < 590 {
 			t.Errorf("%d %s", r.status, r.body)

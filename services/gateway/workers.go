@@ -218,7 +218,7 @@ func (f *fleet) worker(b schemas.Beat, now time.Time) schemas.Worker {
 
 // listWorkers is GET /v1/workers.
 func (g *Gateway) listWorkers(w *response, r *http.Request) error {
-	if _, err := parseQuery(r); err != nil {
+	if _, err := parseQuery(w, r); err != nil {
 		return err
 	}
 	if err := g.upToDate(r.Context()); err != nil {
@@ -245,7 +245,7 @@ func (g *Gateway) getWorker(w *response, r *http.Request) error {
 	if err != nil {
 		return none
 	}
-	if _, err := parseQuery(r); err != nil {
+	if _, err := parseQuery(w, r); err != nil {
 		return err
 	}
 	if err := g.upToDate(r.Context()); err != nil {

@@ -166,13 +166,15 @@ func (p *Placer) place(ctx context.Context, l *lease, d decision) {
 	event := schemas.Choose{Meta: schemas.Meta{At: time.Now().UTC(), By: "placer", Op: op()}, Worker: d.worker, Epoch: d.epoch}
 	var a schemas.Assignment
 	e, err := p.table.UpdateFrom(wctx, bus.Entry[schemas.Record]{Key: string(d.task), Value: rec, Revision: d.revision}, event.Op,
-		func(r schemas.Record) (schemas.Record, []bus.WriteOption, error) {
+		func(e bus.Entry[schemas.Record]) (schemas.Record, []bus.WriteOption, error) {
+			r := e.Value
 			if r.Attempt != d.queued.attempt {
 				return r, nil, errMoved
 			}
 			if !l.Valid() { // this process may have been stopped since it decided
 				return r, nil, errDeposed
 			}
+			event.On = e.Revision
 			next, err := schemas.Next(r, event)
 			a = next.Assignment()
 			return next, nil, err

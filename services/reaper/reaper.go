@@ -171,9 +171,9 @@ func (r *Reaper) entry(ctx context.Context, id schemas.TaskID) (bus.Entry[schema
 func (r *Reaper) apply(ctx context.Context, e bus.Entry[schemas.Record], event func(schemas.Meta) schemas.Event) (bus.Entry[schemas.Record], error) {
 	m := r.meta()
 	var before schemas.Record
-	after, err := r.table.UpdateFrom(ctx, e, m.Op, func(rec schemas.Record) (schemas.Record, []bus.WriteOption, error) {
-		before = rec
-		next, err := schemas.Next(rec, event(m))
+	after, err := r.table.UpdateFrom(ctx, e, m.Op, func(e bus.Entry[schemas.Record]) (schemas.Record, []bus.WriteOption, error) {
+		before, m.On = e.Value, e.Revision
+		next, err := schemas.Next(e.Value, event(m))
 		if err != nil || !next.State.Final() {
 			return next, nil, err
 		}

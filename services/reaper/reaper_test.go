@@ -135,8 +135,8 @@ func (b *bench) accept(change func(*schemas.Spec)) schemas.TaskID {
 func (b *bench) next(id schemas.TaskID, event func(schemas.Meta) schemas.Event) schemas.Record {
 	b.t.Helper()
 	m := meta()
-	e, err := b.table.Update(b.ctx(), string(id), m.Op, func(r schemas.Record) (schemas.Record, []bus.WriteOption, error) {
-		n, err := schemas.Next(r, event(m))
+	e, err := b.table.Update(b.ctx(), string(id), m.Op, func(e bus.Entry[schemas.Record]) (schemas.Record, []bus.WriteOption, error) {
+		n, err := schemas.Next(e.Value, event(m))
 		return n, nil, err
 	})
 	if err != nil {
@@ -525,8 +525,8 @@ func TestARecordWithoutHistoryStopsNoReaper(t *testing.T) {
 	b.start()
 	id := b.accept(nil)
 	m := meta()
-	if _, err := b.table.Update(b.ctx(), string(id), m.Op, func(r schemas.Record) (schemas.Record, []bus.WriteOption, error) {
-		n, err := schemas.Next(r, schemas.Choose{Meta: m, Worker: worker, Epoch: "e1"})
+	if _, err := b.table.Update(b.ctx(), string(id), m.Op, func(e bus.Entry[schemas.Record]) (schemas.Record, []bus.WriteOption, error) {
+		n, err := schemas.Next(e.Value, schemas.Choose{Meta: m, Worker: worker, Epoch: "e1"})
 		n.History = nil
 		return n, nil, err
 	}); err != nil {

@@ -1,0 +1,195 @@
+package gateway
+
+import (
+	"net/http"
+
+	"dayfly.dev/schemas"
+)
+
+// operation is one thing that the API does. The router, the parameters that a handler
+// takes and openapi.json are all made from the table of operations, so none of them can
+// say more or less than the others.
+type operation struct {
+	method, path string
+	name         string // operationId
+	about        string
+	handle       func(*Gateway, *response, *http.Request) error
+	params       []param
+	body         any // of this type, as JSON
+	answers      []reply
+	fails        []failure
+}
+
+// param is a parameter in the query or a header. schema is JSON Schema.
+type param struct {
+	name, in string
+	about    string
+	schema   string
+	many     bool // it may come more than once
+}
+
+// reply is an answer of success.
+type reply struct {
+	status int
+	about  string
+	value  any      // of this type, as JSON
+	kinds  []string // other media types, of text
+	header []string
+}
+
+// failure is a status with the codes of the problems that come with it.
+type failure struct {
+	status int
+	codes  []schemas.Code
+}
+
+// names gives the query's parameters as parseQuery takes them.
+func (o *operation) names() (names []string) {
+	for _, p := range o.params {
+		switch {
+		case p.in == "query" && p.many:
+			names = append(names, p.name+"*")
+		case p.in == "query":
+			names = append(names, p.name)
+		}
+	}
+	return names
+}
+
+const (
+	aDuration = `{"$ref": "#/components/schemas/Duration"}`
+	aSwitch   = `{"type": "string", "enum": ["", "1", "true", "0", "false"]}`
+	aState    = `{"type": "string", "pattern": "^(queued|assigned|starting|running|completed|failed|canceled|expired)(,(queued|assigned|starting|running|completed|failed|canceled|expired))*$"}`
+	aLabel    = `{"type": "string", "pattern": "^[A-Za-z0-9_./-]{1,63}(=[\\s\\S]*)?$", "examples": ["owner=litmus", "owner"]}`
+)
+
+var (
+	waitParams = []param{
+		{name: "wait", in: "query", about: "Hold the answer back until the task runs (or is over), or is done. Where the time is over first, the task comes as it is then.", schema: `{"type": "string", "enum": ["running", "done"]}`},
+		{name: "timeout", in: "query", about: "How long to wait: 30s if not given, and at most what the site allows (60s). Goes with wait.", schema: aDuration},
+	}
+	ifMatch     = param{name: "If-Match", in: "header", about: "Only if the task is still at this revision: the ETag of an earlier answer. Checked in the write itself.", schema: `{"type": "string", "examples": ["\"1234\""]}`}
+	ifNoneMatch = param{name: "If-None-Match", in: "header", about: "Answer 304 if the task is still at this revision.", schema: `{"type": "string", "examples": ["\"1234\""]}`}
+	lastEvent   = param{name: "Last-Event-ID", in: "header", about: "Go on behind the event with this id. An EventSource sends it by itself.", schema: `{"type": "string"}`}
+	states      = param{name: "state", in: "query", many: true, about: "In one of these states: comma between, or several times.", schema: aState}
+	labels      = param{name: "label", in: "query", many: true, about: "With this label: name=value, or a name alone for any value. Several: all of them.", schema: aLabel}
+	worker      = param{name: "worker", in: "query", about: "Of this worker.", schema: `{"$ref": "#/components/schemas/WorkerID"}`}
+	eventParams = []param{
+		{name: "follow", in: "query", about: "0 ends the answer with what there is; otherwise it goes on with what comes.", schema: aSwitch},
+		{name: "after", in: "query", about: "Begin behind the event with this id, or with what is still to come: now. All that there is, if not given.", schema: `{"type": "string", "pattern": "^([0-9]{1,19}|now)$"}`},
+		lastEvent, states,
+	}
+	page = []string{"ETag"}
+
+	always     = []failure{{400, []schemas.Code{schemas.CodeInvalidQuery}}, {500, []schemas.Code{schemas.CodeInternal}}, {503, []schemas.Code{schemas.CodeUnavailable}}}
+	ofOne      = failure{404, []schemas.Code{schemas.CodeNotFound}}
+	badHeaders = failure{400, []schemas.Code{schemas.CodeInvalidHeader}}
+	changed    = failure{412, []schemas.Code{schemas.CodePrecondition}}
+	unknown    = failure{503, []schemas.Code{schemas.CodeUnknownOutcome}}
+	tooMany    = failure{429, []schemas.Code{schemas.CodeTooManyRequests}}
+	bodyFails  = []failure{
+		{400, []schemas.Code{schemas.CodeInvalidJSON, schemas.CodeDuplicateField}}, {408, []schemas.Code{schemas.CodeInvalidJSON}},
+		{413, []schemas.Code{schemas.CodeTooLarge}}, {415, []schemas.Code{schemas.CodeContentType}},
+		{422, []schemas.Code{schemas.CodeUnknownField, schemas.CodeInvalidType}},
+	}
+)
+
+func fails(groups ...any) (all []failure) {
+	all = append(all, always...)
+	for _, g := range groups {
+		switch g := g.(type) {
+		case failure:
+			all = append(all, g)
+		case []failure:
+			all = append(all, g...)
+		}
+	}
+	return all
+}
+
+func params(groups ...any) (all []param) {
+	for _, g := range groups {
+		switch g := g.(type) {
+		case param:
+			all = append(all, g)
+		case []param:
+			all = append(all, g...)
+		}
+	}
+	return all
+}
+
+// operations is the API.
+func operations() []operation {
+	return []operation{
+		{method: "POST", path: "/v1/tasks", name: "createTask", handle: (*Gateway).create,
+			about:  "Asks for a task. It is accepted once its record is stored; with an Idempotency-Key the same request may be sent again for a day and makes no second task. Fields that are left out get the site's defaults; unknown ones are refused.",
+			params: params(param{name: "Idempotency-Key", in: "header", about: "Any word of the client's choice, 1 to 255 visible ASCII characters.", schema: `{"type": "string", "minLength": 1, "maxLength": 255}`}, waitParams),
+			body:   schemas.Spec{},
+			answers: []reply{{status: 201, about: "The task. Idempotency-Replayed says that an earlier request made it.", value: schemas.Task{},
+				header: []string{"ETag", "Location", "Idempotency-Replayed"}}},
+			fails: fails(bodyFails, badHeaders, unknown, failure{410, []schemas.Code{schemas.CodeKeyExpired}}, failure{422, []schemas.Code{
+				schemas.CodeInvalidValue, schemas.CodeNotAvailable, schemas.CodeNotAllowed, schemas.CodeNoCapacity, schemas.CodeKeyReused}})},
+		{method: "GET", path: "/v1/tasks", name: "listTasks", handle: (*Gateway).list,
+			about: "Lists tasks, newest first, without history and output, and without the stdin, files, env and callback of their specs. One request looks at 10,000 tasks at the most, so with a filter that takes few of them a page may be short, even empty, and have a next_cursor all the same: the list is over where there is none. Tasks that come meanwhile neither repeat nor skip others.",
+			params: params(states, labels, worker,
+				param{name: "created_after", in: "query", about: "Created since then: a time, or a duration before now.", schema: `{"type": "string", "examples": ["10m", "2026-01-31T12:00:00Z"]}`},
+				param{name: "limit", in: "query", about: "How many at the most; 100 if not given.", schema: `{"type": "integer", "minimum": 1, "maximum": 1000}`},
+				param{name: "cursor", in: "query", about: "next_cursor of the page before, with the same filters.", schema: `{"type": "string"}`}),
+			answers: []reply{{status: 200, about: "One page.", value: schemas.TaskList{}}}, fails: fails()},
+		{method: "GET", path: "/v1/tasks/{id}", name: "getTask", handle: (*Gateway).get,
+			about:   "Shows a task, or waits for it. While it is queued, why says what it waits for.",
+			params:  params(waitParams, ifNoneMatch),
+			answers: []reply{{status: 200, about: "The task.", value: schemas.Task{}, header: page}, {status: 304, about: "It is still at the revision of If-None-Match.", header: page}},
+			fails:   fails(ofOne)},
+		{method: "DELETE", path: "/v1/tasks/{id}", name: "cancelTask", handle: (*Gateway).cancel,
+			about:   "Cancels a task: TERM to its processes, KILL after the grace. It does not wait for the end. A task that is over stays as it is.",
+			params:  params(param{name: "grace", in: "query", about: "Between TERM and KILL; the spec's timeouts.stop if not given.", schema: aDuration}, ifMatch),
+			answers: []reply{{status: 200, about: "The task, canceled or being canceled.", value: schemas.Task{}, header: page}},
+			fails:   fails(ofOne, badHeaders, changed, unknown)},
+		{method: "POST", path: "/v1/tasks/{id}/extend", name: "extendTask", handle: (*Gateway).extend,
+			about:  "Moves the task's deadline to ttl from now, never back and never beyond the longest lifetime.",
+			params: params(ifMatch), body: schemas.ExtendRequest{},
+			answers: []reply{{status: 200, about: "Done: the worker has the new deadline, or none needs to.", value: schemas.Task{}, header: page},
+				{status: 202, about: "The record has the new deadline; the worker has not confirmed it yet.", value: schemas.Task{}, header: page}},
+			fails: fails(bodyFails, ofOne, badHeaders, changed, unknown, failure{409, []schemas.Code{schemas.CodeStateConflict, schemas.CodeTooLate, schemas.CodeDraining}},
+				failure{422, []schemas.Code{schemas.CodeInvalidValue, schemas.CodeNotAllowed}})},
+		{method: "GET", path: "/v1/tasks/{id}/logs", name: "readLogs", handle: (*Gateway).logs,
+			about: "Hands out what the task wrote, in order: as text, as NDJSON or as SSE (of LogLine), by Accept. An SSE id is a place from which reading goes on.",
+			params: []param{
+				{name: "follow", in: "query", about: "Go on until the task is over.", schema: aSwitch},
+				{name: "tail", in: "query", about: "Only about the last so many lines of what there is.", schema: `{"type": "integer", "minimum": 0, "maximum": 100000}`},
+				{name: "since", in: "query", about: "Only what was written since then: a time, or a duration before now.", schema: `{"type": "string"}`},
+				{name: "stream", in: "query", about: "One of the two.", schema: `{"$ref": "#/components/schemas/Stream"}`},
+				{name: "attempt", in: "query", about: "One attempt; the newest that has logs, and followed those after it, if not given.", schema: `{"type": "integer", "minimum": 1}`},
+				{name: "timestamps", in: "query", about: "The time before each line, in text.", schema: aSwitch},
+				lastEvent},
+			answers: []reply{{status: 200, about: "The log.", kinds: []string{"text/plain", "application/x-ndjson", "text/event-stream"}},
+				{status: 204, about: "There is nothing behind Last-Event-ID, and nothing will come."}},
+			fails: fails(ofOne, badHeaders, tooMany)},
+		{method: "GET", path: "/v1/tasks/{id}/events", name: "taskEvents", handle: (*Gateway).taskEvents,
+			about: "The changes of one task as SSE or NDJSON (of TaskEvent), by Accept, until it is over.", params: eventParams,
+			answers: eventAnswers, fails: fails(ofOne, badHeaders, tooMany)},
+		{method: "GET", path: "/v1/events", name: "events", handle: (*Gateway).events,
+			about:   "The changes of all tasks in the order of their writes, as SSE or NDJSON (of TaskEvent), by Accept. An id is a place from which any gateway goes on; nothing is lost and nothing comes twice while records are kept, and truncated says where a record no longer has it all.",
+			params:  params(eventParams, labels, worker),
+			answers: eventAnswers, fails: fails(badHeaders, tooMany)},
+		{method: "GET", path: "/v1/workers", name: "listWorkers", handle: (*Gateway).listWorkers,
+			about: "Lists the workers, by name.", answers: []reply{{status: 200, about: "All of them.", value: schemas.WorkerList{}}}, fails: fails()},
+		{method: "GET", path: "/v1/workers/{id}", name: "getWorker", handle: (*Gateway).getWorker,
+			about: "Shows a worker.", answers: []reply{{status: 200, about: "The worker.", value: schemas.Worker{}}}, fails: fails(ofOne)},
+		{method: "POST", path: "/v1/workers/{id}/drain", name: "drainWorker", handle: (*Gateway).drain,
+			about: "Lets a worker take nothing new; its tasks go on to their ends and get no more time. It stays so until undrain.", body: struct{}{},
+			answers: []reply{{status: 200, about: "The worker.", value: schemas.Worker{}}}, fails: fails(bodyFails, ofOne, unknown)},
+		{method: "POST", path: "/v1/workers/{id}/undrain", name: "undrainWorker", handle: (*Gateway).undrain,
+			about: "Lets a drained worker take tasks again.", body: struct{}{},
+			answers: []reply{{status: 200, about: "The worker.", value: schemas.Worker{}}}, fails: fails(bodyFails, ofOne, unknown)},
+		{method: "GET", path: "/openapi.json", name: "openapi", handle: (*Gateway).openapi,
+			about: "This document.", answers: []reply{{status: 200, about: "OpenAPI 3.1.", value: map[string]any{}}}, fails: fails()},
+		{method: "GET", path: "/docs/", name: "docs", handle: (*Gateway).docs,
+			about: "This document for people.", answers: []reply{{status: 200, about: "A page without scripts.", kinds: []string{"text/html"}}}, fails: fails()},
+	}
+}
+
+var eventAnswers = []reply{{status: 200, about: "The events.", kinds: []string{"text/event-stream", "application/x-ndjson"}},
+	{status: 204, about: "There is nothing behind Last-Event-ID, and nothing will come."}}
