@@ -97,7 +97,7 @@ type Pages struct{ t *template.Template }
 // New reads the templates.
 func New() (*Pages, error) {
 	t, err := template.New("ui").Funcs(template.FuncMap{
-		"ago": ago, "short": short, "stamp": stamp, "sentence": sentence, "when": when, "since": since, "bars": bars,
+		"ago": ago, "short": short, "stamp": stamp, "sentence": sentence, "when": when, "after": func(first, t time.Time) string { return "+" + short(t.Sub(first)) }, "bars": bars,
 		"command": command, "size": func(n int64) string { return schemas.Size(n).String() },
 		"beat": func(d schemas.Duration) string { return ago(time.Time{}.Add(d.Std()), time.Time{}) },
 	}).ParseFS(sources, "*.html")

@@ -16,7 +16,7 @@ func short(d time.Duration) string {
 	switch d = max(d, 0); {
 	case d < time.Second:
 		return fmt.Sprintf("%dms", d.Milliseconds())
-	case d < 10*time.Second:
+	case d < 10*time.Second && d%time.Second != 0:
 		return fmt.Sprintf("%.1fs", math.Floor(d.Seconds()*10)/10)
 	case d < time.Minute:
 		return fmt.Sprintf("%ds", int(d.Seconds()))
@@ -46,14 +46,6 @@ func ago(now, t time.Time) string {
 }
 
 func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
-
-// since is how long after the first change a later one came.
-func since(first, t time.Time) string {
-	if t.Equal(first) {
-		return t.UTC().Format("2006-01-02 15:04:05")
-	}
-	return "+" + short(t.Sub(first))
-}
 
 // bar is how much of something is promised to tasks.
 type bar struct {

@@ -1,5 +1,6 @@
 // Makes the element old like next with as few changes as there are, so that focus,
-// selection and what a person typed stay. Children with an id are found by it.
+// selection and what a person typed stay. Children with an id are found by it, others by
+// their place: what may come and go beside others needs an id.
 export function morph(old, next) {
   if (old.isEqualNode(next)) return;
   attributes(old, next);
