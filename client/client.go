@@ -5,8 +5,8 @@
 //	for line, err := range c.Logs(ctx, task.ID, client.LogOptions{Follow: true}) { … }
 //	task, err = c.Wait(ctx, task.ID)
 //
-// What the API refuses comes back as a *schemas.Error (errors.As), told apart by
-// its Code; a server that cannot be reached as an *UnreachableError. Calls that may
+// What the API refuses comes back as a *schemas.Error (errors.As), told apart by its
+// code: errors.Is(err, schemas.CodePrecondition). A server that cannot be reached as an *UnreachableError. Calls that may
 // be repeated without harm are repeated, with growing pauses, for as long as
 // WithRetryFor says and the context allows.
 package client
@@ -17,6 +17,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"math/rand/v2"
 	"net"
@@ -120,7 +121,8 @@ type request struct {
 	query  url.Values
 	body   []byte
 	accept string
-	key    string // Idempotency-Key
+	header http.Header // beside the usual ones
+	key    string      // Idempotency-Key
 	// repeatable: doing it twice is the same as doing it once.
 	repeatable bool
 	// wait is how long the server was asked to hold the answer back.
@@ -167,6 +169,7 @@ func (c *Client) send(ctx context.Context, r request) (*http.Response, error) {
 	if err != nil {
 		return nil, err
 	}
+	maps.Copy(req.Header, r.header)
 	req.Header.Set("User-Agent", c.userAgent)
 	if r.accept == "" {
 		r.accept = "application/json"

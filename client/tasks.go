@@ -132,22 +132,41 @@ func (c *Client) waitFor(ctx context.Context, id schemas.TaskID, until Until) (s
 
 // ListOptions choose tasks.
 type ListOptions struct {
-	States []schemas.State   // any of these; all if empty
-	Labels map[string]string // all of these
-	Limit  int               // of a page; the server's default if 0
-	Cursor string            // of the page before
+	States       []schemas.State   // any of these; all if empty
+	Labels       map[string]string // all of these
+	HasLabels    []string          // all of these, whatever their values
+	Worker       schemas.WorkerID  // "": any and none
+	CreatedAfter time.Time         // zero: whenever
+	Limit        int               // of a page; the server's default if 0
+	Cursor       string            // of the page before
 }
 
-// List gives one page of tasks, newest first.
-func (c *Client) List(ctx context.Context, o ListOptions) (schemas.TaskList, error) {
+// filters gives what lists and events are chosen by.
+func filters(states []schemas.State, labels map[string]string, has []string, worker schemas.WorkerID) url.Values {
 	q := url.Values{}
-	for _, s := range o.States {
+	for _, s := range states {
 		q.Add("state", string(s))
 	}
-	for k, v := range o.Labels {
+	for k, v := range labels {
 		q.Add("label", k+"="+v)
 	}
+	for _, k := range has {
+		q.Add("label", k)
+	}
 	slices.Sort(q["label"])
+	if worker != "" {
+		q.Set("worker", string(worker))
+	}
+	return q
+}
+
+// List gives one page of tasks, newest first. A page may be short, or empty, and not be
+// the last: that one has no NextCursor.
+func (c *Client) List(ctx context.Context, o ListOptions) (schemas.TaskList, error) {
+	q := filters(o.States, o.Labels, o.HasLabels, o.Worker)
+	if !o.CreatedAfter.IsZero() {
+		q.Set("created_after", o.CreatedAfter.UTC().Format(time.RFC3339Nano))
+	}
 	if o.Limit > 0 {
 		q.Set("limit", strconv.Itoa(o.Limit))
 	}
@@ -182,31 +201,47 @@ func (c *Client) All(ctx context.Context, o ListOptions) iter.Seq2[schemas.Task,
 	}
 }
 
+// ChangeOption is a condition of a change.
+type ChangeOption func(*request)
+
+// IfRevision lets a change happen only if the task is still as it was shown at that
+// revision; it is schemas.CodePrecondition otherwise, and nothing was done. Such a call
+// is not repeated where it may have been done, because the second would be refused.
+func IfRevision(revision uint64) ChangeOption {
+	return func(r *request) {
+		r.header = http.Header{"If-Match": {strconv.Quote(strconv.FormatUint(revision, 10))}}
+		r.repeatable = false
+	}
+}
+
+// change does a request under conditions.
+func (c *Client) change(ctx context.Context, r request, opts []ChangeOption) (t schemas.Task, err error) {
+	for _, o := range opts {
+		o(&r)
+	}
+	_, err = c.call(ctx, r, &t)
+	return t, err
+}
+
 // Cancel asks for the task's end: TERM to its processes, and KILL after grace (the
 // task's own if nil). It does not wait for the end. A final task stays as it is.
-func (c *Client) Cancel(ctx context.Context, id schemas.TaskID, grace *time.Duration) (schemas.Task, error) {
+func (c *Client) Cancel(ctx context.Context, id schemas.TaskID, grace *time.Duration, opts ...ChangeOption) (schemas.Task, error) {
 	q := url.Values{}
 	if grace != nil {
 		q.Set("grace", schemas.Duration(*grace).String())
 	}
-	var t schemas.Task
-	_, err := c.call(ctx, request{method: http.MethodDelete, path: taskPath(id, ""), query: q, repeatable: true}, &t)
-	return t, err
+	return c.change(ctx, request{method: http.MethodDelete, path: taskPath(id, ""), query: q, repeatable: true}, opts)
 }
 
 // Extend moves the task's deadline to ttl from now, never back. The task that comes
 // back has the new deadline; the worker may not have heard of it yet.
-func (c *Client) Extend(ctx context.Context, id schemas.TaskID, ttl time.Duration) (schemas.Task, error) {
+func (c *Client) Extend(ctx context.Context, id schemas.TaskID, ttl time.Duration, opts ...ChangeOption) (schemas.Task, error) {
 	body, err := schemas.Encode(schemas.ExtendRequest{TTL: schemas.Duration(ttl)})
 	if err != nil {
 		return schemas.Task{}, fmt.Errorf("encode extension: %w", err)
 	}
-	var t schemas.Task
 	// The deadline never moves back and never beyond now+ttl, so twice does no harm.
-	_, err = c.call(ctx, request{
-		method: http.MethodPost, path: taskPath(id, "/extend"), body: body, repeatable: true,
-	}, &t)
-	return t, err
+	return c.change(ctx, request{method: http.MethodPost, path: taskPath(id, "/extend"), body: body, repeatable: true}, opts)
 }
 
 // Workers gives all workers, by name.

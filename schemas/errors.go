@@ -5,8 +5,12 @@ import (
 	"strings"
 )
 
-// Code is the stable, machine-readable name of an error of the API.
+// Code is the stable, machine-readable name of an error of the API. It is an error
+// itself, so that errors.Is(err, CodeNotFound) tells an *Error by its code.
 type Code string
+
+// Error implements error.
+func (c Code) Error() string { return string(c) }
 
 // The codes of the API. They are never renamed or reused.
 const (
@@ -72,6 +76,12 @@ func (e *Error) Error() string {
 		fmt.Fprintf(&b, ": %s", e.Detail)
 	}
 	return b.String()
+}
+
+// Is says whether target is the error's code.
+func (e *Error) Is(target error) bool {
+	c, ok := target.(Code)
+	return ok && c == e.Code
 }
 
 // InvalidSpec wraps field errors into the one answer that carries them all.

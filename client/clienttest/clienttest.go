@@ -43,9 +43,11 @@ type Server struct {
 	intercept func(http.ResponseWriter, *http.Request) bool
 	cuts      []int
 	requests  []string
+	revision  uint64 // of the newest change of any task
 }
 
 type task struct {
+	server   *Server
 	record   schemas.Record
 	revision uint64
 	logs     []schemas.LogLine
@@ -73,7 +75,7 @@ func (s *Server) Intercept(f func(http.ResponseWriter, *http.Request) bool) {
 	s.change(func() { s.intercept = f })
 }
 
-// CutLogs breaks the first log connection in the middle of a line after lines[0]
+// CutLogs breaks the first connection of a log or of events in the middle of a line after lines[0]
 // whole ones, the second after lines[1], and so on. A negative number ends the
 // connection in good order.
 func (s *Server) CutLogs(lines ...int) { s.change(func() { s.cuts = lines }) }
@@ -123,7 +125,14 @@ func (s *Server) Await(stop <-chan struct{}, f func([]schemas.Task) bool) bool {
 
 // Seed puts a task there as it is, under an id of the test's choice.
 func (s *Server) Seed(r schemas.Record) {
-	s.change(func() { s.tasks[r.ID] = &task{record: r, revision: 1, size: map[schemas.Stream]int64{}} })
+	s.change(func() { s.add(r) })
+}
+
+// add puts a task there; mu is held.
+func (s *Server) add(r schemas.Record) {
+	t := &task{server: s, size: map[schemas.Stream]int64{}}
+	t.put(r)
+	s.tasks[r.ID] = t
 }
 
 func (s *Server) change(f func()) {
@@ -164,9 +173,16 @@ func (t *task) next(e schemas.Event) error {
 	if err != nil {
 		return err
 	}
-	t.record = r
-	t.revision++
+	t.put(r)
 	return nil
+}
+
+// put makes r the newest revision; the server's mu is held.
+func (t *task) put(r schemas.Record) {
+	t.server.revision++
+	t.revision = t.server.revision
+	t.record = r
+	t.record.History = r.Changes(t.revision)
 }
 
 func (t *task) log(stream schemas.Stream, b []byte) {
@@ -274,6 +290,8 @@ func (s *Server) handler() http.Handler {
 	m.HandleFunc("DELETE /v1/tasks/{id}", s.cancel)
 	m.HandleFunc("POST /v1/tasks/{id}/extend", s.extend)
 	m.HandleFunc("GET /v1/tasks/{id}/logs", s.log)
+	m.HandleFunc("GET /v1/events", s.events)
+	m.HandleFunc("GET /v1/tasks/{id}/events", s.events)
 	m.HandleFunc("GET /v1/workers", s.workers)
 	m.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		Fail(w, schemas.Error{Status: 404, Code: schemas.CodeNotFound, Detail: "no such path"})
@@ -337,7 +355,7 @@ func (s *Server) create(w http.ResponseWriter, r *http.Request) {
 		}
 		id, _ = schemas.NewTaskID(time.Now(), rand.Reader)
 		rec := schemas.NewRecord(id, spec, schemas.DefaultPolicy(), meta("gateway"))
-		s.tasks[id] = &task{record: rec, revision: 1, size: map[schemas.Stream]int64{}}
+		s.add(rec)
 		if key != "" {
 			s.keys[key] = id
 		}
@@ -400,10 +418,7 @@ func (s *Server) list(w http.ResponseWriter, r *http.Request) {
 		if c := q.Get("cursor"); c != "" && string(t.ID) >= c || len(q["state"]) > 0 && !slices.Contains(q["state"], string(t.State)) {
 			continue
 		}
-		if slices.ContainsFunc(q["label"], func(kv string) bool {
-			k, v, _ := strings.Cut(kv, "=")
-			return t.Spec.Labels[k] != v
-		}) {
+		if !labeled(t.Spec.Labels, q["label"]) {
 			continue
 		}
 		if len(l.Items) == limit {
@@ -416,15 +431,104 @@ func (s *Server) list(w http.ResponseWriter, r *http.Request) {
 	write(w, http.StatusOK, l)
 }
 
+// labeled says whether labels has all of these: name=value, or a name alone.
+func labeled(labels map[string]string, want []string) bool {
+	return !slices.ContainsFunc(want, func(pair string) bool {
+		k, v, valued := strings.Cut(pair, "=")
+		has, ok := labels[k]
+		return !ok || valued && has != v
+	})
+}
+
+// changed answers 412 where the task is not at the revision of If-Match; mu is held.
+func (t *task) changed(w http.ResponseWriter, r *http.Request) bool {
+	tag := r.Header.Get("If-Match")
+	if tag == "" || tag == strconv.Quote(strconv.FormatUint(t.revision, 10)) {
+		return false
+	}
+	Fail(w, schemas.Error{Status: 412, Code: schemas.CodePrecondition, Task: t.record.ID, State: t.record.State})
+	return true
+}
+
+// events tells the changes that the histories have, in their order.
+func (s *Server) events(w http.ResponseWriter, r *http.Request) {
+	id := schemas.TaskID(r.PathValue("id"))
+	if id != "" {
+		if _, ok := s.known(w, r); !ok {
+			return
+		}
+	}
+	q := r.URL.Query()
+	cut := 1 << 30
+	var given uint64
+	s.change(func() {
+		if len(s.cuts) > 0 {
+			cut, s.cuts = s.cuts[0], s.cuts[1:]
+		}
+		if given = s.revision; q.Get("after") != "now" {
+			given, _ = strconv.ParseUint(q.Get("after"), 10, 64)
+		}
+	})
+	w.Header().Set("Content-Type", "text/event-stream")
+	out := http.NewResponseController(w)
+	fmt.Fprintf(w, ": here\nid: %d\n\n", given)
+	_ = out.Flush()
+	for sent := 0; ; {
+		var fresh []schemas.TaskEvent
+		over := q.Get("follow") == "false"
+		if !s.await(r.Context().Done(), func() bool {
+			for _, t := range s.tasks {
+				if id != "" && t.record.ID != id {
+					continue
+				}
+				over = over || id != "" && t.record.State.Final()
+				for _, c := range t.record.History {
+					if c.Revision > given && labeled(t.record.Spec.Labels, q["label"]) && (len(q["state"]) == 0 || slices.Contains(q["state"], string(c.State))) {
+						fresh = append(fresh, schemas.TaskEvent{ID: c.Revision, Task: t.record.ID, At: c.At, State: c.State, Reason: c.Reason, By: c.By,
+							Note: c.Note, Attempt: c.Attempt, Worker: c.Worker, Labels: t.record.Spec.Labels})
+					}
+				}
+			}
+			return len(fresh) > 0 || over
+		}) {
+			return
+		}
+		slices.SortFunc(fresh, func(a, b schemas.TaskEvent) int { return int(a.ID) - int(b.ID) })
+		for _, e := range fresh {
+			body, _ := schemas.Encode(e)
+			if sent == cut {
+				_, _ = w.Write(body[:len(body)/2])
+				_ = out.Flush()
+				panic(http.ErrAbortHandler)
+			}
+			fmt.Fprintf(w, "id: %d\nevent: task\ndata: %s\n\n", e.ID, body)
+			given = e.ID
+			sent++
+		}
+		if over {
+			fmt.Fprint(w, "event: end\ndata: {}\n\n")
+			return
+		}
+		_ = out.Flush()
+	}
+}
+
 func (s *Server) cancel(w http.ResponseWriter, r *http.Request) {
 	id, ok := s.known(w, r)
 	if !ok {
 		return
 	}
 	grace, _ := time.ParseDuration(r.URL.Query().Get("grace"))
+	refused := false
 	s.change(func() {
+		if refused = s.tasks[id].changed(w, r); refused {
+			return
+		}
 		_ = s.tasks[id].next(schemas.AskCancel{Meta: meta("client"), Grace: schemas.Duration(grace)})
 	})
+	if refused {
+		return
+	}
 	s.answer(w, r, id, http.StatusOK)
 }
 
@@ -441,11 +545,18 @@ func (s *Server) extend(w http.ResponseWriter, r *http.Request) {
 	}
 	var err error
 	var state schemas.State
+	refused := false
 	s.change(func() {
 		t := s.tasks[id]
+		if refused = t.changed(w, r); refused {
+			return
+		}
 		state = t.record.State
 		err = t.next(schemas.AskExtend{Meta: meta("client"), TTL: req.TTL})
 	})
+	if refused {
+		return
+	}
 	if err != nil {
 		Fail(w, schemas.Error{Status: 409, Code: schemas.CodeStateConflict, Detail: "the task is " + string(state), Task: id, State: state})
 		return

@@ -15,16 +15,15 @@ import (
 	"dayfly.dev/schemas"
 )
 
-// Limits of a list. A filter that takes few tasks makes one request look at listLook at
-// the most, some ten milliseconds of work; the page then ends early, with a cursor.
+// Limits of a list.
 const (
 	listDefault = 100
 	listMax     = 1000
-	listLook    = 10_000
 )
 
 // list is GET /v1/tasks: newest first, from the view. Tasks that come meanwhile stand
-// before the first page, so a cursor neither repeats nor skips.
+// before the first page, so a cursor neither repeats nor skips. Where the filter takes few,
+// the page ends early, with a cursor, after ListLook tasks that were looked at.
 func (g *Gateway) list(w *response, r *http.Request) error {
 	q, err := parseQuery(w, r)
 	if err != nil {
@@ -59,7 +58,7 @@ func (g *Gateway) tasksFrom(ctx context.Context, f filter, after string, limit i
 	page := schemas.TaskList{Items: []schemas.Task{}}
 	now := time.Now()
 	for looked := 0; ; {
-		ids := g.index.before(after, 256)
+		ids := g.index.before(after, min(256, g.cfg.ListLook))
 		for _, id := range ids {
 			if id < f.since {
 				return page, nil
@@ -77,11 +76,11 @@ func (g *Gateway) tasksFrom(ctx context.Context, f filter, after string, limit i
 			}
 			page.Items = append(page.Items, t)
 		}
-		if len(ids) < 256 || ctx.Err() != nil {
+		if len(ids) == 0 || ctx.Err() != nil {
 			return page, nil
 		}
 		after = ids[len(ids)-1]
-		if looked += len(ids); looked >= listLook {
+		if looked += len(ids); looked >= g.cfg.ListLook {
 			page.NextCursor = f.cursor(after)
 			return page, nil
 		}

@@ -135,6 +135,8 @@ func TestListPagesAndFilters(t *testing.T) {
 			for query, want := range map[string]int{
 				"?state=queued": 20, "?state=running,completed": 5, "?state=running&state=queued": 24,
 				"?label=even=true": 13, "?label=even=true&label=n=4": 1, "?label=even=tru": 0, "?label=none=": 0,
+				"?label=n": 25, "?label=n&label=even=true": 13, "?label=none": 0, "?label=nn": 0, "?created_after=1h": 25,
+				"?created_after=" + time.Now().Add(time.Hour).UTC().Format(time.RFC3339): 0,
 				"?worker=w1": 5, "?worker=w2": 0, "?worker=w1&state=completed&label=n=0": 1,
 			} {
 				if n := len(w.list(query).Items); n != want {
@@ -147,6 +149,51 @@ func TestListPagesAndFilters(t *testing.T) {
 			cursor := w.list("?limit=1").NextCursor
 			w.get("/v1/tasks?limit=1&state=queued&cursor="+cursor).want(t, 400, schemas.CodeInvalidQuery)
 		})
+	}
+}
+
+// However few tasks a filter takes, one request does bounded work, and all pages together
+// have them all; tasks that come meanwhile change nothing of that.
+func TestAListLooksAtSoManyAndGoesOn(t *testing.T) {
+	w := newWorld(t, gateway.Config{ListLook: 7})
+	var want []schemas.TaskID
+	middle := time.Time{}
+	for i := range 40 {
+		rare := i%13 == 0
+		id := w.create(fmt.Sprintf(`{"image":"busybox","labels":{"rare":"%v"}}`, rare)).ID
+		if rare {
+			want = append([]schemas.TaskID{id}, want...)
+		}
+		if i == 20 {
+			middle = w.task(id).Timings.Accepted
+		}
+	}
+	pages := func(query string) (got []schemas.TaskID, n int) {
+		next := query
+		for {
+			l := w.list(next)
+			n++
+			for _, task := range l.Items {
+				got = append(got, task.ID)
+			}
+			if l.NextCursor == "" {
+				return got, n
+			}
+			w.create(`{"image":"busybox","labels":{"rare":"true"}}`)
+			next = query + "&cursor=" + l.NextCursor
+		}
+	}
+	if got, n := pages("?label=rare=true&limit=2"); fmt.Sprint(got) != fmt.Sprint(want) || n < 40/7 {
+		t.Errorf("got %v over %d pages, want %v", got, n, want)
+	}
+	got, _ := pages("?label=rare=false&created_after=" + middle.Format(time.RFC3339Nano))
+	for _, id := range got {
+		if w.task(id).Timings.Accepted.Before(middle.Truncate(time.Millisecond)) {
+			t.Errorf("%s is older than asked for", id)
+		}
+	}
+	if len(got) < 18 { // ids know milliseconds, so a few of the same one may come too
+		t.Errorf("%d tasks since %s", len(got), middle)
 	}
 }
 

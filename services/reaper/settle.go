@@ -107,7 +107,7 @@ func (u *unknown) prune(before time.Time) {
 // attempt never become untrue.
 func (r *Reaper) settle(ctx context.Context, rep schemas.Report) (string, error) {
 	e, err := r.entry(ctx, rep.Task)
-	if err == nil && (e.Value.Attempt < rep.Attempt || e.Value.Attempt == rep.Attempt && e.Value.Assignment() != rep.Assignment && e.Value.State.Held()) {
+	if err == nil && (e.Revision < rep.Revision || e.Value.Attempt < rep.Attempt || e.Value.Attempt == rep.Attempt && e.Value.Assignment() != rep.Assignment && e.Value.State.Held()) {
 		e, err = r.table.Get(ctx, string(rep.Task)) // the view may lag behind the report
 		if err == nil && e.Value.Attempt < rep.Attempt {
 			err = errAhead

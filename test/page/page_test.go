@@ -7,10 +7,15 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"image"
+	"image/color"
+	"image/png"
 	"iter"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -54,7 +59,7 @@ func start(t *testing.T) *site {
 		}
 	})
 	allocator, cancelAllocator := chromedp.NewExecAllocator(context.Background(), append(chromedp.DefaultExecAllocatorOptions[:],
-		chromedp.NoSandbox, chromedp.DisableGPU, chromedp.WindowSize(1280, 860), chromedp.WSURLReadTimeout(time.Minute))...)
+		chromedp.NoSandbox, chromedp.DisableGPU, chromedp.WindowSize(1160, 860), chromedp.WSURLReadTimeout(time.Minute))...)
 	s := &site{TB: t, url: st.URL}
 	var cancelBrowser context.CancelFunc
 	s.browser, cancelBrowser = chromedp.NewContext(allocator)
@@ -184,10 +189,41 @@ func (s *site) shoot(name string) {
 		if err != nil {
 			s.Fatal(err)
 		}
-		if err := os.WriteFile(filepath.Join("../../docs/screenshots", name+"-"+scheme+".png"), picture, 0o644); err != nil {
+		if err := os.WriteFile(filepath.Join("../../docs/screenshots", name+"-"+scheme+".png"), small(s, picture), 0o644); err != nil {
 			s.Fatal(err)
 		}
 	}
+}
+
+// small makes a picture of the 256 colours that it has the most of.
+func small(t testing.TB, picture []byte) []byte {
+	from, err := png.Decode(bytes.NewReader(picture))
+	if err != nil {
+		t.Fatal(err)
+	}
+	count := map[color.Color]int{}
+	for y := range from.Bounds().Dy() {
+		for x := range from.Bounds().Dx() {
+			count[from.At(x, y)]++
+		}
+	}
+	palette := color.Palette(slices.SortedFunc(maps.Keys(count), func(a, b color.Color) int { return count[b] - count[a] }))
+	palette = palette[:min(256, len(palette))]
+	nearest := map[color.Color]uint8{}
+	for c := range count {
+		nearest[c] = uint8(palette.Index(c))
+	}
+	to := image.NewPaletted(from.Bounds(), palette)
+	for y := range from.Bounds().Dy() {
+		for x := range from.Bounds().Dx() {
+			to.SetColorIndex(x, y, nearest[from.At(x, y)])
+		}
+	}
+	var b bytes.Buffer
+	if err := (&png.Encoder{CompressionLevel: png.BestCompression}).Encode(&b, to); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
 }
 
 func (s *site) send(method, path, body string) schemas.Task {
@@ -386,9 +422,7 @@ func followed(s *site) {
 	s.until(`!document.getElementById("confirm").open`)
 	s.press("c")
 	s.until(`document.getElementById("confirm").open`)
-	s.press(kb.Shift + kb.Tab)
-	s.do(chromedp.Focus(`#confirm [value=yes]`))
-	s.press(kb.Enter)
+	s.press(kb.Tab + kb.Enter)
 	s.until(`document.querySelector(".lead .state").textContent === "canceled"`)
 	s.until(`document.querySelector(".logstate").textContent === "complete" && !document.querySelector(".actions")`)
 	s.stayed()
