@@ -92,6 +92,12 @@ func (s *site) listen(messages iter.Seq2[chromedp.ConsoleMessage, error]) {
 	}
 }
 
+func (s *site) heard() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.wrong)
+}
+
 func (s *site) do(steps ...chromedp.Action[chromedp.Void]) {
 	s.Helper()
 	ctx, cancel := context.WithTimeout(s.browser, time.Minute)
@@ -386,10 +392,31 @@ func TestPage(t *testing.T) {
 		}
 		set(s, emulation.SetScriptExecutionDisabled, emulation.SetScriptExecutionDisabledParams{})
 	})
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, text := range s.wrong {
+	for _, text := range s.heard() {
 		t.Error(text)
+	}
+	s.open("/ui/")
+	ask[bool](s, `Boolean(document.body.appendChild(Object.assign(document.createElement("script"), {textContent: "window.foreign = true"})))`)
+	until(t, "the console tells of what the policy forbids", func() bool {
+		return strings.Contains(strings.Join(s.heard(), ""), "Content Security Policy")
+	})
+	if ask[bool](s, `window.foreign === true`) {
+		t.Error("an inline script ran")
+	}
+}
+
+// until polls for a fact outside of the page.
+func until(t testing.TB, what string, fact func() bool) {
+	t.Helper()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	end := time.After(30 * time.Second)
+	for !fact() {
+		select {
+		case <-tick.C:
+		case <-end:
+			t.Fatal("never came true:", what)
+		}
 	}
 }
 
@@ -398,7 +425,7 @@ func followed(s *site) {
 	for _, w := range []string{"w0000", "w0001", "w0002"} {
 		s.drain(w, "drain")
 	}
-	task := s.create("judge/python:3.13", "log 4000 6h", `,"labels":{"contest":"spring","user":"u042"}`)
+	task := s.waiting()
 	s.open("/ui/tasks/" + string(task.ID))
 	s.until(`document.querySelector(".lead").textContent.includes("drain")`)
 	s.until(`document.querySelectorAll(".why tr").length === 3`)
@@ -426,6 +453,22 @@ func followed(s *site) {
 	s.until(`document.querySelector(".lead .state").textContent === "canceled"`)
 	s.until(`document.querySelector(".logstate").textContent === "complete" && !document.querySelector(".actions")`)
 	s.stayed()
+}
+
+// waiting makes a task that waits. The placer may hear of the drains a little later than
+// their answers came, so the first may still find a worker.
+func (s *site) waiting() schemas.Task {
+	s.Helper()
+	for {
+		task := s.create("judge/python:3.13", "log 4000 6h", `,"labels":{"contest":"spring","user":"u042"}`)
+		for task.State == schemas.Queued && task.Why == nil {
+			task = s.send("GET", "/v1/tasks/"+string(task.ID), "")
+		}
+		if task.State == schemas.Queued && len(task.Why.Workers) == 3 {
+			return task
+		}
+		s.send("DELETE", "/v1/tasks/"+string(task.ID), "")
+	}
 }
 
 func (s *site) drain(worker, verb string) {
