@@ -265,6 +265,33 @@ func (s *site) create(image, command, more string) schemas.Task {
 	return s.send("POST", "/v1/tasks", fmt.Sprintf(`{"image":%q,"command":%s,"resources":{"cpus":0.02,"memory":"64MiB"}%s}`, image, words, more))
 }
 
+// load makes n tasks, sixteen at a time: of twenty, one ends well, one fails, the others stay.
+func (s *site) load(n int) {
+	s.Helper()
+	var group sync.WaitGroup
+	defer group.Wait()
+	next := make(chan int)
+	defer close(next)
+	for range 16 {
+		group.Go(func() {
+			for i := range next {
+				judge := fmt.Sprintf(`,"labels":{"contest":"spring","user":"u%03d"}`, i%97)
+				switch i % 20 {
+				case 7:
+					s.create("judge/python:3.13", "exit 0", judge)
+				case 13:
+					s.create("judge/cpp:14", "exit 3", judge)
+				default:
+					s.create("ctf/web-100", "sleep 6h", fmt.Sprintf(`,"labels":{"team":"t%02d"},"ttl":"8h"`, i%40))
+				}
+			}
+		})
+	}
+	for i := range n {
+		next <- i
+	}
+}
+
 // count is what a tab says.
 func count(tab string) string {
 	return fmt.Sprintf(`Number(document.querySelector(".tabs .%s b").textContent)`, tab)
@@ -272,28 +299,7 @@ func count(tab string) string {
 
 func TestPage(t *testing.T) {
 	s := start(t)
-	var group sync.WaitGroup
-	next := make(chan int)
-	for range 16 {
-		group.Go(func() {
-			for i := range next {
-				switch {
-				case i%20 == 7:
-					s.create("judge/python:3.13", "exit 0", fmt.Sprintf(`,"labels":{"contest":"spring","user":"u%03d"}`, i%97))
-				case i%20 == 13:
-					s.create("judge/cpp:14", "exit 3", fmt.Sprintf(`,"labels":{"contest":"spring","user":"u%03d"}`, i%97))
-				default:
-					s.create("ctf/web-100", "sleep 6h", fmt.Sprintf(`,"labels":{"team":"t%02d"},"ttl":"8h"`, i%40))
-				}
-			}
-		})
-	}
-	for i := range tasks {
-		next <- i
-	}
-	close(next)
-	group.Wait()
-
+	s.load(tasks)
 	s.open("/ui/")
 	s.run("counts are right and the list is paged", func(t *testing.T) {
 		s.until(count("running") + " === 1800")
@@ -366,6 +372,21 @@ func TestPage(t *testing.T) {
 		s.shoot("workers")
 		s.press(kb.Enter)
 		s.until(state + ` === "ready"`)
+		s.stayed()
+	})
+	s.run("a burst is drawn a few times a second", func(t *testing.T) {
+		s.open("/ui/")
+		s.mark()
+		ask[bool](s, `(function frame(at) {
+			window.gap = Math.max(window.gap ?? 0, at - (window.last ?? at));
+			window.last = at;
+			requestAnimationFrame(frame);
+		})(performance.now()) === undefined`)
+		all, began := ask[int](s, count("all")), time.Now()
+		s.load(500)
+		s.until(count("all") + fmt.Sprintf(" === %d", all+500))
+		t.Logf("500 tasks in %v, %d drawings, and at most %.0f ms between two frames", time.Since(began).Round(time.Millisecond),
+			ask[int](s, `performance.getEntriesByType("resource").filter((e) => e.name === location.href).length`), ask[float64](s, `window.gap`))
 		s.stayed()
 	})
 	s.run("a phone has room for it", func(t *testing.T) {

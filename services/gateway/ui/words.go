@@ -55,7 +55,7 @@ type bar struct {
 
 func bars(w schemas.Worker) []bar {
 	of := func(name, part, whole string, p, all float64) bar {
-		return bar{string(w.ID) + "-" + strings.ToLower(name), name, part, whole, int(math.Round(100 * p / max(all, 1e-9)))}
+		return bar{string(w.ID) + "-" + strings.ToLower(name), name, part, whole, int(math.Round(min(100, 100*p/max(all, 1e-9))))}
 	}
 	a, h := w.Assigned, w.Host
 	return []bar{
