@@ -82,6 +82,10 @@ bench: build ## measure: cold starts beside raw Docker, and the control plane al
 	CGO_ENABLED=0 go build -trimpath -o bin/bench ./test/bench
 	bin/bench
 
+.PHONY: metrics-check
+metrics-check: setup ## ask a real Prometheus every query of the dashboards and rules, under load; `make test` does too
+	cd test && go test ./metrics -count=1 -v -timeout 10m
+
 .PHONY: cluster
 cluster: build ## test services as processes of their own on three NATS servers that are killed; a minute
 	cd test && go test -tags cluster ./cluster -count=1 -timeout 10m

@@ -104,9 +104,9 @@ func TestAWriteWaitsForALeaderThatIsBehindTheView(t *testing.T) {
 				l.next = func() { l.last, l.revision, l.value = 7, 7, "shown" }
 				table := NewTable(clustered(t, l), "b", codec)
 				var read []string
-				e, err := table.UpdateFrom(t.Context(), Entry[string]{Key: "k", Value: "shown", Revision: 7}, "", func(s string) (string, []WriteOption, error) {
-					read = append(read, s)
-					return s + " and more", nil, nil
+				e, err := table.UpdateFrom(t.Context(), Entry[string]{Key: "k", Value: "shown", Revision: 7}, "", func(e Entry[string]) (string, []WriteOption, error) {
+					read = append(read, e.Value)
+					return e.Value + " and more", nil, nil
 				})
 				if err != nil || e.Value != "shown and more" || e.Revision != 8 || len(read) > 2 || strings.Contains(strings.Join(read, " "), "old") {
 					t.Errorf("%+v, %v; it was made of %q; the leader was asked for %v", e, err, read, l.asked)
@@ -116,7 +116,7 @@ func TestAWriteWaitsForALeaderThatIsBehindTheView(t *testing.T) {
 	}
 	t.Run("it is really gone", func(t *testing.T) {
 		table := NewTable(clustered(t, &lagging{last: 9}), "b", codec)
-		_, err := table.UpdateFrom(t.Context(), Entry[string]{Key: "k", Value: "shown", Revision: 7}, "", func(s string) (string, []WriteOption, error) { return s, nil, nil })
+		_, err := table.UpdateFrom(t.Context(), Entry[string]{Key: "k", Value: "shown", Revision: 7}, "", func(e Entry[string]) (string, []WriteOption, error) { return e.Value, nil, nil })
 		if !errors.Is(err, ErrNotFound) {
 			t.Errorf("got %v", err)
 		}

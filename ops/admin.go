@@ -1,9 +1,11 @@
 package ops
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
+	stdlog "log"
 	"net"
 	"net/http"
 	"net/http/pprof"
@@ -12,6 +14,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"github.com/rs/zerolog"
 )
 
 // Health holds named checks. A process is ready when all of them pass.
@@ -87,17 +90,27 @@ func Admin(reg *prometheus.Registry, health *Health) http.Handler {
 	return mux
 }
 
+// warnings makes a log event of each line.
+type warnings struct{ log zerolog.Logger }
+
+func (w warnings) Write(line []byte) (int, error) {
+	w.log.Warn().Bytes("error", bytes.TrimSpace(line)).Msg("http server")
+	return len(line), nil
+}
+
 // shutdownGrace is how long open requests may take once the server is to end.
 const shutdownGrace = 5 * time.Second
 
 // Serve answers on ln until ctx ends, and then lets open requests finish for a few
-// seconds. Requests see ctx end at once through their own context.
-func Serve(ctx context.Context, ln net.Listener, h http.Handler) error {
+// seconds. Requests see ctx end at once through their own context. What the server
+// itself has to complain about goes to log.
+func Serve(ctx context.Context, ln net.Listener, h http.Handler, log zerolog.Logger) error {
 	base, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
 	s := &http.Server{
 		Handler: h, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
 		BaseContext: func(net.Listener) context.Context { return base }, DisableGeneralOptionsHandler: true,
+		ErrorLog: stdlog.New(warnings{log}, "", 0),
 	}
 	served := make(chan error, 1)
 	go func() { served <- s.Serve(ln) }()

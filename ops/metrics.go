@@ -1,6 +1,7 @@
 package ops
 
 import (
+	"errors"
 	"runtime"
 	"time"
 
@@ -28,6 +29,24 @@ func NewRegistry(version, commit string) *prometheus.Registry {
 	return reg
 }
 
+// TasksFinished is the counter of tasks that became final. A gateway ends those that
+// were still queued and a reaper the others: in one process they share it.
+func TasksFinished(reg prometheus.Registerer) *prometheus.CounterVec {
+	c := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_tasks_finished_total",
+		Help: "Tasks that became final, by state and reason."}, []string{"state", "reason"})
+	if reg == nil {
+		return c
+	}
+	err := reg.Register(c)
+	if there := (prometheus.AlreadyRegisteredError{}); errors.As(err, &there) {
+		return there.ExistingCollector.(*prometheus.CounterVec)
+	}
+	if err != nil {
+		panic(err) // as MustRegister does
+	}
+	return c
+}
+
 // BusMetrics counts what a service does on the bus. Observe fits bus.Conn.Observe.
 type BusMetrics struct {
 	ops       *prometheus.HistogramVec
@@ -35,8 +54,9 @@ type BusMetrics struct {
 }
 
 // NewBusMetrics registers the metrics of one connection. service tells the
-// connections of one process apart; connected says whether the server is there.
-func NewBusMetrics(reg prometheus.Registerer, service string, connected func() bool) *BusMetrics {
+// connections of one process apart; connected says whether the server is there, and
+// reconnects how often it was found again.
+func NewBusMetrics(reg prometheus.Registerer, service string, connected func() bool, reconnects func() uint64) *BusMetrics {
 	labels := prometheus.Labels{"service": service}
 	m := &BusMetrics{
 		ops: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "dayfly_kv_op_seconds",
@@ -51,7 +71,9 @@ func NewBusMetrics(reg prometheus.Registerer, service string, connected func() b
 		}
 		return 0
 	})
-	reg.MustRegister(m.ops, m.conflicts, up)
+	again := prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "dayfly_nats_reconnects_total",
+		Help: "How often the connection to NATS was lost and made again.", ConstLabels: labels}, func() float64 { return float64(reconnects()) })
+	reg.MustRegister(m.ops, m.conflicts, up, again)
 	return m
 }
 

@@ -12,7 +12,9 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
+	"github.com/rs/zerolog"
 	"github.com/spf13/pflag"
 	"go.uber.org/goleak"
 
@@ -102,12 +104,50 @@ func TestReadyzTellsWhichCheckFails(t *testing.T) {
 
 func TestMetricsPassTheLinter(t *testing.T) {
 	reg := ops.NewRegistry("1", "c")
-	m := ops.NewBusMetrics(reg, "gateway", func() bool { return true })
+	m := ops.NewBusMetrics(reg, "gateway", func() bool { return true }, func() uint64 { return 0 })
 	m.Observe("tasks", "get", 0, nil)
 	m.Observe("tasks", "conflict", 0, nil)
 	problems, err := testutil.GatherAndLint(reg)
 	if err != nil || len(problems) > 0 {
 		t.Error(problems, err)
+	}
+}
+
+func TestServicesOfOneProcessShareTheCounterOfFinishedTasks(t *testing.T) {
+	reg := prometheus.NewRegistry()
+	for range 2 {
+		ops.TasksFinished(reg).WithLabelValues("canceled", "canceled").Inc()
+	}
+	if n := testutil.ToFloat64(ops.TasksFinished(reg).WithLabelValues("canceled", "canceled")); n != 2 {
+		t.Errorf("%v counted, want 2", n)
+	}
+	ops.TasksFinished(nil).WithLabelValues("canceled", "canceled").Inc()
+}
+
+func TestWhatTheServerComplainsAboutIsALogEvent(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var out bytes.Buffer
+	done := make(chan error, 1)
+	go func() {
+		done <- ops.Serve(ctx, ln, http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic("oh") }), zerolog.New(&out))
+	}()
+	if _, err := http.Get("http://" + ln.Addr().String()); err == nil {
+		t.Error("a request that panicked was answered")
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	var line map[string]string
+	if err := json.Unmarshal(out.Bytes(), &line); err != nil {
+		t.Fatalf("%v: %s", err, out.Bytes())
+	}
+	if line["level"] != "warn" || !strings.Contains(line["error"], "panic serving") {
+		t.Errorf("line %v", line)
 	}
 }
 
@@ -123,7 +163,7 @@ func TestServeEndsWithItsContextAndEndsOpenRequests(t *testing.T) {
 		done <- ops.Serve(ctx, ln, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 			close(open)
 			<-r.Context().Done()
-		}))
+		}), zerolog.Nop())
 	}()
 	answered := make(chan struct{})
 	go func() {

@@ -4,12 +4,14 @@ import "time"
 
 // Task is a task as the API shows it.
 type Task struct {
-	ID       TaskID `json:"id"`
-	State    State  `json:"state"`
-	Reason   Reason `json:"reason,omitzero"`
-	Message  string `json:"message,omitzero"`
-	Why      *Why   `json:"why,omitzero"` // while queued, of a single task
-	Progress string `json:"progress,omitzero"`
+	ID       TaskID  `json:"id"`
+	Batch    BatchID `json:"batch,omitzero"`
+	State    State   `json:"state"`
+	Ready    bool    `json:"ready"` // it runs, and has passed its health check if it has one
+	Reason   Reason  `json:"reason,omitzero"`
+	Message  string  `json:"message,omitzero"`
+	Why      *Why    `json:"why,omitzero"` // while queued, of a single task
+	Progress string  `json:"progress,omitzero"`
 
 	Attempt  int      `json:"attempt"`
 	Restarts int      `json:"restarts"`
@@ -30,6 +32,8 @@ type Task struct {
 	Stderr string  `json:"stderr,omitzero"`
 	Logs   *LogSum `json:"logs,omitzero"`
 
+	Callback *CallbackStatus `json:"callback,omitzero"` // of a single final task that has one
+
 	Revision uint64 `json:"revision"`
 }
 
@@ -39,22 +43,40 @@ type Timings struct {
 	Assigned time.Time `json:"assigned_at,omitzero"`
 	Starting time.Time `json:"starting_at,omitzero"`
 	Running  time.Time `json:"running_at,omitzero"`
+	Ready    time.Time `json:"ready_at,omitzero"` // with a health check
 	Ended    time.Time `json:"ended_at,omitzero"`
 }
 
 // View is the task as the API shows it at now.
 func (r *Record) View(revision uint64, now time.Time) Task {
 	t := Task{
-		ID: r.ID, State: r.State, Reason: r.Reason, Message: r.Message, Progress: r.Progress,
+		ID: r.ID, Batch: r.Batch, State: r.State, Ready: r.ready(), Reason: r.Reason, Message: r.Message, Progress: r.Progress,
 		Attempt: r.Attempt, Restarts: r.Restarts, Worker: r.Worker, Spec: r.Spec,
-		Timings: Timings{Accepted: r.AcceptedAt, Assigned: r.AssignedAt, Starting: r.StartingAt, Running: r.RunningAt, Ended: r.EndedAt},
+		Timings: Timings{Accepted: r.AcceptedAt, Assigned: r.AssignedAt, Starting: r.StartingAt, Running: r.RunningAt, Ready: r.ReadyAt, Ended: r.EndedAt},
 		History: r.Changes(revision), ExpiresAt: r.ExpiresAt, Cancel: r.Cancel, WorkerLostAt: r.WorkerLostAt,
 		Exit: r.Exit, Usage: r.Usage, Stdout: r.Stdout, Stderr: r.Stderr, Logs: r.Logs, Revision: revision,
 	}
+	t.Spec.Callback = r.Spec.Callback.public()
 	if !r.ExpiresAt.IsZero() && !r.State.Final() {
 		t.SecondsLeft = int64(r.TimeLeft(now).Round(time.Second).Seconds())
 	}
 	return t
+}
+
+func (r *Record) ready() bool {
+	return r.State == Running && (r.Spec.Health == nil || !r.ReadyAt.IsZero())
+}
+
+// WithoutBodies is the task as lists show it and callbacks carry it: its spec without
+// what may be long or secret.
+func (t Task) WithoutBodies() Task {
+	t.Spec = t.Spec.withoutBodies()
+	return t
+}
+
+func (s Spec) withoutBodies() Spec {
+	s.Stdin, s.Files, s.Env, s.Callback, s.Unknown = "", nil, nil, nil, nil
+	return s
 }
 
 // TaskList is a page of tasks, newest first.

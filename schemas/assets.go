@@ -42,6 +42,9 @@ const (
 	BucketDrains      = "drains"      // <worker>: Drain
 	BucketIdempotency = "idempotency" // hash of the key: IdempotencyEntry
 	BucketLeaders     = "leaders"     // <role>: Leadership
+	BucketBatches     = "batches"     // <batch>: Batch
+	BucketBatchItems  = "batch-items" // <upload>.<n>: a list of items; <upload>.template
+	BucketCallbacks   = "callbacks"   // <task or batch>: Delivery
 )
 
 // Names of the streams.
@@ -93,6 +96,9 @@ func Assets(logAge time.Duration) []Asset {
 		{Name: BucketDrains, Bucket: true},
 		{Name: BucketIdempotency, Bucket: true, MaxAge: IdempotencyAge},
 		{Name: BucketLeaders, Bucket: true, Hint: true},
+		{Name: BucketCallbacks, Bucket: true, TTL: true},
+		{Name: BucketBatches, Bucket: true, TTL: true},
+		{Name: BucketBatchItems, Bucket: true, MaxAge: BatchAge},
 		{Name: StreamReports, Subjects: []string{"dayfly.reports.>"}, Hint: true, Latest: true, MaxAge: ReportAge},
 		{Name: StreamLogs, Subjects: []string{"dayfly.logs.>"}, Hint: true, MaxAge: logAge},
 	}

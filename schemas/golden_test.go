@@ -99,6 +99,7 @@ func messages(t *testing.T) map[string]any {
 	}
 	acceptedReport := schemas.Report{Phase: schemas.PhaseAccepted, Revision: 3, Progress: "pulling busybox:1.36"}
 	runningReport := schemas.Report{Phase: schemas.PhaseRunning, Revision: 3, Ran: true, RanFor: schemas.Duration(30 * time.Millisecond)}
+	readyReport := schemas.Report{Phase: schemas.PhaseRunning, Revision: 3, Restarts: 2, Ran: true, Ready: true, RanFor: schemas.Duration(time.Minute), Last: &schemas.Exit{Code: 7}}
 	endedReport := schemas.Report{Phase: schemas.PhaseEnded, Revision: 5, Restarts: 1, Applied: 1, Ran: true, RanFor: schemas.Duration(time.Minute), End: end}
 
 	queued := schemas.NewRecord(taskID, spec, schemas.DefaultPolicy(), by(0, "gateway"))
@@ -121,6 +122,12 @@ func messages(t *testing.T) map[string]any {
 	waiting.Spec.OnLost = schemas.OnLostWait
 	waiting = must(t, waiting, schemas.Lose{Meta: by(90, "reaper"), Worker: "w1", Epoch: "e1"})
 
+	checked := running
+	checked.Spec.Restart = &schemas.Restart{Policy: schemas.RestartOnFailure, Max: 5, Backoff: schemas.Duration(schemas.DefaultBackoff)}
+	checked.Spec.Health = &schemas.Health{HTTP: &schemas.HTTPCheck{Port: 8080, Path: "/up"}, Interval: schemas.Duration(time.Second),
+		Timeout: schemas.Duration(time.Second), Retries: 3, StartPeriod: schemas.Duration(5 * time.Second)}
+	ready := settle(checked, 63, readyReport)
+
 	a := running.Assignment()
 	own := func(rep schemas.Report) schemas.Report { rep.Assignment = a; return rep }
 	beat := schemas.Beat{
@@ -142,15 +149,26 @@ func messages(t *testing.T) map[string]any {
 	queuedView.Why = &why
 	listed := running.View(4, second(7))
 	listed.History = nil
+	announced := canceled
+	announced.Spec.Callback = &schemas.Callback{URL: "https://judge.example/dayfly", Secret: "sixteen or more bytes"}
+	delivery := schemas.Delivery{State: schemas.DeliveryDelivered, Tries: 2, LastStatus: 204, DeliveredAt: second(101), Op: "op"}
+	announcedView := announced.View(7, second(102))
+	announcedView.Callback = delivery.View()
+	const batchID = schemas.BatchID("b-01arz3ndektsv4rrffq69g5000")
+	batch, err := schemas.NewBatch(batchID, schemas.BatchRequest{Items: 4, Labels: map[string]string{"contest": "7"}, Callback: announced.Spec.Callback},
+		"upload", []int{0, 3}, by(0, "gateway")).Next(schemas.BatchStep{Meta: by(2, "gateway"), Begun: 4, Made: 3, Results: []byte("cf..")})
+	if err != nil {
+		t.Fatal(err)
+	}
 
 	return map[string]any{
 		"record_queued": queued, "record_assigned": assigned, "record_starting": starting, "record_running": running,
 		"record_running_extended": extended, "record_running_cancel_asked": marked, "record_running_worker_away": waiting,
 		"record_queued_given_back": gaveBack, "record_queued_lost": lost, "record_queued_of_a_newer_version": later,
-		"record_completed": completed, "record_failed": failed, "record_canceled": canceled, "record_expired": expired,
+		"record_running_ready": ready, "record_completed": completed, "record_failed": failed, "record_canceled": canceled, "record_expired": expired,
 		"order_run": schemas.NewOrder(running, 4, a, second(10)), "order_run_first": schemas.NewOrder(assigned, 2, a, second(1)),
 		"order_stop": schemas.NewOrder(marked, 5, a, second(5)), "order_close": schemas.NewOrder(failed, 6, a, second(64)),
-		"report_accepted": own(acceptedReport), "report_running": own(runningReport), "report_ended": own(endedReport),
+		"report_accepted": own(acceptedReport), "report_running": own(runningReport), "report_ended": own(endedReport), "report_ready": own(readyReport),
 		"report_gave_back": own(schemas.Report{Phase: schemas.PhaseEnded, Revision: 2, End: &schemas.End{By: schemas.EndedGaveBack, Message: "no room"}}),
 		"beat":             beat, "beat_lost": lostBeat,
 		"drain":       schemas.Drain{Since: t0, By: "admin"},
@@ -164,6 +182,13 @@ func messages(t *testing.T) map[string]any {
 			ID: "w1", State: "ready", Epoch: "e1", Version: "0.1.0", Host: beat.Host, Assigned: schemas.Allocation{Tasks: 3, CPUs: 1.5, Memory: 768 << 20},
 			Running: 3, Load: beat.Load, BeatAgo: schemas.Duration(1200 * time.Millisecond), RegisteredAt: t0,
 		}}},
+		"record_canceled_to_be_announced": announced, "task_announced": announcedView, "delivery": delivery,
+		"delivery_pending":  schemas.Delivery{State: schemas.DeliveryPending, Tries: 1, LastStatus: 503, LastError: "status 503", NextAt: second(101), Op: "op"},
+		"batch":             batch,
+		"batch_items":       schemas.BatchPart{jsontext.Value(`{"command":["echo","1"]}`), jsontext.Value(`{"name":"two"}`)},
+		"batch_status":      batch.View(3, func(int) schemas.State { return schemas.Running }),
+		"batch_item_list":   schemas.BatchItemList{Items: []schemas.BatchItem{{Index: 3, Name: "d", Task: batchID.Task(3), State: schemas.Running}}, NextCursor: "4"},
+		"idempotency_batch": schemas.IdempotencyEntry{Fingerprint: "sha256:00", Batch: batchID, At: t0},
 		"task_event": schemas.TaskEvent{ID: 812, Task: taskID, At: second(2), State: schemas.Running, By: "reaper", Note: "worker reported", Attempt: 1, Worker: "w1",
 			Labels: map[string]string{"owner": "litmus"}, Truncated: true},
 		"log_line":        schemas.LogLine{Attempt: 1, Stream: schemas.Stdout, Offset: 16, At: t0, Data: "hi\n"},

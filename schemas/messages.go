@@ -44,7 +44,9 @@ func NewOrder(r Record, revision uint64, a Assignment, now time.Time) Order {
 	case !r.ExpiresAt.IsZero() && !now.Before(r.ExpiresAt):
 		o.Want, o.Grace, o.Expired = WantStop, r.Spec.Timeouts.Stop, true
 	default:
-		o.Want, o.Spec = WantRun, &r.Spec
+		spec := r.Spec
+		spec.Callback = nil // no worker learns a secret that it does not need
+		o.Want, o.Spec = WantRun, &spec
 		o.TimeLeft, o.Counting = Duration(r.TimeLeft(now)), !r.ExpiresAt.IsZero()
 	}
 	return o
@@ -95,6 +97,8 @@ type Report struct {
 	Applied  int      `json:"applied,omitzero"`  // extensions carried out
 	RanFor   Duration `json:"ran_for,omitzero"`  // since the process was started, at sending
 	Ran      bool     `json:"ran,omitzero"`      // the process was started at all
+	Ready    bool     `json:"ready,omitzero"`    // the present run has passed its health check
+	Last     *Exit    `json:"last,omitzero"`     // how the run before the present one ended
 	Progress string   `json:"progress,omitzero"` // with accepted
 	End      *End     `json:"end,omitzero"`      // with ended
 
@@ -182,7 +186,8 @@ type Drain struct {
 // IdempotencyEntry remembers which task a key made.
 type IdempotencyEntry struct {
 	Fingerprint string    `json:"fingerprint"` // of the request's body
-	Task        TaskID    `json:"task"`
+	Task        TaskID    `json:"task,omitzero"`
+	Batch       BatchID   `json:"batch,omitzero"`
 	At          time.Time `json:"at"`
 }
 
@@ -220,10 +225,11 @@ const (
 
 // Headers of messages. A log chunk's body is the bytes themselves.
 const (
-	HeaderState   = "S"              // on a record: its state, so that views need not decode
-	HeaderHolder  = "H"              // on a record that a worker holds: "<worker> <epoch>"
-	HeaderAttempt = "Dayfly-Attempt" // on a log chunk
-	HeaderStream  = "Dayfly-Stream"  // on a log chunk: stdout or stderr
-	HeaderOffset  = "Dayfly-Offset"  // on a log chunk: of its first byte in its stream
-	HeaderTime    = "Dayfly-Time"    // on a log chunk: when it was read, RFC 3339, by the worker's clock
+	HeaderState    = "S"              // on a record: its state, so that views need not decode
+	HeaderHolder   = "H"              // on a record that a worker holds: "<worker> <epoch>"
+	HeaderCallback = "C"              // on a final record that announces its end: since when, and to which host
+	HeaderAttempt  = "Dayfly-Attempt" // on a log chunk
+	HeaderStream   = "Dayfly-Stream"  // on a log chunk: stdout or stderr
+	HeaderOffset   = "Dayfly-Offset"  // on a log chunk: of its first byte in its stream
+	HeaderTime     = "Dayfly-Time"    // on a log chunk: when it was read, RFC 3339, by the worker's clock
 )

@@ -384,6 +384,8 @@ func TestReportsFoldInAnyOrder(t *testing.T) {
 			reports = append(reports, rep)
 			rep.Applied = 2
 			reports = append(reports, rep)
+			rep.Ready = true
+			reports = append(reports, rep)
 		}
 		rep.Phase, rep.End = schemas.PhaseEnded, &schemas.End{By: rapid.SampledFrom(by).Draw(t, "by"), Message: "m", Stdout: "out"}
 		if rep.Ran {
@@ -402,7 +404,7 @@ func TestReportsFoldInAnyOrder(t *testing.T) {
 				}
 			}
 			// How it came there may differ, and how much was shown on the way.
-			r.History, r.LastOps, r.StartingAt, r.Applied = nil, nil, time.Time{}, 0
+			r.History, r.LastOps, r.StartingAt, r.ReadyAt, r.Applied = nil, nil, time.Time{}, time.Time{}, 0
 			return r
 		}
 		want := fold(r, reports)

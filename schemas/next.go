@@ -274,8 +274,15 @@ func (r *Record) settle(e Settle) error {
 		r.Applied = applied
 		changed = true
 	}
+	what := ""
 	if rep.Restarts > r.Restarts {
-		r.Restarts = rep.Restarts
+		r.Restarts, r.ReadyAt = rep.Restarts, time.Time{}
+		what = fmt.Sprintf("restart %d%s", r.Restarts, rep.Last.after())
+		changed = true
+	}
+	if rep.Ready && rep.Phase == PhaseRunning && r.ReadyAt.IsZero() {
+		r.ReadyAt = e.At
+		what = "ready"
 		changed = true
 	}
 	if ended {
@@ -292,6 +299,7 @@ func (r *Record) settle(e Settle) error {
 		r.try()
 		r.Progress, r.GiveBacks = "", 0
 		r.enter(Running, ReasonNone, "", e.Meta)
+		r.History[len(r.History)-1].Note = what
 	case rank == PhaseAccepted.rank() && r.State == Assigned:
 		r.try()
 		r.StartingAt, r.Progress = e.At, progress
@@ -300,13 +308,21 @@ func (r *Record) settle(e Settle) error {
 		r.Progress = progress
 		r.op(e.Meta)
 	case changed:
-		r.note(e.Meta, "worker reported")
+		r.note(e.Meta, cmp.Or(what, "worker reported"))
 	case rank < phaseOf(r.State).rank():
 		return ErrStale
 	default:
 		return ErrUnchanged
 	}
 	return nil
+}
+
+// after says for the history what came before a restart.
+func (e *Exit) after() string {
+	if e == nil {
+		return ""
+	}
+	return fmt.Sprintf(" after exit code %d", e.Code)
 }
 
 func phaseOf(s State) Phase {
@@ -357,7 +373,7 @@ func (r *Record) conclude(end End, ran bool, m Meta) {
 	}
 	timeOver := end.By == EndedDeadline || !r.ExpiresAt.IsZero() && !m.At.Before(r.ExpiresAt)
 	switch {
-	case end.By == EndedItself && end.Exit != nil && end.Exit.Code == 0:
+	case end.By == EndedItself && end.Exit != nil && end.Exit.Code == 0 && end.Reason != ReasonUnhealthy:
 		r.finish(Completed, ReasonExit, end.Message, m)
 	case end.By == EndedItself:
 		r.finish(Failed, cmp.Or(end.Reason, ReasonExit), end.Message, m)
@@ -414,7 +430,7 @@ func (r *Record) lostAttempt(end End, m Meta) {
 func (r *Record) requeue(reason Reason, message string, after time.Duration, m Meta) {
 	r.enter(Queued, reason, message, m) // the history still names the worker
 	r.Worker, r.Epoch, r.Restarts, r.Progress = "", "", 0, ""
-	r.QueuedAt, r.NotBefore = m.At, time.Time{}
+	r.QueuedAt, r.BackAt, r.NotBefore, r.ReadyAt = m.At, m.At, time.Time{}, time.Time{}
 	if after > 0 {
 		r.NotBefore = m.At.Add(after)
 	}

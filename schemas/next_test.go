@@ -303,6 +303,53 @@ func TestExtend(t *testing.T) {
 }
 
 // A worker is not trusted: what it says about time, counts and words stays in bounds.
+func TestReadyAndRestarts(t *testing.T) {
+	r := newRecord(schemas.OnLostRequeue)
+	r = must(t, r, choose(t0))
+	r = must(t, r, running(r, t0))
+	if v := r.View(1, t0); !v.Ready || !v.Timings.Ready.IsZero() {
+		t.Error("without a health check a task is ready as it runs")
+	}
+	r.Spec.Health = &schemas.Health{TCP: &schemas.TCPCheck{Port: 80}}
+	settle := func(n int, rep schemas.Report) {
+		t.Helper()
+		rep.Phase, rep.Ran = schemas.PhaseRunning, true
+		r = must(t, r, report(r, t0.Add(time.Duration(n)*time.Second), rep))
+	}
+	is := func(ready bool, note string) {
+		t.Helper()
+		v := r.View(1, t0)
+		if last := r.History[len(r.History)-1]; v.Ready != ready || v.Timings.Ready.IsZero() == ready || last.Note != note {
+			t.Errorf("ready %v since %s, note %q; want %v, %q", v.Ready, v.Timings.Ready, last.Note, ready, note)
+		}
+	}
+	if r.View(1, t0).Ready {
+		t.Error("ready before its check has passed")
+	}
+	settle(1, schemas.Report{Ready: true})
+	is(true, "ready")
+	settle(2, schemas.Report{Restarts: 2, Last: &schemas.Exit{Code: 137}})
+	is(false, "restart 2 after exit code 137")
+	late := report(r, t0.Add(time.Minute), schemas.Report{Phase: schemas.PhaseRunning, Ran: true, Restarts: 1, Ready: true})
+	if _, err := schemas.Next(r, late); !errors.Is(err, schemas.ErrStale) {
+		t.Errorf("a run that is over: %v", err)
+	}
+	settle(3, schemas.Report{Restarts: 3, Ready: true})
+	is(true, "ready")
+
+	unhealthy := schemas.End{By: schemas.EndedItself, Reason: schemas.ReasonUnhealthy, Exit: &schemas.Exit{}}
+	end := ended(r, t0, true, unhealthy)
+	end.Report.Restarts = 3
+	n := must(t, r, end)
+	if n.State != schemas.Failed || n.Reason != schemas.ReasonUnhealthy || n.View(1, t0).Ready {
+		t.Errorf("%s (%s)", n.State, n.Reason)
+	}
+	n = must(t, r, schemas.Lose{Meta: meta(t0), Worker: r.Worker, Epoch: r.Epoch})
+	if n.State != schemas.Queued || n.Restarts != 0 || !n.ReadyAt.IsZero() {
+		t.Errorf("a new attempt begins with %d restarts, ready %s", n.Restarts, n.ReadyAt)
+	}
+}
+
 func TestUntrustedReports(t *testing.T) {
 	held := must(t, newRecord(schemas.OnLostRequeue), choose(t0))
 	at := t0.Add(time.Minute)
@@ -541,7 +588,7 @@ func TestHistoryKeepsItsBeginning(t *testing.T) {
 	if len(r.Holders) != schemas.MaxHolders || !r.HeldBy("w1", 100+schemas.MaxHolders+2) || r.HeldBy("w2", 118) || r.HeldBy("w1", 101) {
 		t.Errorf("%+v", r.Holders)
 	}
-	if len(r.LastOps) != schemas.MaxLastOps || !r.Wrote("99") || r.Wrote("0") || r.Wrote("") {
+	if len(r.LastOps) != schemas.MaxLastOps || !r.Wrote("99") || r.Wrote("1") || r.Wrote("") || !r.Wrote("0") {
 		t.Errorf("%v", r.LastOps)
 	}
 }

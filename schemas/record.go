@@ -48,6 +48,7 @@ const (
 	ReasonPullTimeout  Reason = "pull_timeout"
 	ReasonNotFound     Reason = "command_not_found"      // exit code 127
 	ReasonNotExec      Reason = "command_not_executable" // exit code 126
+	ReasonUnhealthy    Reason = "unhealthy"              // its health check failed too often
 	ReasonStart        Reason = "start"                  // the container could not be made or started
 	ReasonStartTimeout Reason = "start_timeout"
 	ReasonQueueTimeout Reason = "queue_timeout"
@@ -61,9 +62,10 @@ const (
 // key in the bucket "tasks". It changes only through Next and compare-and-set.
 // Its fields are only ever added to; those this version does not know are kept.
 type Record struct {
-	Version int    `json:"v"`
-	ID      TaskID `json:"id"`
-	Spec    Spec   `json:"spec"`
+	Version int     `json:"v"`
+	ID      TaskID  `json:"id"`
+	Batch   BatchID `json:"batch,omitzero"` // the batch that it is an item of
+	Spec    Spec    `json:"spec"`
 
 	State   State  `json:"state"`
 	Reason  Reason `json:"reason,omitzero"`
@@ -79,10 +81,12 @@ type Record struct {
 	Progress string `json:"progress,omitzero"` // while starting: what the worker is doing
 
 	AcceptedAt time.Time `json:"accepted_at"`
-	QueuedAt   time.Time `json:"queued_at"` // when it last began to wait; a give-back goes on waiting
+	QueuedAt   time.Time `json:"queued_at"`        // when it last began to wait; a give-back goes on waiting
+	BackAt     time.Time `json:"back_at,omitzero"` // when it was last put back; NotBefore and Avoid are of the same clock
 	AssignedAt time.Time `json:"assigned_at,omitzero"`
 	StartingAt time.Time `json:"starting_at,omitzero"`
 	RunningAt  time.Time `json:"running_at,omitzero"` // the first time, of any attempt
+	ReadyAt    time.Time `json:"ready_at,omitzero"`   // with a health check: when the present run, or the last, first passed it
 	EndedAt    time.Time `json:"ended_at,omitzero"`
 	// ExpiresAt is set at the first "running" and moved only by extensions.
 	ExpiresAt time.Time `json:"expires_at,omitzero"`
@@ -219,6 +223,9 @@ func (r Record) Headers() map[string][]string {
 	if r.State.Held() {
 		h[HeaderHolder] = []string{string(r.Worker) + " " + string(r.Epoch)}
 	}
+	if r.State.Final() && r.Spec.Callback != nil {
+		h[HeaderCallback] = r.Spec.Callback.header(r.EndedAt)
+	}
 	return h
 }
 
@@ -271,7 +278,9 @@ func (r *Record) op(m Meta) {
 	if m.Op != "" {
 		r.LastOps = append(r.LastOps, m.Op)
 		if n := len(r.LastOps); n > MaxLastOps {
-			r.LastOps = slices.Delete(r.LastOps, 0, n-MaxLastOps)
+			// The first made the record. Whoever did not hear that it was made finds it here, however
+			// much has become of the task since.
+			r.LastOps = slices.Delete(r.LastOps, 1, n-MaxLastOps+1)
 		}
 	}
 }

@@ -1,6 +1,9 @@
 package schemas
 
-import "time"
+import (
+	"cmp"
+	"time"
+)
 
 // Spec is what a client asks for. It never changes once the task is accepted.
 // ParseSpec reads one over the defaults; Validate says what is wrong with it.
@@ -85,23 +88,30 @@ type Timeouts struct {
 	Unknown Unknown `json:",embed"`
 }
 
-// Restart says when the command runs again in the same container.
+// Restart says when the command runs again in the same container. The pause before a
+// run is Backoff, then twice that and so on up to MaxRestartPause; after a run of at
+// least RestartCalm times the pause that would follow it, it is Backoff again.
 type Restart struct {
-	Policy  string   `json:"policy,omitzero"`
-	Max     int      `json:"max,omitzero"`
-	Backoff Duration `json:"backoff,omitzero"`
+	Policy  RestartPolicy `json:"policy,omitzero"`
+	Max     int           `json:"max,omitzero"`     // how often; 0 is without limit
+	Backoff Duration      `json:"backoff,omitzero"` // 0 is DefaultBackoff
 
 	Unknown Unknown `json:",embed"`
 }
 
-// Health is a check that makes a running task ready, or unhealthy.
+// Health is a check that makes a running task ready, or unhealthy. One of HTTP, TCP
+// and Exec is given. A run is ready once the check first passes; until then it is made
+// more often than each Interval. A run is unhealthy after Retries failures in a row at
+// the pace of Interval, the first of them no sooner than Interval and StartPeriod after
+// its start; it is then stopped as a failure.
 type Health struct {
-	HTTP     *HTTPCheck `json:"http,omitzero"`
-	TCP      *TCPCheck  `json:"tcp,omitzero"`
-	Exec     []string   `json:"exec,omitzero"`
-	Interval Duration   `json:"interval,omitzero"`
-	Timeout  Duration   `json:"timeout,omitzero"`
-	Retries  int        `json:"retries,omitzero"`
+	HTTP        *HTTPCheck `json:"http,omitzero"`
+	TCP         *TCPCheck  `json:"tcp,omitzero"`
+	Exec        []string   `json:"exec,omitzero"`     // passes with exit code 0
+	Interval    Duration   `json:"interval,omitzero"` // 0 is 10s
+	Timeout     Duration   `json:"timeout,omitzero"`  // 0 is 5s
+	Retries     int        `json:"retries,omitzero"`  // 0 is 3
+	StartPeriod Duration   `json:"start_period,omitzero"`
 
 	Unknown Unknown `json:",embed"`
 }
@@ -109,7 +119,7 @@ type Health struct {
 // HTTPCheck passes when a GET of the path is answered with 200 to 399.
 type HTTPCheck struct {
 	Port int    `json:"port"`
-	Path string `json:"path,omitzero"`
+	Path string `json:"path,omitzero"` // "" is "/"
 
 	Unknown Unknown `json:",embed"`
 }
@@ -117,14 +127,6 @@ type HTTPCheck struct {
 // TCPCheck passes when the port takes a connection.
 type TCPCheck struct {
 	Port int `json:"port"`
-
-	Unknown Unknown `json:",embed"`
-}
-
-// Callback is where the end of the task is announced.
-type Callback struct {
-	URL    string `json:"url"`
-	Secret string `json:"secret,omitzero"`
 
 	Unknown Unknown `json:",embed"`
 }
@@ -148,6 +150,28 @@ const (
 	OnLostFail    OnLost = "fail"
 	OnLostWait    OnLost = "wait" // never given to another worker; its own takes it back
 )
+
+// RestartPolicy says after which ends the command runs again.
+type RestartPolicy string
+
+// The restart policies.
+const (
+	RestartNever     RestartPolicy = "never"
+	RestartOnFailure RestartPolicy = "on_failure" // any exit code but 0, and unhealthy
+	RestartAlways    RestartPolicy = "always"
+)
+
+// The pauses between runs.
+const (
+	DefaultBackoff  = time.Second
+	MaxRestartPause = time.Minute
+	RestartCalm     = 10
+)
+
+// Restarts says whether the command may run again at all.
+func (s *Spec) Restarts() bool {
+	return s.Restart != nil && s.Restart.Policy != "" && s.Restart.Policy != RestartNever
+}
 
 // ImagePolicy says when an image is pulled.
 type ImagePolicy string
@@ -187,10 +211,26 @@ func ParseSpec(body []byte, p Policy) (Spec, error) {
 	if err := DecodeStrict(body, &s); err != nil {
 		return Spec{}, err
 	}
+	return s.complete(p)
+}
+
+// complete fills in what follows from other fields, and checks the spec.
+func (s Spec) complete(p Policy) (Spec, error) {
 	if s.OnLost == "" {
 		s.OnLost = OnLostRequeue
 		if len(s.Ports) > 0 {
 			s.OnLost = OnLostWait
+		}
+	}
+	if s.Restarts() {
+		s.Restart.Backoff = cmp.Or(s.Restart.Backoff, Duration(DefaultBackoff))
+	}
+	if h := s.Health; h != nil {
+		h.Interval = cmp.Or(h.Interval, Duration(10*time.Second))
+		h.Timeout = cmp.Or(h.Timeout, Duration(5*time.Second))
+		h.Retries = cmp.Or(h.Retries, 3)
+		if h.HTTP != nil {
+			h.HTTP.Path = cmp.Or(h.HTTP.Path, "/")
 		}
 	}
 	if errs := s.Validate(p); len(errs) > 0 {

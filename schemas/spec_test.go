@@ -150,6 +150,21 @@ func TestParseSpecRefuses(t *testing.T) {
 		"300 files":               {`{"image":"a","files":[` + repeat(300, func(i int) string { return fmt.Sprintf(`{"path":"%d"}`, i) }) + `]}`, 422, "invalid_value", "files", ""},
 		"content and base64":      {`{"image":"a","files":[{"path":"a","content":"x","base64":"eA=="}]}`, 422, "invalid_value", "files.0", ""},
 		"bad base64":              {`{"image":"a","files":[{"path":"a","base64":"!"}]}`, 422, "invalid_value", "files.0.base64", ""},
+		"a restart policy":        {`{"image":"a","restart":{"policy":"sometimes"}}`, 422, "invalid_value", "restart.policy", ""},
+		"restarts without policy": {`{"image":"a","restart":{"max":3}}`, 422, "invalid_value", "restart.policy", ""},
+		"restarts below 0":        {`{"image":"a","restart":{"policy":"always","max":-1}}`, 422, "invalid_value", "restart.max", ""},
+		"a short backoff":         {`{"image":"a","restart":{"policy":"always","backoff":"1ms"}}`, 422, "invalid_value", "restart.backoff", ""},
+		"a long backoff":          {`{"image":"a","restart":{"policy":"always","backoff":"2m"}}`, 422, "invalid_value", "restart.backoff", ""},
+		"health of no kind":       {`{"image":"a","health":{"interval":"1s"}}`, 422, "invalid_value", "health", ""},
+		"health of two kinds":     {`{"image":"a","health":{"tcp":{"port":1},"exec":["true"]}}`, 422, "invalid_value", "health", ""},
+		"health of port 0":        {`{"image":"a","health":{"tcp":{"port":0}}}`, 422, "invalid_value", "health.tcp.port", ""},
+		"a path with a newline":   {`{"image":"a","health":{"http":{"port":80,"path":"/\r\nX: y"}}}`, 422, "invalid_value", "health.http.path", ""},
+		"a relative path":         {`{"image":"a","health":{"http":{"port":80,"path":"up"}}}`, 422, "invalid_value", "health.http.path", ""},
+		"an empty check":          {`{"image":"a","health":{"exec":[]}}`, 422, "invalid_value", "health.exec", ""},
+		"a check each 1ms":        {`{"image":"a","health":{"tcp":{"port":1},"interval":"1ms"}}`, 422, "invalid_value", "health.interval", ""},
+		"a check for a day":       {`{"image":"a","health":{"tcp":{"port":1},"timeout":"24h"}}`, 422, "invalid_value", "health.timeout", ""},
+		"1,000 retries":           {`{"image":"a","health":{"tcp":{"port":1},"retries":1000}}`, 422, "invalid_value", "health.retries", ""},
+		"100 gpus":                {`{"image":"a","resources":{"gpus":100}}`, 422, "invalid_value", "resources.gpus", ""},
 		"a relative tmpfs":        {`{"image":"a","tmpfs":{"var":"1MiB"}}`, 422, "invalid_value", "tmpfs", ""},
 		"tmpfs over everything":   {`{"image":"a","tmpfs":{"/":"1MiB"}}`, 422, "invalid_value", "tmpfs", ""},
 		"tmpfs in /task":          {`{"image":"a","tmpfs":{"/task/input":"1MiB"}}`, 422, "invalid_value", "tmpfs", ""},
@@ -172,7 +187,6 @@ func TestParseSpecRefuses(t *testing.T) {
 		"a label with a newline":  {`{"image":"a","labels":{"a":"x\n"}}`, 422, "invalid_value", "labels.a", ""},
 		"a long constraint":       {`{"image":"a","constraints":{"zone":"` + strings.Repeat("z", 257) + `"}}`, 422, "invalid_value", "constraints.zone", ""},
 
-		"gpus":                 {`{"image":"a","resources":{"gpus":1}}`, 422, "not_available", "resources.gpus", ""},
 		"a writable root":      {`{"image":"a","read_only":false}`, 422, "not_available", "read_only", ""},
 		"cap_add":              {`{"image":"a","cap_add":["NET_RAW"]}`, 422, "not_available", "cap_add", ""},
 		"mounts":               {`{"image":"a","mounts":{"input":"/in"}}`, 422, "not_available", "mounts", ""},
@@ -180,11 +194,7 @@ func TestParseSpecRefuses(t *testing.T) {
 		"network egress":       {`{"image":"a","network":"egress"}`, 422, "not_available", "network", ""},
 		"network internal":     {`{"image":"a","network":"internal"}`, 422, "not_available", "network", ""},
 		"a runtime":            {`{"image":"a","runtime":"runsc"}`, 422, "not_available", "runtime", ""},
-		"a restart policy":     {`{"image":"a","restart":{"policy":"always"}}`, 422, "not_available", "restart", ""},
-		"restarts":             {`{"image":"a","restart":{"max":3}}`, 422, "not_available", "restart", ""},
-		"health":               {`{"image":"a","health":{"tcp":{"port":1}}}`, 422, "not_available", "health", ""},
 		"a kind":               {`{"image":"a","kind":"judge"}`, 422, "not_available", "kind", ""},
-		"a callback":           {`{"image":"a","callback":{"url":"http://a"}}`, 422, "not_available", "callback", ""},
 		"a blob":               {`{"image":"a","files":[{"path":"a","blob":"sha256:00"}]}`, 422, "not_available", "files.0.blob", ""},
 		"the image's own user": {`{"image":"a","user":"image"}`, 422, "not_allowed", "user", ""},
 		"big files":            {`{"image":"a","files":[{"path":"a","content":"` + strings.Repeat("x", 100_000) + `"}]}`, 413, "too_large", "files", ""},
@@ -240,6 +250,14 @@ func TestParseSpecFillsDefaults(t *testing.T) {
 	want.Env, want.Restart = map[string]string{}, &schemas.Restart{Policy: "never"}
 	if !reflect.DeepEqual(s, want) {
 		t.Errorf("got  %s\nwant %s", encode(t, s), encode(t, want))
+	}
+	s, err = schemas.ParseSpec([]byte(`{"image":"busybox","restart":{"policy":"always"},"health":{"http":{"port":80}}}`), schemas.DefaultPolicy())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := encode(t, s.Restart)+encode(t, s.Health),
+		`{"policy":"always","backoff":"1s"}{"http":{"port":80,"path":"/"},"interval":"10s","timeout":"5s","retries":3}`; got != want {
+		t.Errorf("got  %s\nwant %s", got, want)
 	}
 }
 

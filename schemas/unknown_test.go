@@ -36,6 +36,7 @@ func TestEveryPartOfARecordHasRoomForUnknownFields(t *testing.T) {
 	for _, typ := range []reflect.Type{
 		reflect.TypeFor[schemas.Record](), reflect.TypeFor[schemas.Beat](),
 		reflect.TypeFor[schemas.Order](), reflect.TypeFor[schemas.Report](),
+		reflect.TypeFor[schemas.Batch](), reflect.TypeFor[schemas.Delivery](),
 	} {
 		walk(typ)
 	}

@@ -38,6 +38,9 @@ const (
 	MaxFiles       = 256
 	MaxTmpfs       = 8
 	MaxPids        = 32768
+	MaxGPUs        = 64
+	MaxRestarts    = 1_000_000
+	MaxRetries     = 100
 	MaxAttempts    = 100
 	MinMemory      = 6 << 20  // Docker takes no less
 	MaxFaults      = 64       // that one answer names
@@ -80,11 +83,14 @@ func (s *Spec) Validate(p Policy) []FieldError {
 	s.checkResources(c)
 	s.checkTmpfs(c, p)
 	s.checkTimes(c, p)
+	s.checkRestart(c)
+	s.checkHealth(c)
 	c.value(s.Pull == PullMissing || s.Pull == PullAlways || s.Pull == PullNever, "pull", `must be "missing", "always" or "never"`)
 	c.value(s.MaxAttempts >= 1 && s.MaxAttempts <= MaxAttempts, "max_attempts", "must be 1 to %d", MaxAttempts)
 	c.value(s.OnLost == OnLostRequeue || s.OnLost == OnLostFail || s.OnLost == OnLostWait, "on_lost", `must be "requeue", "fail" or "wait"`)
 	c.value(s.Priority >= 1 && s.Priority <= 9, "priority", "must be 1 (low) to 9 (high)")
 	checkPairs(c, "constraints", s.Constraints)
+	s.Callback.check(c, "callback")
 	checkPairs(c, "labels", s.Labels)
 	s.checkAvailable(c)
 	if len(c.errs) == 0 {
@@ -101,7 +107,6 @@ func (s *Spec) checkAvailable(c *checker) {
 			c.add(field, CodeNotAvailable, "not available in this version yet; %s", instead)
 		}
 	}
-	no(s.Resources.GPUs != 0, "resources.gpus", "leave it out")
 	no(s.ReadOnly != nil && !*s.ReadOnly, "read_only", "leave it out and use tmpfs for places to write")
 	no(len(s.CapAdd) > 0, "cap_add", "leave it out")
 	no(s.Mounts != nil, "mounts", "use /task/input and /task/output")
@@ -109,10 +114,7 @@ func (s *Spec) checkAvailable(c *checker) {
 	no(s.Network == NetworkEgress || s.Network == NetworkInternal, "network", `use "none"`)
 	c.value(slices.Contains([]Network{NetworkNone, NetworkEgress, NetworkInternal}, s.Network), "network", `must be "none"`)
 	no(s.Runtime != "", "runtime", "leave it out")
-	no(s.Restart != nil && (s.Restart.Policy != "" && s.Restart.Policy != "never" || s.Restart.Max != 0 || s.Restart.Backoff != 0), "restart", `use policy "never"`)
-	no(s.Health != nil, "health", "leave it out")
 	no(s.Kind != "", "kind", "leave it out")
-	no(s.Callback != nil, "callback", "use ?wait=done")
 	for i, f := range s.Files {
 		no(f.Blob != "", fmt.Sprintf("files.%d.blob", i), "use content or base64")
 	}
@@ -262,7 +264,7 @@ func (s *Spec) checkResources(c *checker) {
 	c.value(r.Memory >= MinMemory && r.Memory <= maxBytes, "resources.memory", "must be %s to %s", Size(MinMemory), Size(maxBytes))
 	c.value(r.Pids >= 1 && r.Pids <= MaxPids, "resources.pids", "must be 1 to %d", MaxPids)
 	c.value(r.Disk >= 4<<10 && r.Disk <= maxBytes, "resources.disk", "must be 4KiB to %s", Size(maxBytes))
-	c.value(r.GPUs >= 0, "resources.gpus", "must not be negative")
+	c.value(r.GPUs >= 0 && r.GPUs <= MaxGPUs, "resources.gpus", "must be 0 to %d", MaxGPUs)
 }
 
 func (s *Spec) checkTmpfs(c *checker, p Policy) {
@@ -303,6 +305,58 @@ func LabelName(k string) bool {
 	return k != "" && len(k) <= 63 && !strings.ContainsFunc(k, func(r rune) bool {
 		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("-_./", r))
 	})
+}
+
+func (s *Spec) checkRestart(c *checker) {
+	r := s.Restart
+	if r == nil {
+		return
+	}
+	c.value(slices.Contains([]RestartPolicy{"", RestartNever, RestartOnFailure, RestartAlways}, r.Policy), "restart.policy", `must be "never", "on_failure" or "always"`)
+	if !s.Restarts() {
+		c.value(r.Max == 0 && r.Backoff == 0, "restart.policy", `must be "on_failure" or "always" for max and backoff to mean anything`)
+		return
+	}
+	c.value(r.Max >= 0 && r.Max <= MaxRestarts, "restart.max", "must be 0 (without limit) to %d", MaxRestarts)
+	c.value(r.Backoff.Std() >= 100*time.Millisecond && r.Backoff.Std() <= MaxRestartPause, "restart.backoff", `must be "100ms" to "1m"`)
+}
+
+func (s *Spec) checkHealth(c *checker) {
+	h := s.Health
+	if h == nil {
+		return
+	}
+	port := func(field string, n int) { c.value(n >= 1 && n <= 65535, field, "must be 1 to 65535") }
+	given := 0
+	if h.HTTP != nil {
+		given++
+		port("health.http.port", h.HTTP.Port)
+		p := h.HTTP.Path
+		c.value(strings.HasPrefix(p, "/") && len(p) <= 1024 && !strings.ContainsFunc(p, func(r rune) bool { return r <= ' ' || r >= 0x7f }),
+			"health.http.path", "must be a path of printable ASCII that begins with /")
+	}
+	if h.TCP != nil {
+		given++
+		port("health.tcp.port", h.TCP.Port)
+	}
+	if h.Exec != nil {
+		given++
+		c.value(len(h.Exec) > 0, "health.exec", "must name a program")
+		checkArgs(c, "health.exec", h.Exec)
+	}
+	c.value(given == 1, "health", "give one of http, tcp and exec")
+	for _, t := range []struct {
+		field string
+		value Duration
+		least time.Duration
+		most  time.Duration
+	}{
+		{"health.interval", h.Interval, 100 * time.Millisecond, time.Hour}, {"health.timeout", h.Timeout, 100 * time.Millisecond, time.Hour},
+		{"health.start_period", h.StartPeriod, 0, 24 * time.Hour},
+	} {
+		c.value(t.value.Std() >= t.least && t.value.Std() <= t.most, t.field, "must be %s to %s", Duration(t.least), Duration(t.most))
+	}
+	c.value(h.Retries >= 1 && h.Retries <= MaxRetries, "health.retries", "must be 1 to %d", MaxRetries)
 }
 
 func checkPairs(c *checker, field string, m map[string]string) {

@@ -4,6 +4,7 @@ go 1.26.0
 
 require (
 	dayfly.dev/bus v0.0.0
+	dayfly.dev/deploy v0.0.0
 	dayfly.dev/ops v0.0.0
 	dayfly.dev/schemas v0.0.0
 	dayfly.dev/services/agent v0.0.0
@@ -76,6 +77,7 @@ require (
 replace (
 	dayfly.dev/bus => ../bus
 	dayfly.dev/client => ../client
+	dayfly.dev/deploy => ../deploy
 	dayfly.dev/ops => ../ops
 	dayfly.dev/schemas => ../schemas
 	dayfly.dev/services/agent => ../services/agent

@@ -104,6 +104,7 @@ func (c *cli) nats(ctx context.Context, n natsConfig) error {
 		return interruptedIsFine(ctx, &hintError{err, "the log above, or another --data, --listen or --cluster-listen"})
 	}
 	defer server.Shutdown()
+	p.registry.MustRegister(natsMetrics{server})
 	p.health.Add("nats: replicas", func(context.Context) error { return server.Current() })
 	p.parts = append(p.parts, part{"nats", "", func(ctx context.Context) error {
 		<-ctx.Done()

@@ -3,7 +3,9 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"time"
@@ -35,7 +37,8 @@ func (p *process) connect(ctx context.Context, c bus.Config) (*bus.Conn, error) 
 	if err != nil {
 		return nil, err
 	}
-	conn.Observe = ops.NewBusMetrics(p.registry, c.Name, conn.Connected).Observe
+	conn.Observe = ops.NewBusMetrics(p.registry, c.Name, conn.Connected,
+		func() uint64 { return conn.NC.Stats().Reconnects }).Observe
 	p.health.Add(c.Name+": nats", func(context.Context) error {
 		if !conn.Connected() {
 			return errors.New("not connected")
@@ -128,10 +131,33 @@ func (p *process) placer(connect connector, identity string) {
 	})
 }
 
-func (p *process) reaper(connect connector, retention time.Duration) {
+// reaperConfig is what a reaper is told.
+type reaperConfig struct {
+	callbackAllow []string
+	allow         []netip.Prefix // of check
+}
+
+func (r *reaperConfig) flags(f *pflag.FlagSet) {
+	f.StringArrayVar(&r.callbackAllow, "callback-allow", nil, "network of the inside, such as 10.1.0.0/16, that callbacks may reach; may be repeated")
+}
+
+func (r *reaperConfig) check() error {
+	r.allow = nil
+	for _, s := range r.callbackAllow {
+		p, err := netip.ParsePrefix(s)
+		if err != nil || p != p.Masked() {
+			return errors.New("--callback-allow must be a network such as 10.1.0.0/16 or 10.1.2.3/32")
+		}
+		r.allow = append(r.allow, p)
+	}
+	return nil
+}
+
+func (p *process) reaper(connect connector, r reaperConfig, retention time.Duration) {
 	p.part("reaper", "reaper: views", connect, func(ctx context.Context, conn *bus.Conn) error {
 		cfg := reaper.DefaultConfig()
 		cfg.Retention, cfg.Fence, cfg.Redrive = retention, p.config.scaled(cfg.Fence), p.config.scaled(cfg.Redrive)
+		cfg.Callbacks.Allow = r.allow
 		return reaper.Run(ctx, reaper.Deps{Conn: conn, Logger: p.logger("reaper"), Metrics: p.registry, Health: p.health}, cfg)
 	})
 }
@@ -146,7 +172,7 @@ func checkRetention(d time.Duration) error {
 // agentConfig is what an agent is told.
 type agentConfig struct {
 	worker, cluster, data string
-	slots                 int
+	slots, gpus           int
 	labels                []string
 	init                  string
 	runtime               string
@@ -156,6 +182,7 @@ type agentConfig struct {
 func (a *agentConfig) flags(f *pflag.FlagSet) {
 	f.StringVar(&a.worker, "worker", defaultWorker(), "name of this machine's worker")
 	f.IntVar(&a.slots, "slots", 0, "tasks at a time on this machine (0: by its memory)")
+	f.IntVar(&a.gpus, "gpus", -1, "GPUs of this machine that tasks may have (-1: as many as NVIDIA's driver shows)")
 	f.StringArrayVar(&a.labels, "worker-label", nil, "label K=V of this worker, for --constraint")
 	f.StringVar(&a.cluster, "cluster", "", "label of this dayfly's containers (default: made up once for the data folder)")
 	f.StringVar(&a.init, "init", "", "the dayfly-init binary, if it is not beside dayfly")
@@ -178,6 +205,9 @@ func (a *agentConfig) check() error {
 	}
 	if a.runtime != "docker" && a.runtime != "fake" {
 		return errors.New("--runtime must be docker or fake")
+	}
+	if a.gpus < -1 || a.gpus > schemas.MaxGPUs {
+		return fmt.Errorf("--gpus must be -1 to %d", schemas.MaxGPUs)
 	}
 	_, err := pairs("worker-label", a.labels)
 	return err
@@ -206,7 +236,7 @@ func (a *agentConfig) open(p *process) (agent.Runtime, error) {
 		labels[k] = v.(string)
 	}
 	if a.runtime == "fake" {
-		host := schemas.Host{OS: "linux", Arch: "amd64", CPUs: 1e6, Memory: 1 << 50, Slots: 1e6, Engine: "fake", Labels: labels}
+		host := schemas.Host{OS: "linux", Arch: "amd64", CPUs: 1e6, Memory: 1 << 50, Slots: 1e6, GPUs: max(0, a.gpus), Engine: "fake", Labels: labels}
 		if a.slots > 0 {
 			host.Slots = a.slots
 		}
@@ -221,7 +251,7 @@ func (a *agentConfig) open(p *process) (agent.Runtime, error) {
 	}
 	rt, err := docker.New(docker.Config{
 		Cluster: a.cluster, Worker: schemas.WorkerID(a.worker), StateDir: a.stateDir(), InitPath: initPath,
-		Slots: a.slots, Labels: labels, AuthFile: dockerConfig(), Logger: p.logger("agent"),
+		Slots: a.slots, GPUs: a.gpus, Labels: labels, AuthFile: dockerConfig(), Logger: p.logger("agent"), Metrics: p.registry,
 	})
 	if err != nil {
 		return nil, &hintError{err, "dayfly doctor, which says what is missing on this machine"}

@@ -152,7 +152,7 @@ func (p *process) run(ctx context.Context) error {
 	}
 	var all []running
 	parts := append(p.parts, part{"admin", "", func(ctx context.Context) error {
-		return ops.Serve(ctx, p.admin, ops.Admin(p.registry, p.health))
+		return ops.Serve(ctx, p.admin, ops.Admin(p.registry, p.health), p.log)
 	}})
 	for _, one := range parts {
 		// Not gctx: each is stopped in its turn.

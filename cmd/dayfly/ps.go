@@ -137,6 +137,10 @@ func note(t schemas.Task) string {
 		return "is being canceled"
 	case !t.WorkerLostAt.IsZero() && !t.State.Final():
 		return "its worker is away"
+	case t.State == schemas.Running && t.Spec.Health != nil && !t.Ready:
+		return "is not ready yet" + restarts(t)
+	case t.State == schemas.Running && t.Restarts > 0:
+		return strings.TrimPrefix(restarts(t), ", ")
 	case t.State == schemas.Failed && t.Reason == schemas.ReasonExit && t.Exit != nil:
 		return fmt.Sprintf("exit code %d", t.Exit.Code)
 	case t.State == schemas.Failed && t.Reason == schemas.ReasonOOM:
@@ -145,4 +149,14 @@ func note(t schemas.Task) string {
 		return sentence(t)
 	}
 	return ""
+}
+
+func restarts(t schemas.Task) string {
+	switch t.Restarts {
+	case 0:
+		return ""
+	case 1:
+		return ", was restarted once"
+	}
+	return fmt.Sprintf(", was restarted %d times", t.Restarts)
 }

@@ -169,6 +169,7 @@ func (c *cli) placerCommand() *cobra.Command {
 
 func (c *cli) reaperCommand() *cobra.Command {
 	var k coreConfig
+	var r reaperConfig
 	cmd := &cobra.Command{
 		Use:     "reaper",
 		Short:   "Run a reaper: it settles what workers report, and ends what is over",
@@ -176,9 +177,11 @@ func (c *cli) reaperCommand() *cobra.Command {
 		Example: `  dayfly reaper --nats nats://10.0.0.1:4222,nats://10.0.0.2:4222 --credentials core.json`,
 	}
 	k.flags(cmd.Flags(), adminReaper)
-	return c.serving(cmd, k.check, func(ctx context.Context) error {
+	r.flags(cmd.Flags())
+	check := func() error { return errors.Join(k.check(), r.check()) }
+	return c.serving(cmd, check, func(ctx context.Context) error {
 		return c.service(ctx, "reaper", k, func(p *process, connect connector) error {
-			p.reaper(connect, k.retention)
+			p.reaper(connect, r, k.retention)
 			return nil
 		})
 	})

@@ -95,11 +95,11 @@ func (c *cli) up(ctx context.Context, u upConfig) (err error) {
 		return func(context.Context) (*bus.Conn, error) { return conns[name], nil }
 	}
 	p.gateway(own("gateway"), api, u.gateway, u.retention)
-	p.parts = append(p.parts, part{"ingress", "", func(ctx context.Context) error { return ops.Serve(ctx, ingress, http.HandlerFunc(noIngress)) }})
+	p.parts = append(p.parts, part{"ingress", "", func(ctx context.Context) error { return ops.Serve(ctx, ingress, http.HandlerFunc(noIngress), p.log) }})
 	// Nobody else holds this data folder, so an earlier leader of this name is dead.
 	p.placer(own("placer"), "up-"+u.agent.cluster)
 	p.agent(own("agent"), rt, u.agent)
-	p.reaper(own("reaper"), u.retention)
+	p.reaper(own("reaper"), u.reaper, u.retention)
 	p.address = func(a *addresses) {
 		a.HTTP, a.Ingress = "http://"+api.Addr().String(), "http://"+ingress.Addr().String()
 		a.NATS, a.Worker, a.Cluster = server.URL(), u.agent.worker, u.agent.cluster
@@ -141,6 +141,7 @@ func (u *upConfig) startNATS(ctx context.Context, p *process, secrets credential
 	if err != nil {
 		return nil, &hintError{err, "the log above; dayfly doctor looks deeper"}
 	}
+	p.registry.MustRegister(natsMetrics{server})
 	return server, nil
 }
 

@@ -25,18 +25,22 @@ type taskFlags struct {
 	ttl                                                   time.Duration
 	memory, disk                                          string
 	cpus                                                  float64
-	pids, priority, maxAttempts                           int
+	pids, gpus, priority, maxAttempts                     int
 	env, envFiles, entrypoint, labels, constraints, files []string
 	tmpfs                                                 []string
 	workdir, user, onLost, pull, stdin                    string
 	interactive                                           bool
+	restart, healthHTTP                                   string
+	healthTCP                                             int
+	healthCmd                                             []string
 	timeoutQueue, timeoutPull, timeoutStart, timeoutStop  time.Duration
 }
 
 // specFlags says which flag sets which field, for errors about a field.
 var specFlags = []struct{ field, flag string }{
 	{"image", "IMAGE"}, {"command", "CMD"}, {"ttl", "--ttl"}, {"resources.memory", "--memory"}, {"resources.cpus", "--cpus"},
-	{"resources.pids", "--pids"}, {"resources.disk", "--disk"}, {"env", "--env"}, {"workdir", "--workdir"}, {"user", "--user"},
+	{"resources.gpus", "--gpus"}, {"restart", "--restart"}, {"health.http", "--health-http"}, {"health.tcp", "--health-tcp"},
+	{"health.exec", "--health-cmd"}, {"health", "--health-…"}, {"resources.pids", "--pids"}, {"resources.disk", "--disk"}, {"env", "--env"}, {"workdir", "--workdir"}, {"user", "--user"},
 	{"entrypoint", "--entrypoint"}, {"labels", "--label"}, {"constraints", "--constraint"}, {"priority", "--priority"},
 	{"on_lost", "--on-lost"}, {"max_attempts", "--max-attempts"}, {"tmpfs", "--tmpfs"}, {"files", "--file"}, {"stdin", "--stdin"},
 	{"pull", "--pull"}, {"timeouts.queue", "--timeout-queue"}, {"timeouts.pull", "--timeout-pull"},
@@ -48,6 +52,7 @@ func (t *taskFlags) register(f *pflag.FlagSet) {
 	f.StringVarP(&t.memory, "memory", "m", "", "memory, such as 128MiB or 1g, all its tmpfs and output counted in")
 	f.Float64Var(&t.cpus, "cpus", 0, "processors, such as 0.5")
 	f.IntVar(&t.pids, "pids", 0, "processes and threads at a time")
+	f.IntVar(&t.gpus, "gpus", 0, "GPUs of its own")
 	f.StringVar(&t.disk, "disk", "", "size of /task/output")
 	f.StringArrayVarP(&t.env, "env", "e", nil, "set an environment variable: K=V, or K to pass on one's own")
 	f.StringArrayVar(&t.envFiles, "env-file", nil, "read environment variables from a file, one K=V on a line")
@@ -58,6 +63,10 @@ func (t *taskFlags) register(f *pflag.FlagSet) {
 	f.StringArrayVar(&t.constraints, "constraint", nil, "run only on workers with the label K=V")
 	f.IntVar(&t.priority, "priority", 0, "1 (low) to 9 (high)")
 	f.StringVar(&t.onLost, "on-lost", "", "when its worker is lost: requeue, fail or wait")
+	f.StringVar(&t.restart, "restart", "", "run it again in its container: never, on_failure or always, with :N at most N times")
+	f.StringVar(&t.healthHTTP, "health-http", "", "it is ready once a GET is answered well: PORT or PORT/PATH")
+	f.IntVar(&t.healthTCP, "health-tcp", 0, "it is ready once this port takes connections")
+	f.StringArrayVar(&t.healthCmd, "health-cmd", nil, "it is ready once this program, run beside it, exits with 0; repeat for its arguments")
 	f.IntVar(&t.maxAttempts, "max-attempts", 0, "how many workers may try to run it")
 	f.StringArrayVar(&t.tmpfs, "tmpfs", nil, "a further place to write, in memory: PATH=SIZE")
 	f.StringArrayVar(&t.files, "file", nil, "put a file into /task/input: LOCAL or LOCAL:PATH")
@@ -73,7 +82,7 @@ func (t *taskFlags) register(f *pflag.FlagSet) {
 // spec is the JSON to send, as a tree.
 func (t *taskFlags) spec(f *pflag.FlagSet, stdin io.Reader, image string, command []string) (map[string]any, error) {
 	s := map[string]any{"image": image}
-	resources, timeouts := map[string]any{}, map[string]any{}
+	resources, timeouts, health := map[string]any{}, map[string]any{}, map[string]any{}
 	if len(command) > 0 {
 		s["command"] = command
 	}
@@ -86,6 +95,9 @@ func (t *taskFlags) spec(f *pflag.FlagSet, stdin io.Reader, image string, comman
 		{"ttl", s, "ttl", schemas.Duration(t.ttl).String()},
 		{"cpus", resources, "cpus", t.cpus},
 		{"pids", resources, "pids", t.pids},
+		{"gpus", resources, "gpus", t.gpus},
+		{"health-tcp", health, "tcp", map[string]int{"port": t.healthTCP}},
+		{"health-cmd", health, "exec", t.healthCmd},
 		{"workdir", s, "workdir", t.workdir},
 		{"user", s, "user", t.user},
 		{"priority", s, "priority", t.priority},
@@ -111,6 +123,26 @@ func (t *taskFlags) spec(f *pflag.FlagSet, stdin io.Reader, image string, comman
 			return nil, fmt.Errorf("--%s %w", flag, err)
 		}
 		resources[flag] = size
+	}
+	if f.Changed("restart") {
+		policy, most, limited := strings.Cut(t.restart, ":")
+		restart := map[string]any{"policy": policy}
+		if limited {
+			n, err := strconv.Atoi(most)
+			if err != nil {
+				return nil, errors.New("--restart must be POLICY or POLICY:N")
+			}
+			restart["max"] = n
+		}
+		s["restart"] = restart
+	}
+	if f.Changed("health-http") {
+		port, path, _ := strings.Cut(t.healthHTTP, "/")
+		n, err := strconv.Atoi(port)
+		if err != nil {
+			return nil, errors.New("--health-http must be PORT or PORT/PATH")
+		}
+		health["http"] = map[string]any{"port": n, "path": "/" + path}
 	}
 	if f.Changed("entrypoint") {
 		words := t.entrypoint
@@ -155,7 +187,7 @@ func (t *taskFlags) spec(f *pflag.FlagSet, stdin io.Reader, image string, comman
 		s["stdin"] = text
 	}
 	for field, m := range map[string]map[string]any{
-		"resources": resources, "timeouts": timeouts, "env": env, "labels": labels, "constraints": constraints, "tmpfs": tmpfs,
+		"resources": resources, "timeouts": timeouts, "health": health, "env": env, "labels": labels, "constraints": constraints, "tmpfs": tmpfs,
 	} {
 		if len(m) > 0 {
 			s[field] = m

@@ -92,10 +92,17 @@ func (c *cli) describe(t schemas.Task) error {
 	if t.Worker != "" {
 		add("worker", "%s", t.Worker)
 	}
-	add("attempt", "%d of %d", t.Attempt, t.Spec.MaxAttempts)
+	add("attempt", "%d of %d%s", t.Attempt, t.Spec.MaxAttempts, restarts(t))
 	add("accepted", "%s", when(t.Timings.Accepted))
 	if !t.Timings.Running.IsZero() {
 		add("running", "%s (after %s)", when(t.Timings.Running), brief(t.Timings.Running.Sub(t.Timings.Accepted)))
+	}
+	if t.Spec.Health != nil && !t.Timings.Running.IsZero() {
+		ready := "not yet"
+		if at := t.Timings.Ready; !at.IsZero() {
+			ready = fmt.Sprintf("%s (after %s)", when(at), brief(at.Sub(t.Timings.Accepted)))
+		}
+		add("ready", "%s", ready)
 	}
 	if !t.Timings.Ended.IsZero() {
 		add("ended", "%s", when(t.Timings.Ended))

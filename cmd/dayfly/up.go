@@ -20,6 +20,7 @@ const (
 type upConfig struct {
 	processConfig
 	gateway       gatewayConfig
+	reaper        reaperConfig
 	agent         agentConfig
 	assets        assetConfig
 	ingress, nats string
@@ -82,6 +83,7 @@ their credential from DATA/credentials.json.`,
 	f := cmd.Flags()
 	f.StringVar(&u.agent.data, "data", defaultData(), "folder for all that dayfly keeps")
 	u.gateway.flags(f)
+	u.reaper.flags(f)
 	u.agent.flags(f)
 	u.assets.flags(f)
 	u.processConfig.flags(f, defaultAdmin)
@@ -97,7 +99,7 @@ their credential from DATA/credentials.json.`,
 // check says what of the configuration cannot be right, before anything is touched.
 func (u *upConfig) check() error {
 	for _, err := range []error{
-		u.agent.check(), checkSync(u.sync), u.assets.check(), checkRetention(u.retention),
+		u.agent.check(), checkSync(u.sync), u.assets.check(), checkRetention(u.retention), u.reaper.check(),
 		u.gateway.check(&u.processConfig), u.listens("--ingress", u.ingress), u.processConfig.check(),
 	} {
 		if err != nil {

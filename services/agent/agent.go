@@ -75,6 +75,7 @@ func Run(ctx context.Context, deps Deps, cfg Config) error {
 		return fmt.Errorf("ask the runtime about this host: %w", err)
 	}
 	a.host = host
+	a.metrics.host(deps.Metrics, cfg, host)
 	if err := a.recover(ctx); err != nil {
 		return err
 	}
@@ -117,6 +118,7 @@ type Agent struct {
 	mu     sync.Mutex
 	epoch  schemas.Epoch               // under mu
 	live   map[schemas.TaskID]*attempt // under mu: not closed
+	gpus   map[int]bool                // under mu: the devices that attempts have
 	used   schemas.Allocation          // under mu: by attempts that are not over
 	images map[string]bool             // under mu: references of images that are here
 	beat   bus.Entry[schemas.Beat]     // under mu: the last acknowledged
@@ -146,6 +148,7 @@ func newAgent(deps Deps, cfg Config) (*Agent, error) {
 		table:   bus.NewTable(deps.Conn, schemas.BucketWorkers, beatCodec),
 		live:    map[schemas.TaskID]*attempt{},
 		images:  map[string]bool{},
+		gpus:    map[int]bool{},
 	}
 	if deps.Health != nil {
 		deps.Health.Add("agent: lease", a.checkLease)
@@ -221,7 +224,7 @@ func (a *Agent) adopt(e entry, found Attempt) {
 	t.recovered = true
 	t.unsaid.Store(true)
 	t.reserved = true
-	a.use(1, e.Needs)
+	a.use(1, e.Needs, e.GPUs)
 	a.metrics.adopted.Inc()
 	t.run(func() { t.resume(found) })
 }
@@ -230,7 +233,7 @@ func (a *Agent) adopt(e entry, found Attempt) {
 func (a *Agent) track(e entry) *attempt {
 	ctx, cancel := context.WithCancelCause(a.ctx)
 	t := &attempt{
-		agent: a, Assignment: e.Assignment, noPermit: e.NoPermit, needs: e.Needs, ctx: ctx, cancel: cancel,
+		agent: a, Assignment: e.Assignment, noPermit: e.NoPermit, needs: e.Needs, health: e.Health, gpus: e.GPUs, ctx: ctx, cancel: cancel,
 		revision: e.Revision, applied: e.Applied, closed: make(chan struct{}), dead: make(chan struct{}),
 		safe: offsets{e.Stdout, e.Stderr}, reconnected: a.conn.Reconnected(),
 		log: a.log.With().Str("task", string(e.Task)).Int("attempt", e.Attempt).Logger(),

@@ -27,6 +27,8 @@ type attempt struct {
 	agent     *Agent
 	noPermit  bool
 	needs     schemas.Resources
+	health    *schemas.Health
+	gpus      []int // of the attempt's goroutine, with reserved
 	recovered bool
 	log       zerolog.Logger
 
@@ -36,7 +38,8 @@ type attempt struct {
 	unsaid atomic.Bool   // recovered or kept, and not reported yet under this registration
 	dead   chan struct{} // closed once no process of it is left, or ever will be
 
-	reserved bool // of the attempt's goroutine: it holds room on the host
+	reserved bool   // of the attempt's goroutine: it holds room on the host
+	image    string // of the attempt's goroutine: how its image came
 
 	// reconnected is of the attempt's goroutine: closed by a reconnect to which the
 	// attempt has not answered yet. It outlives watch, so that none is missed.
@@ -45,20 +48,23 @@ type attempt struct {
 	logs *shipper // of the attempt's goroutine; nil before the process was started
 	safe offsets  // of the journal: log bytes that an earlier agent has surely stored
 
-	mu       sync.Mutex
-	found    Attempt                 // under mu: once started
-	unstart  context.CancelCauseFunc // under mu: breaks off pulling and starting
-	stop     *time.Duration          // under mu: grace, once an order said stop
-	expired  bool                    // under mu: the stop said that its time is over
-	revision uint64                  // under mu: of the newest order handled
-	applied  int                     // under mu: extensions carried out
-	deadline deadline                // under mu: as the newest order says it
-	given    deadline                // under mu: what the process was started with
-	report   schemas.Report          // under mu: what is true, as last said or about to be
-	timer    *time.Timer             // under mu: says it later, or again
-	sends    int                     // under mu: reports sent
-	repeats  int                     // under mu: of the present one
-	gone     bool                    // under mu: closed or superseded: nothing more is said
+	mu        sync.Mutex
+	found     Attempt                 // under mu: once started
+	unstart   context.CancelCauseFunc // under mu: breaks off pulling and starting
+	stop      *time.Duration          // under mu: grace, once an order said stop
+	expired   bool                    // under mu: the stop said that its time is over
+	revision  uint64                  // under mu: of the newest order handled
+	applied   int                     // under mu: extensions carried out
+	restarts  int                     // under mu: at least so many, as the record has it
+	readyRun  int                     // under mu: the run that is ready, counted from 1
+	unhealthy string                  // under mu: why a run was stopped
+	deadline  deadline                // under mu: as the newest order says it
+	given     deadline                // under mu: what the process was started with
+	report    schemas.Report          // under mu: what is true, as last said or about to be
+	timer     *time.Timer             // under mu: says it later, or again
+	sends     int                     // under mu: reports sent
+	repeats   int                     // under mu: of the present one
+	gone      bool                    // under mu: closed or superseded: nothing more is said
 }
 
 // deadline is the time left at the moment an order was handled.
@@ -106,11 +112,19 @@ func (t *attempt) begin(o schemas.Order, before *attempt, journalled error) {
 		t.giveBack("the worker cannot write its journal")
 		return
 	}
-	if err := t.agent.reserve(t.needs); err != nil {
+	gpus, err := t.agent.reserve(t.needs)
+	if err != nil {
 		t.giveBack(err.Error())
 		return
 	}
-	t.reserved = true
+	t.reserved, t.gpus = true, gpus
+	if len(gpus) > 0 { // the next agent must know which are taken
+		if err := t.agent.journal.change(t.Assignment, func(e *entry) { e.GPUs = gpus }); err != nil {
+			t.log.Error().Err(err).Msg("journal")
+			t.giveBack("the worker cannot write its journal")
+			return
+		}
+	}
 
 	t.say(schemas.Report{Phase: schemas.PhaseAccepted}, t.agent.cfg.HoldBack)
 	began := t.agent.rt.Now()
@@ -125,7 +139,9 @@ func (t *attempt) begin(o schemas.Order, before *attempt, journalled error) {
 	case end != nil:
 		t.finish(*end, false)
 	default:
-		t.watch(found, t.agent.rt.Now()-began)
+		took := t.agent.rt.Now() - began
+		t.agent.metrics.started.WithLabelValues(t.image).Observe(took.Seconds())
+		t.watch(found, took)
 	}
 }
 
@@ -153,9 +169,18 @@ func (t *attempt) resume(found Attempt) {
 func (t *attempt) start(ctx context.Context, spec schemas.Spec) (Attempt, *schemas.End) {
 	pull, cancel := context.WithTimeoutCause(ctx, spec.Timeouts.Pull.Std(), &StartError{
 		Reason: schemas.ReasonPullTimeout, Message: fmt.Sprintf("the image was not pulled within %s", spec.Timeouts.Pull)})
-	image, err := t.agent.rt.Image(pull, spec, t.progress)
+	began, how := time.Now(), imagePresent
+	image, err := t.agent.rt.Image(pull, spec, func(said string) {
+		how = imagePulled
+		t.progress(said)
+	})
 	err = because(pull, err)
 	cancel()
+	t.image = how
+	if err != nil {
+		how = imageFailed
+	}
+	t.agent.metrics.image.WithLabelValues(how).Observe(time.Since(began).Seconds())
 	if err != nil {
 		return nil, t.unstarted(ctx, err)
 	}
@@ -176,7 +201,7 @@ func (t *attempt) start(ctx context.Context, spec schemas.Spec) (Attempt, *schem
 	defer cancel()
 	found, err := t.agent.rt.Start(start, StartRequest{
 		Assignment: t.Assignment, Spec: spec, Image: image, TimeLeft: left, NoPermit: t.noPermit,
-		Grace: spec.Timeouts.Stop.Std(), LogLimit: t.agent.cfg.LogLimit,
+		Grace: spec.Timeouts.Stop.Std(), LogLimit: t.agent.cfg.LogLimit, GPUs: t.gpus,
 	})
 	if err != nil {
 		return nil, t.unstarted(ctx, because(start, err))
@@ -216,15 +241,23 @@ func (t *attempt) watch(found Attempt, startTook time.Duration) {
 		_ = t.moveDeadline()
 	}
 	t.mu.Unlock()
-	t.agent.metrics.started.Observe(startTook.Seconds())
 	hold := t.agent.cfg.HoldBack
 	if startTook > hold || t.recovered {
 		hold = 0
 	}
 	t.say(schemas.Report{Phase: schemas.PhaseRunning, Ran: true}, hold)
 
+	var checks sync.WaitGroup
+	defer checks.Wait()
+	ctx, endChecks := context.WithCancel(t.ctx)
+	defer endChecks()
+	if t.health != nil {
+		checks.Go(func() { t.checkHealth(ctx, found, *t.health) })
+	}
+
 	out := found.Output()
 	t.logs = &shipper{t: t, out: out, sent: t.safe, safe: t.safe}
+	_, ranAgain := found.Run()
 	for ended := false; ; {
 		changed := out.Changed()
 		select {
@@ -242,6 +275,9 @@ func (t *attempt) watch(found Attempt, startTook time.Duration) {
 		select {
 		case <-changed:
 			t.gather(found)
+		case <-ranAgain:
+			_, ranAgain = found.Run()
+			t.ranAgain()
 		case <-t.reconnected:
 		case <-found.Done():
 		case <-t.ctx.Done():
@@ -249,6 +285,15 @@ func (t *attempt) watch(found Attempt, startTook time.Duration) {
 	}
 	if context.Cause(t.ctx) == errSuperseded {
 		t.kill(found)
+	}
+}
+
+// ranAgain reports a restart, in a while: what restarts often shall not report as often.
+func (t *attempt) ranAgain() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.report.Phase == schemas.PhaseRunning {
+		t.tell(t.report, time.Second)
 	}
 }
 
@@ -268,6 +313,11 @@ func (t *attempt) outcome(found Attempt, out Output) schemas.End {
 	o := found.Outcome()
 	end := schemas.End{By: o.By, Reason: o.Reason, Message: text(o.Message, 1024), Exit: o.Exit, Usage: o.Usage,
 		Stdout: head(out, schemas.Stdout), Stderr: head(out, schemas.Stderr)}
+	t.mu.Lock()
+	if o.Reason == schemas.ReasonUnhealthy && t.unhealthy != "" {
+		end.Message = t.unhealthy
+	}
+	t.mu.Unlock()
 	var dropped, more int64
 	end.Logs.StdoutBytes, dropped = out.Size(schemas.Stdout)
 	end.Logs.StderrBytes, more = out.Size(schemas.Stderr)
@@ -318,7 +368,7 @@ func (t *attempt) finish(end schemas.End, ran bool) {
 func (t *attempt) vacate() {
 	if t.reserved {
 		t.reserved = false
-		t.agent.release(t.needs)
+		t.agent.release(t.needs, t.gpus)
 	}
 }
 
@@ -439,7 +489,11 @@ func (t *attempt) send() {
 	if t.found != nil && r.Ran {
 		ran, _ := t.found.StartedFor()
 		r.RanFor = schemas.Duration(ran)
+		run, _ := t.found.Run()
+		r.Restarts, r.Last = run.Restarts, run.Last
+		r.Ready = t.readyRun == run.Restarts+1 && r.Phase == schemas.PhaseRunning
 	}
+	r.Restarts = max(r.Restarts, t.restarts) // the record takes no fewer
 	body, err := schemas.Encode(r)
 	if err != nil {
 		t.log.Error().Err(err).Msg("encode report")
@@ -484,7 +538,7 @@ func (t *attempt) repeat(sends int) {
 func (t *attempt) extend(o schemas.Order) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.revision = o.Revision
+	t.revision, t.restarts = o.Revision, max(t.restarts, o.Restarts)
 	if o.Extensions > t.applied || t.found == nil {
 		t.deadline = deadline{left: o.TimeLeft.Std(), at: t.agent.rt.Now(), counting: o.Counting}
 		if t.found != nil {
@@ -514,7 +568,7 @@ func (t *attempt) moveDeadline() error {
 func (t *attempt) halt(o schemas.Order) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.revision = o.Revision
+	t.revision, t.restarts = o.Revision, max(t.restarts, o.Restarts)
 	grace := o.Grace.Std()
 	t.stop, t.expired = &grace, o.Expired
 	switch {

@@ -24,6 +24,8 @@ type entry struct {
 	Applied  int               `json:"applied,omitzero"`  // extensions carried out
 	NoPermit bool              `json:"no_permit,omitzero"`
 	Needs    schemas.Resources `json:"needs,omitzero"`
+	GPUs     []int             `json:"gpus,omitzero"` // the devices that it has
+	Health   *schemas.Health   `json:"health,omitzero"`
 	Stdout   int64             `json:"stdout,omitzero"` // bytes of the log that are surely stored
 	Stderr   int64             `json:"stderr,omitzero"`
 	Closed   bool              `json:"closed,omitzero"`

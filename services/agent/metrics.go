@@ -4,28 +4,59 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"dayfly.dev/ops"
+	"dayfly.dev/schemas"
 )
 
 type metrics struct {
 	orders   *prometheus.CounterVec
-	started  prometheus.Histogram
+	again    prometheus.Counter
+	image    *prometheus.HistogramVec
+	started  *prometheus.HistogramVec
 	ended    *prometheus.CounterVec
 	adopted  prometheus.Counter
 	logBytes prometheus.Counter
 	beats    *prometheus.CounterVec
 }
 
+// What came of the image of an attempt.
+const (
+	imagePresent = "present"
+	imagePulled  = "pulled"
+	imageFailed  = "failed"
+)
+
 func newMetrics(reg prometheus.Registerer) *metrics {
 	m := &metrics{
 		orders:   prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_agent_orders_total", Help: "Orders handled, by what they want."}, []string{"want"}),
-		started:  prometheus.NewHistogram(prometheus.HistogramOpts{Name: "dayfly_agent_start_seconds", Help: "From the order to the started process, image included.", Buckets: ops.BucketsStart}),
+		again:    prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_agent_orders_redelivered_total", Help: "Orders that came again because the first delivery was not acknowledged."}),
+		image:    prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "dayfly_agent_image_seconds", Help: "How long the image of an attempt took: present, pulled, or failed.", Buckets: append([]float64{.005, .01, .025}, ops.BucketsStart...)}, []string{"result"}),
+		started:  prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "dayfly_agent_start_seconds", Help: "From the order to the started process, image included, by what the image took: present or pulled.", Buckets: ops.BucketsStart}, []string{"image"}),
 		ended:    prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_agent_attempts_ended_total", Help: "Attempts that ended, by who ended them."}, []string{"by"}),
 		adopted:  prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_agent_attempts_adopted_total", Help: "Attempts of an earlier agent taken back."}),
 		logBytes: prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_agent_log_bytes_total", Help: "Bytes of task logs stored on the bus."}),
 		beats:    prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_agent_beats_total", Help: "Heartbeats, by result."}, []string{"result"}),
 	}
+	for _, result := range []string{"ok", "conflict", "error"} {
+		m.beats.WithLabelValues(result)
+	}
+	for _, want := range []schemas.Want{schemas.WantRun, schemas.WantStop, schemas.WantClose} {
+		m.orders.WithLabelValues(string(want))
+	}
+	for _, by := range []schemas.EndedBy{schemas.EndedItself, schemas.EndedStop, schemas.EndedDeadline, schemas.EndedPermit, schemas.EndedGaveBack, schemas.EndedLost} {
+		m.ended.WithLabelValues(string(by))
+	}
 	if reg != nil {
-		reg.MustRegister(m.orders, m.started, m.ended, m.adopted, m.logBytes, m.beats)
+		reg.MustRegister(m.orders, m.again, m.image, m.started, m.ended, m.adopted, m.logBytes, m.beats)
 	}
 	return m
+}
+
+// host registers who this worker is.
+func (m *metrics) host(reg prometheus.Registerer, cfg Config, h schemas.Host) {
+	info := prometheus.NewGauge(prometheus.GaugeOpts{Name: "dayfly_worker_info", Help: "Always 1; the labels say what the worker is.", ConstLabels: prometheus.Labels{
+		"worker": string(cfg.Worker), "version": cfg.Version, "os": h.OS, "arch": h.Arch, "engine": h.Engine, "runtime": h.Runtime}})
+	info.Set(1)
+	if reg != nil {
+		reg.MustRegister(info)
+	}
 }

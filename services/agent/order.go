@@ -20,6 +20,9 @@ func (a *Agent) orders(ctx context.Context) error {
 			_ = m.Ack()
 			return
 		}
+		if m.Delivered > 1 {
+			a.metrics.again.Inc()
+		}
 		a.handle(o)
 		a.mu.Lock()
 		a.newest = m.Sequence
@@ -58,6 +61,7 @@ func (a *Agent) handle(o schemas.Order) {
 	t := entry{Assignment: o.Assignment, Revision: o.Revision, Applied: o.Extensions, At: schemas.Duration(a.rt.Now())}
 	if o.Want == schemas.WantRun && o.Spec != nil {
 		t.NoPermit, t.Needs = o.Spec.OnLost == schemas.OnLostWait, o.Spec.Resources
+		t.Health = o.Spec.Health
 		err := a.journal.put(t)
 		live := a.track(t)
 		live.deadline = deadline{left: o.TimeLeft.Std(), at: a.rt.Now(), counting: o.Counting}
@@ -92,6 +96,7 @@ func (a *Agent) update(o schemas.Order, e entry) {
 		if e.Closed && o.Want != schemas.WantClose && o.Revision > e.Revision {
 			e.Revision = o.Revision
 			live := a.track(e)
+			live.restarts = o.Restarts
 			live.run(func() {
 				live.finish(schemas.End{By: schemas.EndedLost, Reason: schemas.ReasonWorkerLost,
 					Message: fmt.Sprintf("worker %s has closed this attempt before", a.cfg.Worker)}, false)
@@ -120,30 +125,41 @@ func (a *Agent) update(o schemas.Order, e entry) {
 }
 
 // reserve takes room for an attempt, if the host has it: the agent is the last judge
-// of that. The attempt gives it back when it is over.
-func (a *Agent) reserve(r schemas.Resources) error {
+// of that. The attempt gives it back when it is over. gpus are the devices it gets.
+func (a *Agent) reserve(r schemas.Resources) (gpus []int, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	switch u := a.used; {
 	case a.host.Slots > 0 && u.Tasks+1 > a.host.Slots:
-		return fmt.Errorf("worker %s has no free slot", a.cfg.Worker)
+		return nil, fmt.Errorf("worker %s has no free slot", a.cfg.Worker)
 	case u.CPUs+r.CPUs > a.host.CPUs+1e-6: // sums of fractions
-		return fmt.Errorf("worker %s has too little CPU left", a.cfg.Worker)
+		return nil, fmt.Errorf("worker %s has too little CPU left", a.cfg.Worker)
 	case u.Memory+r.Memory > a.host.Memory:
-		return fmt.Errorf("worker %s has too little memory left", a.cfg.Worker)
+		return nil, fmt.Errorf("worker %s has too little memory left", a.cfg.Worker)
 	}
-	a.use(1, r)
-	return nil
+	for i := 0; i < a.host.GPUs && len(gpus) < r.GPUs; i++ {
+		if !a.gpus[i] {
+			gpus = append(gpus, i)
+		}
+	}
+	if len(gpus) < r.GPUs {
+		return nil, fmt.Errorf("worker %s has too few GPUs left", a.cfg.Worker)
+	}
+	a.use(1, r, gpus)
+	return gpus, nil
 }
 
-func (a *Agent) release(r schemas.Resources) {
+func (a *Agent) release(r schemas.Resources, gpus []int) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.use(-1, r)
+	a.use(-1, r, gpus)
 }
 
 // use runs under a.mu.
-func (a *Agent) use(n int, r schemas.Resources) {
+func (a *Agent) use(n int, r schemas.Resources, gpus []int) {
+	for _, i := range gpus {
+		a.gpus[i] = n > 0
+	}
 	a.used.Tasks += n
 	a.used.CPUs += schemas.CPUs(n) * r.CPUs
 	a.used.Memory += schemas.Size(n) * r.Memory

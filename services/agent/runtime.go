@@ -2,6 +2,9 @@ package agent
 
 import (
 	"context"
+	"errors"
+	"io"
+	"net"
 	"time"
 
 	"dayfly.dev/schemas"
@@ -63,17 +66,37 @@ type StartRequest struct {
 	Image      Image
 	TimeLeft   time.Duration // until the deadline, counted from the start of the process
 	NoPermit   bool          // on_lost: wait
-	Grace      time.Duration // between TERM and KILL when the deadline passes
+	Grace      time.Duration // between TERM and KILL when the deadline passes, or the task is unhealthy
+	GPUs       []int         // the devices that are its own, by their numbers on this host
 	LogLimit   int64         // bytes of stdout and stderr together that are kept
 }
 
-// Attempt is one started process tree in its container.
+// Attempt is one container and what runs in it: the task's process with all that it
+// starts, and after it, where the restart policy says so, another. The runtime runs it
+// again without the agent's help.
 type Attempt interface {
 	Assignment() schemas.Assignment
 
 	// StartedFor is how long ago the process was started, by the host's clock; false
 	// if it never was (a recovered attempt whose start was broken off).
 	StartedFor() (time.Duration, bool)
+
+	// Run says which run is the present one. The channel is closed at the next change of
+	// it, and when the attempt is done.
+	Run() (RunState, <-chan struct{})
+
+	// Fail ends the run with that many restarts before it, if it is still the present one,
+	// with the grace of the start. It counts as a failure whatever its exit code is; if
+	// none follows it, the attempt has ended by itself, with the reason unhealthy.
+	Fail(restarts int)
+
+	// Dial connects to a port on the task's own loopback interface.
+	Dial(ctx context.Context, port int) (net.Conn, error)
+
+	// Exec runs a program beside the task's process, with the task's rights and its
+	// environment, and says how it ended. It is killed when ctx ends and when the run does.
+	// A program that is not there has the exit code 127, one that cannot be run 126.
+	Exec(ctx context.Context, c Command) (schemas.Exit, error)
 
 	// Done is closed when no process of the attempt is left, its pipes are drained into
 	// Output, and Outcome is known.
@@ -95,6 +118,28 @@ type Attempt interface {
 	// Remove takes the container and the state folder away. It may be called again
 	// after an error, and ends a running attempt.
 	Remove(ctx context.Context) error
+}
+
+// ErrAway is wrapped by errors of Dial and Exec that say nothing of the task: no run
+// is there, or its init is out of reach for the moment.
+var ErrAway = errors.New("the task cannot be asked now")
+
+// RunState is the present run of the task's process.
+type RunState struct {
+	Restarts int
+	Up       bool          // false between two runs and after the last
+	Last     *schemas.Exit // how the last run that is over ended; nil while there is none
+}
+
+// Command is what Exec runs.
+type Command struct {
+	Argv []string
+	Env  []string // K=V, laid over the task's
+	Dir  string   // "" is the task's working directory
+
+	// Stdout and Stderr get its output; nil drops it. Nothing is written to them once
+	// Exec has returned.
+	Stdout, Stderr io.Writer
 }
 
 // Outcome is how an attempt ended.

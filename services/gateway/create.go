@@ -84,7 +84,7 @@ func (g *Gateway) createOnce(ctx context.Context, key string, spec schemas.Spec)
 		if misfit != nil {
 			return e, false, misfit
 		}
-		e, err = g.accept(ctx, id, spec)
+		e, err = g.accept(ctx, id, spec, "")
 		return e, false, busError(err, id)
 	}
 
@@ -134,7 +134,7 @@ func (g *Gateway) createOnce(ctx context.Context, key string, spec schemas.Spec)
 				Detail: "the task of this key was never made, or is gone; use a new key"}
 		}
 	}
-	e, err = g.accept(ctx, id, spec)
+	e, err = g.accept(ctx, id, spec, "")
 	if errors.Is(err, bus.ErrConflict) { // somebody with the same key was quicker
 		if e, err = g.records.Get(ctx, string(id)); err == nil {
 			g.fold(e)
@@ -149,10 +149,12 @@ func (g *Gateway) createOnce(ctx context.Context, key string, spec schemas.Spec)
 }
 
 // accept stores the record: from then on the task exists, and the placer's view of
-// the records brings it there.
-func (g *Gateway) accept(ctx context.Context, id schemas.TaskID, spec schemas.Spec) (bus.Entry[record], error) {
+// the records brings it there. batch is whose item it is, or empty.
+func (g *Gateway) accept(ctx context.Context, id schemas.TaskID, spec schemas.Spec, batch schemas.BatchID) (bus.Entry[record], error) {
 	m := meta("gateway")
-	rec, err := sealRecord(schemas.NewRecord(id, spec, g.cfg.Policy, m))
+	r := schemas.NewRecord(id, spec, g.cfg.Policy, m)
+	r.Batch = batch
+	rec, err := sealRecord(r)
 	if err != nil {
 		return bus.Entry[record]{}, err
 	}

@@ -44,6 +44,10 @@ type Config struct {
 	// work. 60 s.
 	KeyGrace time.Duration
 
+	BatchAhead int           // how many tasks of one batch wait for a worker at a time, 256
+	MaxBatches int           // batches that are not done; one more is answered with 429, 64
+	BatchLease time.Duration // how long a gateway that works on batches may be silent, 5 s
+
 	Unavailable time.Duration // how long a request waits for NATS to come back, 500 ms
 	OpTimeout   time.Duration // longest operation on the bus, 3 s
 	ExtendWait  time.Duration // how long extend waits for the worker, 2 s
@@ -64,6 +68,9 @@ func (c Config) withDefaults() Config {
 	c.Retention = cmp.Or(c.Retention, 24*time.Hour)
 	c.Lease = cmp.Or(c.Lease, 30*time.Second)
 	c.KeyGrace = cmp.Or(c.KeyGrace, time.Minute)
+	c.BatchAhead = cmp.Or(c.BatchAhead, 256)
+	c.MaxBatches = cmp.Or(c.MaxBatches, 64)
+	c.BatchLease = cmp.Or(c.BatchLease, 5*time.Second)
 	c.Unavailable = cmp.Or(c.Unavailable, 500*time.Millisecond)
 	c.OpTimeout = cmp.Or(c.OpTimeout, 3*time.Second)
 	c.ExtendWait = cmp.Or(c.ExtendWait, 2*time.Second)
@@ -93,11 +100,15 @@ type Gateway struct {
 	records *bus.Table[record]
 	keys    *bus.Table[schemas.IdempotencyEntry]
 	drains  *bus.Table[schemas.Drain]
-	tasks   *bus.View[*item]
-	recent  *recent
-	index   index
-	tally   tally
-	fleet   *fleet
+
+	deliveries *bus.Table[schemas.Delivery]
+	batches    *batches
+
+	tasks  *bus.View[*item]
+	recent *recent
+	index  index
+	tally  tally
+	fleet  *fleet
 
 	page      func() ([]byte, error)    // the docs page
 	ui        func() (*ui.Pages, error) // the pages for people
@@ -117,7 +128,7 @@ func Run(ctx context.Context, deps Deps, cfg Config) error {
 				return
 			}
 			away.fail(newResponse(w, r), r, unavailable())
-		}))
+		}), deps.Logger)
 	})
 	group.Go(func() error {
 		if deps.Conn == nil {
@@ -163,6 +174,8 @@ func New(deps Deps, cfg Config) *Gateway {
 			},
 			Decode: func(b []byte) (d schemas.Drain, err error) { return d, schemas.Decode(b, &d) },
 		}),
+		deliveries: newDeliveries(deps.Conn),
+
 		fleet:     newFleet(deps.Conn, cfg.Lease),
 		recent:    newRecent(cfg.CacheBytes),
 		followers: make(chan struct{}, cfg.MaxFollowers),
@@ -170,6 +183,7 @@ func New(deps Deps, cfg Config) *Gateway {
 		ui:        sync.OnceValues(ui.New),
 		tally:     tally{of: map[schemas.State]int{}},
 	}
+	g.batches = newBatches(g)
 	g.tasks = bus.NewView(deps.Conn, schemas.BucketTasks, decodeItem, bus.ViewOptions[*item]{OnChange: g.taskChanged})
 	if deps.Health != nil {
 		deps.Health.Add("gateway: nats", func(context.Context) error {
@@ -194,11 +208,13 @@ func (g *Gateway) KeepViews(ctx context.Context) error {
 	group.Go(func() error { return g.tasks.Run(ctx) })
 	group.Go(func() error { return g.fleet.beats.Run(ctx) })
 	group.Go(func() error { return g.fleet.drains.Run(ctx) })
+	group.Go(func() error { return g.batches.view.Run(ctx) })
+	group.Go(func() error { return g.batches.run(ctx) })
 	return group.Wait()
 }
 
 func (g *Gateway) views() []<-chan struct{} {
-	return []<-chan struct{}{g.tasks.Ready(), g.fleet.beats.Ready(), g.fleet.drains.Ready()}
+	return []<-chan struct{}{g.tasks.Ready(), g.fleet.beats.Ready(), g.fleet.drains.Ready(), g.batches.view.Ready()}
 }
 
 func (g *Gateway) ready() bool {
@@ -223,6 +239,7 @@ func (g *Gateway) taskChanged(c bus.Change[*item]) {
 	g.fleet.count(c.Old, c.New)
 	g.tally.changed(c.Old, c.New)
 	g.recent.changed(c.Old, c.New)
+	g.batches.taskChanged(c)
 }
 
 // meta is that of one write: by says who wants it.

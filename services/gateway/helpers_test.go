@@ -54,12 +54,20 @@ type api struct {
 
 func newWorld(t testing.TB, cfg gateway.Config) *world {
 	t.Helper()
+	w := newStore(t)
+	w.api = newAPI(t, natstest.Connect(t, w.nats), cfg)
+	return w
+}
+
+// newStore is a world without a gateway.
+func newStore(t testing.TB) *world {
+	t.Helper()
 	s := natstest.Server(t)
 	c := natstest.Connect(t, s)
 	if err := bus.Provision(deadline(t), c, schemas.Assets(time.Hour), 1); err != nil {
 		t.Fatal(err)
 	}
-	return &world{TB: t, nats: s, conn: c, api: newAPI(t, natstest.Connect(t, s), cfg),
+	return &world{TB: t, nats: s, conn: c, api: api{TB: t},
 		records: bus.NewTable(c, schemas.BucketTasks, bus.Codec[schemas.Record]{
 			Encode: func(r schemas.Record) ([]byte, nats.Header, error) {
 				b, err := schemas.Encode(r)

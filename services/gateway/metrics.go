@@ -11,6 +11,7 @@ type metrics struct {
 	inFlight  prometheus.Gauge
 	submitted prometheus.Counter
 	rejected  *prometheus.CounterVec
+	finished  *prometheus.CounterVec
 	replays   prometheus.Counter
 	streams   *prometheus.GaugeVec
 	panics    prometheus.Counter
@@ -25,10 +26,14 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		inFlight:  prometheus.NewGauge(prometheus.GaugeOpts{Name: "dayfly_http_requests_in_flight", Help: "Requests being answered."}),
 		submitted: prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_tasks_submitted_total", Help: "Tasks accepted."}),
 		rejected:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_tasks_rejected_total", Help: "Tasks not accepted, by the code of the error."}, []string{"code"}),
+		finished:  ops.TasksFinished(reg),
 		replays:   prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_idempotent_replays_total", Help: "Requests answered with the task that an earlier one with the same key made."}),
 		streams:   prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "dayfly_streams_open", Help: "Answers that stay open, by kind."}, []string{"kind"}),
 		panics:    prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_http_panics_total", Help: "Requests that ended in a panic: each is a bug."}),
 		foreign:   prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_log_chunks_foreign_total", Help: "Log chunks of workers that did not hold the attempt."}),
+	}
+	for _, kind := range []string{"logs", "sse", "wait"} {
+		m.streams.WithLabelValues(kind)
 	}
 	if reg != nil {
 		reg.MustRegister(m.requests, m.inFlight, m.submitted, m.rejected, m.replays, m.streams, m.panics, m.foreign)

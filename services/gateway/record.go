@@ -231,6 +231,9 @@ func (g *Gateway) change(ctx context.Context, id schemas.TaskID, takes precondit
 	case err == nil:
 		g.fold(e)
 		if before != e.Value.State {
+			if e.Value.State.Final() {
+				g.metrics.finished.WithLabelValues(string(e.Value.State), string(e.Value.Reason)).Inc()
+			}
 			g.log.Info().Str("task", string(id)).Str("from", string(before)).Str("state", string(e.Value.State)).
 				Str("reason", string(e.Value.Reason)).Msg("task")
 		}

@@ -68,13 +68,14 @@ var (
 		{name: "wait", in: "query", about: "Hold the answer back until the task runs (or is over), or is done. Where the time is over first, the task comes as it is then.", schema: `{"type": "string", "enum": ["running", "done"]}`},
 		{name: "timeout", in: "query", about: "How long to wait: 30s if not given, and at most what the site allows (60s). Goes with wait.", schema: aDuration},
 	}
-	ifMatch     = param{name: "If-Match", in: "header", about: "Only if the task is still at this revision: the ETag of an earlier answer. Checked in the write itself.", schema: `{"type": "string", "examples": ["\"1234\""]}`}
-	ifNoneMatch = param{name: "If-None-Match", in: "header", about: "Answer 304 if the task is still at this revision.", schema: `{"type": "string", "examples": ["\"1234\""]}`}
-	lastEvent   = param{name: "Last-Event-ID", in: "header", about: "Go on behind the event with this id. An EventSource sends it by itself.", schema: `{"type": "string"}`}
-	states      = param{name: "state", in: "query", many: true, about: "In one of these states: comma between, or several times.", schema: aState}
-	labels      = param{name: "label", in: "query", many: true, about: "With this label: name=value, or a name alone for any value. Several: all of them.", schema: aLabel}
-	worker      = param{name: "worker", in: "query", about: "Of this worker.", schema: `{"$ref": "#/components/schemas/WorkerID"}`}
-	eventParams = []param{
+	idempotencyKeyParam = param{name: "Idempotency-Key", in: "header", about: "Any word of the client's choice, 1 to 255 visible ASCII characters.", schema: `{"type": "string", "minLength": 1, "maxLength": 255}`}
+	ifMatch             = param{name: "If-Match", in: "header", about: "Only if the task is still at this revision: the ETag of an earlier answer. Checked in the write itself.", schema: `{"type": "string", "examples": ["\"1234\""]}`}
+	ifNoneMatch         = param{name: "If-None-Match", in: "header", about: "Answer 304 if the task is still at this revision.", schema: `{"type": "string", "examples": ["\"1234\""]}`}
+	lastEvent           = param{name: "Last-Event-ID", in: "header", about: "Go on behind the event with this id. An EventSource sends it by itself.", schema: `{"type": "string"}`}
+	states              = param{name: "state", in: "query", many: true, about: "In one of these states: comma between, or several times.", schema: aState}
+	labels              = param{name: "label", in: "query", many: true, about: "With this label: name=value, or a name alone for any value. Several: all of them.", schema: aLabel}
+	worker              = param{name: "worker", in: "query", about: "Of this worker.", schema: `{"$ref": "#/components/schemas/WorkerID"}`}
+	eventParams         = []param{
 		{name: "follow", in: "query", about: "0 ends the answer with what there is; otherwise it goes on with what comes.", schema: aSwitch},
 		{name: "after", in: "query", about: "Begin behind the event with this id, or with what is still to come: now. All that there is, if not given.", schema: `{"type": "string", "pattern": "^([0-9]{1,19}|now)$"}`},
 		lastEvent, states,
@@ -126,7 +127,7 @@ func operations() []operation {
 	return []operation{
 		{method: "POST", path: "/v1/tasks", name: "createTask", handle: (*Gateway).create,
 			about:  "Asks for a task. It is accepted once its record is stored; with an Idempotency-Key the same request may be sent again for a day and makes no second task. Fields that are left out get the site's defaults; unknown ones are refused.",
-			params: params(param{name: "Idempotency-Key", in: "header", about: "Any word of the client's choice, 1 to 255 visible ASCII characters.", schema: `{"type": "string", "minLength": 1, "maxLength": 255}`}, waitParams),
+			params: params(idempotencyKeyParam, waitParams),
 			body:   schemas.Spec{},
 			answers: []reply{{status: 201, about: "The task. Idempotency-Replayed says that an earlier request made it.", value: schemas.Task{},
 				header: []string{"ETag", "Location", "Idempotency-Replayed"}}},
@@ -176,6 +177,23 @@ func operations() []operation {
 			about:   "The changes of all tasks in the order of their writes, as SSE or NDJSON (of TaskEvent), by Accept. An id is a place from which any gateway goes on; nothing is lost and nothing comes twice while records are kept, and truncated says where a record no longer has it all.",
 			params:  params(eventParams, labels, worker),
 			answers: eventAnswers, fails: fails(badHeaders, tooMany)},
+		{method: "POST", path: "/v1/batches", name: "createBatch", handle: (*Gateway).createBatch,
+			about:  "Asks for many tasks at once: a template and up to 10,000 items that differ from it. It is accepted, whole or not at all, once it is stored; its tasks follow.",
+			params: params(idempotencyKeyParam), body: schemas.BatchSpec{},
+			answers: []reply{{status: 201, about: "The batch.", value: schemas.BatchStatus{}, header: []string{"Location"}}},
+			fails: fails(bodyFails, badHeaders, unknown, tooMany, failure{410, []schemas.Code{schemas.CodeKeyExpired}}, failure{422, []schemas.Code{
+				schemas.CodeInvalidValue, schemas.CodeNotAvailable, schemas.CodeNotAllowed, schemas.CodeKeyReused}})},
+		{method: "GET", path: "/v1/batches/{id}", name: "getBatch", handle: (*Gateway).getBatch,
+			about:   "Shows a batch: how many of its tasks are in which state.",
+			answers: []reply{{status: 200, about: "The batch.", value: schemas.BatchStatus{}}}, fails: fails(ofOne)},
+		{method: "DELETE", path: "/v1/batches/{id}", name: "cancelBatch", handle: (*Gateway).cancelBatch,
+			about:   "Cancels all tasks of a batch that are not over, and makes no more.",
+			answers: []reply{{status: 200, about: "The batch.", value: schemas.BatchStatus{}}}, fails: fails(ofOne, unknown)},
+		{method: "GET", path: "/v1/batches/{id}/items", name: "listItems", handle: (*Gateway).listItems,
+			about: "Lists what became of each item, by index.",
+			params: []param{{name: "limit", in: "query", about: "How many at the most; 100 if not given.", schema: `{"type": "integer", "minimum": 1, "maximum": 1000}`},
+				{name: "cursor", in: "query", about: "next_cursor of the page before.", schema: `{"type": "string"}`}},
+			answers: []reply{{status: 200, about: "One page.", value: schemas.BatchItemList{}}}, fails: fails(ofOne)},
 		{method: "GET", path: "/v1/workers", name: "listWorkers", handle: (*Gateway).listWorkers,
 			about: "Lists the workers, by name.", answers: []reply{{status: 200, about: "All of them.", value: schemas.WorkerList{}}}, fails: fails()},
 		{method: "GET", path: "/v1/workers/{id}", name: "getWorker", handle: (*Gateway).getWorker,

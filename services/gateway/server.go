@@ -245,17 +245,23 @@ func readBody(w *response, r *http.Request) ([]byte, error) {
 	_ = control.SetReadDeadline(time.Now().Add(bodyTimeout))
 	body, err := readAll(http.MaxBytesReader(w, r.Body, schemas.MaxBodyBytes), r.ContentLength)
 	_ = control.SetReadDeadline(time.Time{})
+	if err != nil {
+		return nil, bodyError(err, tooLarge)
+	}
+	return body, nil
+}
+
+// bodyError is what a client hears of a body that could not be read.
+func bodyError(err error, tooLarge *schemas.Error) *schemas.Error {
 	var over *http.MaxBytesError
 	var timeout interface{ Timeout() bool }
 	switch {
-	case err == nil:
-		return body, nil
 	case errors.As(err, &over):
-		return nil, tooLarge
+		return tooLarge
 	case errors.As(err, &timeout) && timeout.Timeout():
-		return nil, &schemas.Error{Status: http.StatusRequestTimeout, Code: schemas.CodeInvalidJSON, Detail: "the body did not come in time"}
+		return &schemas.Error{Status: http.StatusRequestTimeout, Code: schemas.CodeInvalidJSON, Detail: "the body did not come in time"}
 	}
-	return nil, &schemas.Error{Status: http.StatusBadRequest, Code: schemas.CodeInvalidJSON, Detail: "the body could not be read to its end"}
+	return &schemas.Error{Status: http.StatusBadRequest, Code: schemas.CodeInvalidJSON, Detail: "the body could not be read to its end"}
 }
 
 const bodyTimeout = 20 * time.Second

@@ -47,13 +47,16 @@ func (g *Gateway) get(w *response, r *http.Request) error {
 			}
 		}
 	}
+	t := e.Value.View(e.Revision, time.Now())
 	tag := etag(e.Revision)
+	if t.State.Final() && t.Spec.Callback != nil {
+		t.Callback = g.delivery(ctx, e.Key) // news that the revision does not tell
+	}
 	w.Header().Set("ETag", tag)
-	if matches(r.Header, tag) {
+	if t.Callback == nil && matches(r.Header, tag) {
 		w.WriteHeader(http.StatusNotModified)
 		return nil
 	}
-	t := e.Value.View(e.Revision, time.Now())
 	if t.State == schemas.Queued && r.Method == http.MethodGet {
 		t.Why = g.why(r.Context(), id)
 	}

@@ -242,9 +242,21 @@ func TestAQueuedRecordIsAssignedAndOrdered(t *testing.T) {
 		# HELP dayfly_tasks Records that are not final, by state. The leader's.
 		# TYPE dayfly_tasks gauge
 		dayfly_tasks{state="assigned"} 1
+		dayfly_tasks{state="queued"} 0
+		dayfly_tasks{state="running"} 0
+		dayfly_tasks{state="starting"} 0
+		# HELP dayfly_worker_allocated_slots Tasks that are assigned to the worker. The leader's.
+		# TYPE dayfly_worker_allocated_slots gauge
+		dayfly_worker_allocated_slots{worker="w1"} 1
+		# HELP dayfly_workers Workers by state: ready; draining, takes nothing new; silent, no beat for a lease; lost, given up. The leader's.
+		# TYPE dayfly_workers gauge
+		dayfly_workers{state="draining"} 0
+		dayfly_workers{state="lost"} 0
+		dayfly_workers{state="ready"} 1
+		dayfly_workers{state="silent"} 0
 		`
 	eventually(t, "the metrics", func() bool {
-		return testutil.GatherAndCompare(r.reg, strings.NewReader(want), "dayfly_placements_total", "dayfly_tasks") == nil
+		return testutil.GatherAndCompare(r.reg, strings.NewReader(want), "dayfly_placements_total", "dayfly_tasks", "dayfly_worker_allocated_slots", "dayfly_workers") == nil
 	})
 }
 

@@ -57,6 +57,7 @@ type sketch struct {
 	Attempt    int              `json:"attempt"`
 	AcceptedAt time.Time        `json:"accepted_at"`
 	QueuedAt   time.Time        `json:"queued_at"`
+	BackAt     time.Time        `json:"back_at"`
 	NotBefore  time.Time        `json:"not_before"`
 	Avoid      []schemas.Avoid  `json:"avoid"`
 }
@@ -100,10 +101,10 @@ func (k *sketch) queued(raw []byte) *queued {
 	// Lengths, both ends by the clock of the reaper that put it back, and not instants:
 	// its clock may differ from ours.
 	if !k.NotBefore.IsZero() {
-		q.wait = k.NotBefore.Sub(k.QueuedAt)
+		q.wait = k.NotBefore.Sub(k.BackAt)
 	}
 	for _, a := range k.Avoid {
-		if length := a.Until.Sub(k.QueuedAt); length > 0 {
+		if length := a.Until.Sub(k.BackAt); length > 0 {
 			q.avoid = append(q.avoid, avoid{intern(a.Worker), length})
 		}
 	}

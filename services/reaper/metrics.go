@@ -1,6 +1,8 @@
 package reaper
 
 import (
+	"slices"
+
 	"github.com/prometheus/client_golang/prometheus"
 
 	"dayfly.dev/ops"
@@ -9,6 +11,7 @@ import (
 
 type metrics struct {
 	reports   *prometheus.CounterVec
+	again     prometheus.Counter
 	finished  *prometheus.CounterVec
 	requeued  *prometheus.CounterVec
 	lost      prometheus.Counter
@@ -17,12 +20,16 @@ type metrics struct {
 	start     prometheus.Histogram
 	lifetime  prometheus.Histogram
 	lastSweep prometheus.Gauge
+	callbacks *prometheus.CounterVec
+	overdue   prometheus.GaugeFunc
 }
 
-func newMetrics(reg prometheus.Registerer) *metrics {
+// newMetrics makes them; oldest gives the age of the oldest callback that is not delivered.
+func newMetrics(reg prometheus.Registerer, oldest func() float64) *metrics {
 	m := &metrics{
 		reports:   prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_reports_total", Help: "Reports of workers, by what came of them."}, []string{"result"}),
-		finished:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_tasks_finished_total", Help: "Tasks that became final, by state and reason."}, []string{"state", "reason"}),
+		again:     prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_reports_redelivered_total", Help: "Reports that came again because the first delivery was not acknowledged in time, or could not be settled yet."}),
+		finished:  ops.TasksFinished(reg),
 		requeued:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_tasks_requeued_total", Help: "Tasks that went back to the queue, by reason."}, []string{"reason"}),
 		lost:      prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_workers_lost_total", Help: "Workers declared lost by this reaper."}),
 		redriven:  prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_orders_redriven_total", Help: "Orders sent again because nothing had come of them."}),
@@ -30,18 +37,48 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		start:     prometheus.NewHistogram(prometheus.HistogramOpts{Name: "dayfly_task_start_seconds", Help: "From accepted to running.", Buckets: ops.BucketsStart}),
 		lifetime:  prometheus.NewHistogram(prometheus.HistogramOpts{Name: "dayfly_task_lifetime_seconds", Help: "From running to final.", Buckets: ops.BucketsLife}),
 		lastSweep: prometheus.NewGauge(prometheus.GaugeOpts{Name: "dayfly_reaper_last_sweep_timestamp_seconds", Help: "When this reaper last looked at what is due."}),
+		callbacks: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_callbacks_total", Help: "Tries to deliver a callback from here, by what came of them."}, []string{"outcome"}),
+		overdue:   prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "dayfly_callback_oldest_seconds", Help: "Age of the oldest callback that is not delivered yet."}, oldest),
+	}
+	for _, result := range []string{"settled", "unchanged", "stale", "ahead", "unknown", "refused", "error"} {
+		m.reports.WithLabelValues(result)
+	}
+	for _, reason := range []schemas.Reason{schemas.ReasonGaveBack, schemas.ReasonWorkerLost} {
+		m.requeued.WithLabelValues(string(reason))
+	}
+	m.finished.WithLabelValues(string(schemas.Completed), string(schemas.ReasonExit))
+	m.finished.WithLabelValues(string(schemas.Canceled), string(schemas.ReasonCanceled))
+	m.finished.WithLabelValues(string(schemas.Expired), string(schemas.ReasonExpired))
+	for _, reason := range failures {
+		m.finished.WithLabelValues(string(schemas.Failed), string(reason))
 	}
 	if reg != nil {
-		reg.MustRegister(m.reports, m.finished, m.requeued, m.lost, m.redriven, m.lag, m.start, m.lifetime, m.lastSweep)
+		reg.MustRegister(m.reports, m.again, m.requeued, m.lost, m.redriven, m.lag, m.start, m.lifetime, m.lastSweep, m.callbacks, m.overdue)
 	}
 	return m
+}
+
+// failures are the reasons for which tasks fail.
+var failures = []schemas.Reason{
+	schemas.ReasonExit, schemas.ReasonOOM, schemas.ReasonSignal, schemas.ReasonImage, schemas.ReasonImagePull, schemas.ReasonImageArch,
+	schemas.ReasonPullTimeout, schemas.ReasonNotFound, schemas.ReasonNotExec, schemas.ReasonStart, schemas.ReasonStartTimeout,
+	schemas.ReasonQueueTimeout, schemas.ReasonWorkerLost,
+}
+
+// reasonLabel keeps the label to the reasons that there are: that of a failure is the
+// worker's word, and a worker may say anything.
+func reasonLabel(rec schemas.Record) string {
+	if rec.State == schemas.Failed && !slices.Contains(failures, rec.Reason) {
+		return "other"
+	}
+	return string(rec.Reason)
 }
 
 // transition counts one change of state.
 func (m *metrics) transition(before, after schemas.Record) {
 	switch {
 	case after.State.Final():
-		m.finished.WithLabelValues(string(after.State), string(after.Reason)).Inc()
+		m.finished.WithLabelValues(string(after.State), reasonLabel(after)).Inc()
 		if after.State == schemas.Expired && !after.ExpiresAt.IsZero() {
 			m.lag.Observe(after.EndedAt.Sub(after.ExpiresAt).Seconds())
 		}

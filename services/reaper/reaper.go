@@ -26,6 +26,7 @@ type Config struct {
 	Redrive   time.Duration // how long nothing may come of an order before it is sent again
 	Overdue   time.Duration // how long after its deadline and grace a task is stopped from here
 	Scan      time.Duration // between two looks at every record, the safety net
+	Callbacks Callbacks
 	Unknown   time.Duration // how long a report that no record explains is tried again before its attempt is closed
 }
 
@@ -33,7 +34,7 @@ type Config struct {
 func DefaultConfig() Config {
 	return Config{
 		Retention: 24 * time.Hour, Fence: 75 * time.Second, Redrive: 15 * time.Second,
-		Overdue: 2 * time.Second, Scan: time.Minute, Unknown: time.Minute,
+		Overdue: 2 * time.Second, Scan: time.Minute, Unknown: time.Minute, Callbacks: defaultCallbacks(),
 	}
 }
 
@@ -46,11 +47,13 @@ type Deps struct {
 }
 
 // task is what the view keeps of a record that can still change. Of a final one it
-// keeps nothing: those stay in the bucket for their retention, and only their number
-// grows.
+// keeps nothing but its callback: those stay in the bucket for their retention, and only
+// their number grows.
 type task struct {
 	holder string // "<worker> <epoch>", "" if none
-	raw    []byte
+	raw    []byte // nil once final
+
+	callback string // schemas.HeaderCallback: it is final, and that is to be announced
 }
 
 func (t task) record() (r schemas.Record, err error) { return r, schemas.Decode(t.raw, &r) }
@@ -65,19 +68,20 @@ type Reaper struct {
 	workers *bus.Table[schemas.Beat]
 	tasks   *bus.View[task]
 	beats   *bus.View[schemas.Beat]
-	due     *timers
+	due     *timers[schemas.TaskID]
 	fleet   *fleet
 	unknown *unknown
 
 	suspected chan struct{}
 	mu        sync.Mutex
 	suspects  map[schemas.WorkerID]struct{} // under mu: whose tasks are to be looked at
+	courier   *courier
 }
 
 // Run runs the reaper until ctx ends.
 func Run(ctx context.Context, deps Deps, cfg Config) error {
 	r := &Reaper{
-		cfg: cfg, conn: deps.Conn, log: deps.Logger, metrics: newMetrics(deps.Metrics),
+		cfg: cfg, conn: deps.Conn, log: deps.Logger,
 		table: bus.NewTable(deps.Conn, schemas.BucketTasks, bus.Codec[schemas.Record]{
 			Encode: func(r schemas.Record) ([]byte, nats.Header, error) {
 				b, err := schemas.Encode(r)
@@ -96,9 +100,12 @@ func Run(ctx context.Context, deps Deps, cfg Config) error {
 			// under the same epoch.
 			Wrote: func(b schemas.Beat, _ string) bool { return b.Lost() },
 		}),
-		due: newTimers(), fleet: newFleet(), unknown: newUnknown(),
+		due: newTimers[schemas.TaskID](), fleet: newFleet(), unknown: newUnknown(),
 		suspected: make(chan struct{}, 1), suspects: map[schemas.WorkerID]struct{}{},
 	}
+	r.courier = newCourier(deps.Conn, r.table, deps.Logger, cfg)
+	r.metrics = newMetrics(deps.Metrics, r.courier.oldest)
+	r.courier.metrics = r.metrics
 	r.tasks = bus.NewView(deps.Conn, schemas.BucketTasks, decodeTask, bus.ViewOptions[task]{OnChange: r.taskChanged})
 	r.beats = bus.NewView(deps.Conn, schemas.BucketWorkers, decodeBeat, bus.ViewOptions[schemas.Beat]{OnChange: r.beatChanged})
 
@@ -108,6 +115,7 @@ func Run(ctx context.Context, deps Deps, cfg Config) error {
 	g.Go(func() error { return r.reports(ctx) })
 	g.Go(func() error { return r.sweeps(ctx) })
 	g.Go(func() error { return r.watchFleet(ctx) })
+	g.Go(func() error { return r.courier.run(ctx, r.tasks.Ready()) })
 	if deps.Health != nil {
 		deps.Health.Add("reaper: views", r.checkViews)
 	}
@@ -129,7 +137,11 @@ func (r *Reaper) checkViews(context.Context) error {
 
 func decodeTask(_ string, h nats.Header, data []byte) (task, error) {
 	if schemas.State(h.Get(schemas.HeaderState)).Final() {
-		return task{}, bus.ErrForget
+		callback := h.Get(schemas.HeaderCallback)
+		if callback == "" {
+			return task{}, bus.ErrForget
+		}
+		return task{callback: callback}, nil
 	}
 	return task{holder: h.Get(schemas.HeaderHolder), raw: bytes.Clone(data)}, nil
 }
@@ -142,7 +154,8 @@ func decodeBeat(_ string, _ nats.Header, data []byte) (b schemas.Beat, err error
 // that a short task is never decoded here.
 func (r *Reaper) taskChanged(c bus.Change[task]) {
 	id := schemas.TaskID(c.Key)
-	if c.Deleted {
+	r.courier.changed(c.Key, c.Old.callback, c.New.callback)
+	if c.Deleted || c.New.raw == nil {
 		r.due.drop(id)
 		return
 	}
@@ -197,16 +210,20 @@ func (r *Reaper) apply(ctx context.Context, e bus.Entry[schemas.Record], event f
 
 // observe folds an own write into the view.
 func (r *Reaper) observe(e bus.Entry[schemas.Record]) {
+	h := nats.Header(e.Value.Headers())
 	if e.Value.State.Final() {
-		r.tasks.Forget(e.Key, e.Revision)
+		if callback := h.Get(schemas.HeaderCallback); callback != "" {
+			r.tasks.Observe(e.Key, task{callback: callback}, e.Revision)
+		} else {
+			r.tasks.Forget(e.Key, e.Revision)
+		}
 		return
 	}
 	raw, err := schemas.Encode(e.Value)
 	if err != nil {
 		return
 	}
-	holder := nats.Header(e.Value.Headers()).Get(schemas.HeaderHolder)
-	r.tasks.Observe(e.Key, task{holder: holder, raw: raw}, e.Revision)
+	r.tasks.Observe(e.Key, task{holder: h.Get(schemas.HeaderHolder), raw: raw}, e.Revision)
 }
 
 // order sends the order that follows from a record to the worker of an assignment.

@@ -40,6 +40,9 @@ func (r *Reaper) reports(ctx context.Context) error {
 	return r.conn.Consume(ctx, bus.ConsumeOptions{
 		Stream: schemas.StreamReports, Durable: durable, MaxMessages: 1024, Workers: settlers,
 	}, func(ctx context.Context, m bus.Msg) {
+		if m.Delivered > 1 {
+			r.metrics.again.Inc()
+		}
 		var rep schemas.Report
 		if err := schemas.Decode(m.Data, &rep); err != nil || m.Subject != schemas.ReportSubject(rep.Worker, rep.Task) {
 			// Not ours, or a worker that speaks for another: its subject says who it is.

@@ -54,8 +54,10 @@ func (r *Reaper) sweeps(ctx context.Context) error {
 // scan asks for a look at every record that can still change.
 func (r *Reaper) scan() {
 	now := time.Now()
-	r.tasks.Range(func(key string, _ task, _ uint64) bool {
-		r.due.add(schemas.TaskID(key), now)
+	r.tasks.Range(func(key string, t task, _ uint64) bool {
+		if t.raw != nil {
+			r.due.add(schemas.TaskID(key), now)
+		}
 		return true
 	})
 }
@@ -78,7 +80,7 @@ func (r *Reaper) lookAll(ctx context.Context, ids []schemas.TaskID) {
 // look does what the time asks for one task, and says when to look again.
 func (r *Reaper) look(ctx context.Context, id schemas.TaskID) error {
 	t, revision, ok := r.tasks.Get(string(id))
-	if !ok {
+	if !ok || t.raw == nil {
 		return nil
 	}
 	rec, err := t.record()
@@ -129,7 +131,7 @@ func (r *Reaper) redrive(e bus.Entry[schemas.Record], now time.Time) time.Time {
 	if n := len(rec.History); n > 0 {
 		last = rec.History[n-1].At
 	}
-	at := r.orderDue(rec, last)
+	at := r.orderDue(rec, r.past(last, now), now)
 	for !at.IsZero() && !at.After(now) { // the times of earlier orders are over
 		if next := at.Add(r.cfg.Redrive); next.After(now) {
 			r.metrics.redriven.Inc()
@@ -145,12 +147,21 @@ func (r *Reaper) redrive(e bus.Entry[schemas.Record], now time.Time) time.Time {
 	return at
 }
 
+// past is t, or, where that is still to come, long enough ago for a redrive: it was
+// stamped by a clock that is ahead, and nobody shall wait until ours is there.
+func (r *Reaper) past(t, now time.Time) time.Time {
+	if t.After(now) {
+		return now.Add(-4 * r.cfg.Redrive)
+	}
+	return t
+}
+
 // orderDue is when the order of a held record is to be sent for the first time from
 // here: last is when the record last changed.
-func (r *Reaper) orderDue(rec schemas.Record, last time.Time) time.Time {
+func (r *Reaper) orderDue(rec schemas.Record, last, now time.Time) time.Time {
 	switch {
 	case rec.Cancel != nil:
-		return later(rec.Cancel.At, last).Add(rec.Cancel.Grace.Std() + r.cfg.Redrive/3)
+		return later(r.past(rec.Cancel.At, now), last).Add(rec.Cancel.Grace.Std() + r.cfg.Redrive/3)
 	case rec.Applied < rec.Extensions:
 		return last.Add(r.cfg.Redrive / 3)
 	case !rec.WorkerLostAt.IsZero(): // its worker answers with a report once it is back

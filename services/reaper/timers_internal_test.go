@@ -8,7 +8,7 @@ import (
 )
 
 func TestTimersDoNotGrowWithEachLook(t *testing.T) {
-	due := newTimers()
+	due := newTimers[schemas.TaskID]()
 	start := time.Now()
 	expires := start.Add(365 * 24 * time.Hour)
 	due.add("t-0", expires.Add(-time.Hour)) // another, whose turn is before the old ones of t-1
@@ -29,7 +29,7 @@ func TestTimersDoNotGrowWithEachLook(t *testing.T) {
 }
 
 func TestTimersGiveEachTaskOnceInOrder(t *testing.T) {
-	due := newTimers()
+	due := newTimers[schemas.TaskID]()
 	now := time.Now()
 	for i := range 5000 {
 		due.add("t-b", now.Add(time.Duration(5000-i)*time.Second))

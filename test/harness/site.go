@@ -13,7 +13,6 @@ import (
 	"strings"
 	"time"
 
-	cerrdefs "github.com/containerd/errdefs"
 	"github.com/moby/moby/client"
 )
 
@@ -206,21 +205,27 @@ func (s *Site) Call(ctx context.Context, gateway int, method, path string, in, o
 	return Call(ctx, method, s.Gateway[gateway].Addrs.HTTP+path, "", in, out)
 }
 
-// RemoveContainers takes away what a cluster has on this machine's Engine.
+// RemoveContainers takes away what a cluster has on this machine's Engine, until none is left: dockerd may still be at work for a dayfly
+// that was killed, and then refuses, or has just removed one itself.
 func RemoveContainers(ctx context.Context, cluster string) error {
 	engine, err := client.New(client.FromEnv)
 	if err != nil {
 		return err
 	}
 	defer engine.Close()
-	list, err := Containers(ctx, cluster)
-	for _, id := range list {
-		_, e := engine.ContainerRemove(ctx, id, client.ContainerRemoveOptions{Force: true, RemoveVolumes: true})
-		if !cerrdefs.IsNotFound(e) { // its agent may have been about to remove it
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	return Poll(ctx, func() error {
+		list, err := Containers(ctx, cluster)
+		if err != nil || len(list) == 0 {
+			return err
+		}
+		for _, id := range list {
+			_, e := engine.ContainerRemove(ctx, id, client.ContainerRemoveOptions{Force: true, RemoveVolumes: true})
 			err = errors.Join(err, e)
 		}
-	}
-	return err
+		return errors.Join(fmt.Errorf("%d containers are left of %s", len(list), cluster), err)
+	})
 }
 
 // Containers lists what a cluster has on the Engine, running or not.

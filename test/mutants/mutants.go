@@ -35,8 +35,8 @@ const (
 	attempts = "services/agent/attempt.go"
 	beats    = "services/agent/beat.go"
 	lease    = "services/placer/lease.go"
-	lead     = "services/placer/lead.go"
 	fleet    = "services/reaper/fleet.go"
+	settle   = "services/reaper/settle.go"
 	sweep    = "services/reaper/sweep.go"
 )
 
@@ -66,16 +66,14 @@ var All = []Mutant{
 		"if o.Revision >= e.Revision {", "if true {"}, {attempts, "if o.Extensions > t.applied || t.found == nil {", "if true {"}}},
 	{"an extension moves the deadline", []Edit{{attempts,
 		"err := t.found.SetDeadline(t.deadline.remaining(t.agent.rt.Now(), ran))", "_, err := ran, error(nil)"}}},
-	{"a report is repeated until an order closes the attempt", []Edit{{attempts,
-		"time.AfterFunc(again, func() { t.repeat(this) })", "_ = again"}}},
+	{"a report is repeated until it is settled", []Edit{{attempts,
+		"time.AfterFunc(again, func() { t.repeat(this) })", "_ = again"}, {settle, "_ = m.Nak(retryAfter)", "_ = m.Ack()"}}},
 	{"what runs is not given back", []Edit{{attempts,
 		"t.watch(found, t.agent.cfg.HoldBack)\n}", "t.giveBack(\"restarted\")\n}"}}},
 	{"the permit ends", []Edit{{beats,
 		"a.rt.Permit(until)", "a.rt.Permit(until + time.Hour)"}}},
 	{"a new leader waits the old one out", []Edit{{lease,
 		"now.Sub(since) >= holder.Length.Std()+e.write", "now.Sub(since) >= 0"}}},
-	{"a new leader knows what was there before it leads", []Edit{{lead,
-		"if err := p.catchUp(gctx); err != nil {", "if err := error(nil); err != nil {"}}},
 	{"a worker is lost only after the fence", []Edit{{fleet,
 		"if now.Sub(s.at) >= fence {", "if now.Sub(s.at) >= fence/10 {"}}},
 	{"the verdict is about a beat that was watched", []Edit{

@@ -155,8 +155,9 @@ func (c *client) create(ctx context.Context, x wish) (schemas.TaskID, bool) {
 func (c *client) change(ctx context.Context, id schemas.TaskID, event func(schemas.Record, schemas.Meta) schemas.Event) (bus.Entry[schemas.Record], error) {
 	m := meta()
 	e, err := c.table.Update(ctx, string(id), m.Op, func(e bus.Entry[schemas.Record]) (schemas.Record, []bus.WriteOption, error) {
+		r := e.Value
 		m.On = e.Revision
-		next, err := schemas.Next(e.Value, event(e.Value, m))
+		next, err := schemas.Next(r, event(r, m))
 		return next, nil, err
 	})
 	if err == nil && e.Value.State.Held() {

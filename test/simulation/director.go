@@ -19,6 +19,7 @@ import (
 const (
 	Unassigned faults.Rule = "unassigned"  // an attempt was started that no record has ever named
 	Overfull   faults.Rule = "overfull"    // a worker was given more tasks than it has room for
+	Usurped    faults.Rule = "usurped"     // a placer led while another did
 	Left       faults.Rule = "left behind" // a host keeps a container that no record needs
 )
 

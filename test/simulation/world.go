@@ -42,6 +42,8 @@ type world struct {
 	assigned map[schemas.Assignment]struct{}   // under mu: what any record has said
 	strays   []faults.Violation                // under mu: found on the way
 	latest   schemas.TaskID                    // under mu: whose record changed last
+	leader   schemas.Leadership                // under mu: as last written
+	renewed  time.Duration                     // under mu: when
 	late     bool                              // under mu: a placer's message may come later than it counts on
 	waiters  []*waiter                         // under mu
 }
@@ -134,6 +136,9 @@ func (w *world) stored(m natssim.Stored) {
 		w.tell("bus", "%s %s", word, m.Data)
 		return
 	}
+	if strings.HasPrefix(m.Subject, "$KV."+schemas.BucketLeaders+".") {
+		w.ledBy(m.Data)
+	}
 	key, ok := strings.CutPrefix(m.Subject, "$KV."+schemas.BucketTasks+".")
 	if !ok {
 		return
@@ -157,6 +162,21 @@ func (w *world) stored(m natssim.Stored) {
 	w.mu.Unlock()
 	last := r.History[len(r.History)-1]
 	w.tell("record", "%s r%d %s attempt %d on %s by %s: %s %s", id, m.Sequence, r.State, r.Attempt, r.Worker, last.By, last.Note, r.Message)
+}
+
+// ledBy checks that a leader is followed by another only when its time is over.
+func (w *world) ledBy(data []byte) {
+	var l schemas.Leadership
+	if err := schemas.Decode(data, &l); err != nil {
+		panic(err)
+	}
+	now := w.now()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if was := w.leader; was.Holder != "" && l.Holder != "" && was.Holder != l.Holder && now-w.renewed < was.Length.Std() {
+		w.strays = append(w.strays, faults.Violation{Rule: Usurped, At: now, What: fmt.Sprintf("%v after the old leader renewed", now-w.renewed)})
+	}
+	w.leader, w.renewed = l, now
 }
 
 // promised checks that a worker has the room that it is given tasks for. w.mu is held.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -53,9 +54,15 @@ type attempt struct {
 	startedAt time.Duration
 	deadline  time.Duration
 	cgroup    cgroup
+	uid, gid  int // of the task
 	pipes     [2]*os.File
 	pumps     chan struct{} // closed when the pumps have returned; nil if there are none
 	output    *os.File      // /task/output
+	current   agent.RunState
+	runs      chan struct{} // closed when current changes
+	oomBefore int64         // kills for want of memory in the runs before the present one
+	calls     map[uint64]chan answer
+	lastCall  uint64
 	stopBy    time.Duration // when a stop's grace is over; 0: none was asked
 	backstop  *time.Timer
 	removing  bool
@@ -68,7 +75,8 @@ var _ agent.Attempt = (*attempt)(nil)
 func (r *Runtime) newAttempt(m meta) (*attempt, error) {
 	a := &attempt{
 		rt: r, meta: m, name: ContainerName(m.Assignment), done: make(chan struct{}),
-		met: make(chan struct{}), served: make(chan struct{}),
+		met: make(chan struct{}), served: make(chan struct{}), runs: make(chan struct{}),
+		calls: map[uint64]chan answer{}, lastCall: firstCall,
 	}
 	a.dir = r.folder(a.name)
 	var err error
@@ -191,8 +199,13 @@ func (a *attempt) Remove(ctx context.Context) error {
 // volumes. One that is not there is fine.
 func (r *Runtime) removeContainer(ctx context.Context, id string) error {
 	for pause := 50 * time.Millisecond; ; pause = min(2*pause, 2*time.Second) {
+		began := time.Now()
 		_, err := r.docker.ContainerRemove(ctx, id, client.ContainerRemoveOptions{Force: true, RemoveVolumes: true})
-		if err == nil || cerrdefs.IsNotFound(err) {
+		if cerrdefs.IsNotFound(err) {
+			err = nil
+		}
+		r.metrics.done("remove", began, err)
+		if err == nil {
 			return nil
 		}
 		// "Already in progress" is another removal's; "device busy" goes away by itself.
@@ -270,17 +283,78 @@ func (a *attempt) read(conn *initproto.Conn) {
 	for {
 		var m initproto.Reply
 		fds, err := conn.Receive(buf, &m)
-		initproto.CloseAll(fds) // none is due after the hello
+		if err == nil && m.ID != 0 {
+			a.answer(m, fds)
+			continue
+		}
+		initproto.CloseAll(fds) // none is due but with an answer
 		if err != nil {
 			if errors.Is(err, initproto.ErrMessage) {
 				a.log().Warn().Err(err).Msg("init speaks nonsense, hanging up")
 			}
 			return
 		}
-		if m.Event == initproto.EventExited && m.Exit != nil {
+		switch {
+		case m.Event == initproto.EventExited && m.Exit != nil:
 			a.exited(*m.Exit)
+		case m.Event == initproto.EventPaused, m.Event == initproto.EventStarted:
+			a.mu.Lock()
+			a.runIsLocked(m, m.Event == initproto.EventStarted)
+			a.mu.Unlock()
 		}
 	}
+}
+
+// runIsLocked takes init's word on the present run. An init that was taken over gains
+// nothing by a wrong count: it goes up only, and no further than the policy lets it.
+func (a *attempt) runIsLocked(m initproto.Reply, up bool) {
+	policy := a.meta.Again
+	n := min(m.Restarts, math.MaxInt32)
+	if policy != nil && policy.Max > 0 {
+		n = min(n, policy.Max)
+	}
+	known := n == a.current.Restarts && up == a.current.Up && (a.current.Last != nil || m.Exit == nil)
+	if policy == nil || n < a.current.Restarts || known {
+		return
+	}
+	if n > a.current.Restarts { // written first: what was reported must not be forgotten
+		if err := initproto.WriteInstant(filepath.Join(a.dir, "restarts"), time.Duration(n)); err != nil {
+			a.log().Warn().Err(err).Msg("cannot note a restart")
+		}
+		a.oomBefore, _ = a.cgroup.oomKills()
+	}
+	next := agent.RunState{Restarts: n, Up: up, Last: a.current.Last}
+	if m.Exit != nil {
+		next.Last = exitOf(*m.Exit)
+	}
+	a.setRunLocked(next)
+}
+
+func (a *attempt) setRunLocked(r agent.RunState) {
+	if a.finishing {
+		return
+	}
+	a.current = r
+	close(a.runs)
+	a.runs = make(chan struct{})
+}
+
+// exitOf is the exit that init tells of, as far as it can be true.
+func exitOf(e initproto.Exit) *schemas.Exit {
+	return &schemas.Exit{Code: e.Code & 0xff, Signal: min(max(e.Signal, 0), 64)}
+}
+
+// Run implements agent.Attempt.
+func (a *attempt) Run() (agent.RunState, <-chan struct{}) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.current, a.runs
+}
+
+// Fail implements agent.Attempt. An init that is not there is not told: who looks
+// after the task's health sees that it goes on, and says it again.
+func (a *attempt) Fail(restarts int) {
+	a.send(initproto.Request{Op: initproto.OpFail, Restarts: restarts})
 }
 
 func (a *attempt) dropConn(conn *initproto.Conn) {
@@ -290,6 +364,7 @@ func (a *attempt) dropConn(conn *initproto.Conn) {
 	if a.conn == conn {
 		a.conn = nil
 	}
+	a.failCallsLocked()
 }
 
 // redial waits for init to come back, and for Docker to say that it never will. A
@@ -418,6 +493,13 @@ func (a *attempt) attach(g *greeting) bool {
 		_ = initproto.WriteInstant(filepath.Join(a.dir, "started"), a.startedAt)
 	}
 	a.asked = true
+	if g.hello.Phase == initproto.PhaseRunning && g.hello.Pid != 0 && a.meta.Again == nil {
+		a.setRunLocked(agent.RunState{Up: true})
+	}
+	if g.hello.Phase == initproto.PhaseRunning && g.hello.Restarts > 0 {
+		a.oomBefore, _ = a.cgroup.oomKills() // of which run they were is not known
+	}
+	a.runIsLocked(g.hello, g.hello.Phase == initproto.PhaseRunning && g.hello.Pid != 0)
 	if a.stopBy != 0 {
 		a.sendLocked(initproto.Request{Op: initproto.OpStop, Grace: max(0, a.stopBy-initproto.Now())})
 	}
@@ -437,6 +519,7 @@ func (a *attempt) attach(g *greeting) bool {
 // adoptLocked takes over the greeting's connection and descriptors.
 func (a *attempt) adoptLocked(g *greeting) {
 	a.conn = g.conn
+	a.uid, a.gid = int(g.peer.Uid), int(g.peer.Gid)
 	if g.peer.Pid > 0 {
 		a.cgroup = findCgroup(int(g.peer.Pid))
 	}
@@ -519,19 +602,21 @@ func (a *attempt) exited(e initproto.Exit) {
 		return // closed in the midst of it: the next agent drains the rest
 	}
 	a.mu.Lock()
-	now, deadline, stopped, g := initproto.Now(), a.deadline, a.stopBy != 0 || a.removing, a.cgroup
+	now, deadline, stopped, g, before := initproto.Now(), a.deadline, a.stopBy != 0 || a.removing, a.cgroup, a.oomBefore
 	a.mu.Unlock()
 
 	// Init may have been taken over. What it says of us must fit with what we know.
-	e.Code, e.Signal = e.Code&0xff, min(max(e.Signal, 0), 64)
 	o := agent.Outcome{
-		Exit: &schemas.Exit{Code: e.Code, Signal: e.Signal, OOMKilled: a.oomKilled(g)},
+		Exit: exitOf(e),
 		Usage: schemas.Usage{
 			CPUMillis: max(e.CPU, 0).Milliseconds(), WallMillis: max(e.Wall, 0).Milliseconds(),
 		},
 	}
+	o.Exit.OOMKilled = a.oomKilled(g, before)
 	g.usage(&o.Usage)
 	switch {
+	case e.By == initproto.ByFail:
+		o.By, o.Reason, o.Message = schemas.EndedItself, schemas.ReasonUnhealthy, "its health check failed"
 	case e.By == initproto.ByDeadline && now >= deadline:
 		o.By, o.Reason, o.Exit.TimedOut = schemas.EndedDeadline, schemas.ReasonExpired, true
 	case e.By == initproto.ByPermit && !a.meta.Free:
@@ -557,9 +642,9 @@ func itself(o *agent.Outcome) {
 	}
 }
 
-func (a *attempt) oomKilled(g cgroup) bool {
+func (a *attempt) oomKilled(g cgroup, before int64) bool {
 	if n, ok := g.oomKills(); ok {
-		return n > 0
+		return n > before
 	}
 	ctx, cancel := context.WithTimeout(a.rt.ctx, 5*time.Second)
 	defer cancel()
@@ -592,6 +677,8 @@ func (a *attempt) settle(state *container.State) {
 	case state.ExitCode == initproto.CodeDeadline && initproto.Now() >= a.deadline:
 		killed.TimedOut = true
 		o.By, o.Reason, o.Exit = schemas.EndedDeadline, schemas.ReasonExpired, killed
+	case state.ExitCode == initproto.CodeFailed:
+		o.By, o.Reason, o.Exit, o.Message = schemas.EndedItself, schemas.ReasonUnhealthy, killed, "its health check failed"
 	case state.ExitCode == initproto.CodePermit && !a.meta.Free:
 		o.By, o.Message = schemas.EndedPermit, "the worker could not renew its permit"
 	case a.ran && state.ExitCode < initproto.CodeDeadline && !ambiguous[state.ExitCode]:
@@ -643,6 +730,8 @@ func (a *attempt) finish(o agent.Outcome) {
 	}
 	a.mu.Lock()
 	a.outcome = o
+	a.current.Up = false
+	close(a.runs)
 	select {
 	case <-a.met:
 	default:

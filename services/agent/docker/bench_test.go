@@ -10,6 +10,8 @@ import (
 	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/client"
 
+	"dayfly.dev/schemas"
+	"dayfly.dev/services/agent"
 	"dayfly.dev/services/agent/docker"
 )
 
@@ -71,4 +73,35 @@ func raw(b *testing.B, of container.InspectResponse, disabled bool) time.Duratio
 		b.Fatal(err)
 	}
 	return took
+}
+
+// BenchmarkExec and BenchmarkDial measure what sessions, tunnels and health checks cost
+// through init.
+func BenchmarkExec(b *testing.B) {
+	rt := openIn(b, b.TempDir(), "w-bench")
+	a := start(b, rt, request(b, rt, "w-bench", "sleep", "1h"))
+	for b.Loop() {
+		if exit, err := a.Exec(b.Context(), agent.Command{Argv: []string{"/bin/exit", "0"}}); err != nil || exit.Code != 0 {
+			b.Fatal(exit, err)
+		}
+	}
+}
+
+func BenchmarkDial(b *testing.B) {
+	rt := openIn(b, b.TempDir(), "w-bench")
+	a := start(b, rt, request(b, rt, "w-bench", "tcp", "80"))
+	for {
+		changed := a.Output().Changed()
+		if kept, _ := a.Output().Size(schemas.Stdout); kept > 0 {
+			break // it listens
+		}
+		<-changed
+	}
+	for b.Loop() {
+		c, err := a.Dial(b.Context(), 80)
+		if err != nil {
+			b.Fatal(err)
+		}
+		c.Close()
+	}
 }

@@ -30,6 +30,7 @@ type meta struct {
 	Grace      time.Duration      `json:"grace"`
 	LogLimit   int64              `json:"log_limit"`
 	BootID     string             `json:"boot_id"`
+	Again      *initproto.Again   `json:"again,omitempty"`
 }
 
 // outcome is outcome.json.

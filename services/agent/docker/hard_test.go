@@ -611,3 +611,29 @@ func TestInitWithoutFolderGoes(t *testing.T) {
 		waitFor(t, command+": its container ends", func() bool { return !inspect(t, d.name()).State.Running })
 	}
 }
+
+// More programs than init runs beside a task are refused, and break nothing.
+func TestManyExecs(t *testing.T) {
+	rt := openIn(t, t.TempDir(), "w-execs")
+	a := start(t, rt, request(t, rt, "w-execs", "sleep", "1h"))
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var all sync.WaitGroup
+	refused := make(chan error, 3*initproto.MaxExecs)
+	for range cap(refused) {
+		all.Go(func() {
+			_, err := a.Exec(ctx, agent.Command{Argv: []string{"/bin/sleep", "1h"}})
+			refused <- err
+		})
+	}
+	for range cap(refused) - initproto.MaxExecs {
+		if err := <-refused; err == nil || errors.Is(err, agent.ErrAway) || errors.Is(err, context.Canceled) {
+			t.Errorf("refused with %v", err)
+		}
+	}
+	cancel()
+	all.Wait()
+	if exit, err := a.Exec(t.Context(), agent.Command{Argv: []string{"/bin/exit", "3"}}); err != nil || exit.Code != 3 {
+		t.Errorf("%+v, %v", exit, err)
+	}
+}

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	cerrdefs "github.com/containerd/errdefs"
 	"github.com/distribution/reference"
@@ -298,7 +299,9 @@ func (ps *pulls) run(ctx context.Context, r *Runtime, p *pull, key [2]string) {
 	close(p.done)
 }
 
-func (r *Runtime) pullImage(ctx context.Context, name, auth string, say func(string)) error {
+func (r *Runtime) pullImage(ctx context.Context, name, auth string, say func(string)) (err error) {
+	began := time.Now()
+	defer func() { r.metrics.done("pull", began, err) }()
 	short := name
 	if ref, err := reference.ParseNormalizedNamed(name); err == nil {
 		short = reference.FamiliarString(ref)

@@ -71,6 +71,7 @@ func (r *Runtime) Recover(ctx context.Context) ([]agent.Attempt, error) {
 			if ctx.Err() != nil {
 				return nil, fmt.Errorf("recover %s: %w", f.Name(), err)
 			}
+			r.metrics.leaks.WithLabelValues("folder").Inc()
 			r.log.Warn().Err(err).Str("folder", f.Name()).Msg("nothing can be made of a state folder, removing it")
 			if !there {
 				_ = os.RemoveAll(r.folder(f.Name()))
@@ -87,6 +88,7 @@ func (r *Runtime) Recover(ctx context.Context) ([]agent.Attempt, error) {
 		if _, ok := r.assignmentOf(c.Labels, name); !ok {
 			continue // bears our labels by accident
 		}
+		r.metrics.leaks.WithLabelValues("container").Inc()
 		r.log.Warn().Str("container", name).Msg("nothing can be made of a container of this worker, removing it")
 		r.goDo(func() {
 			ctx, cancel := context.WithTimeout(r.ctx, dockerWithin)
@@ -134,6 +136,9 @@ func (r *Runtime) recoverOne(ctx context.Context, name string, c container.Summa
 		if m.BootID == r.boot {
 			a.startedAt = at
 		}
+	}
+	if n, err := initproto.ReadInstant(filepath.Join(a.dir, "restarts")); err == nil {
+		a.current.Restarts = int(n)
 	}
 	a.stopBy, _ = initproto.ReadInstant(filepath.Join(a.dir, "stopped"))
 	a.deadline, _ = initproto.ReadInstant(filepath.Join(a.dir, "c", initproto.DeadlineName))

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/moby/moby/client"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/rs/zerolog"
 
 	"dayfly.dev/schemas"
@@ -34,6 +35,7 @@ type Config struct {
 	InitPath string // the dayfly-init binary; a copy of it is used
 
 	Slots         int // tasks at a time; 0 is 16 for each processor
+	GPUs          int // that tasks may have; below 0: as many as NVIDIA's driver shows here
 	Labels        map[string]string
 	ReserveCPUs   schemas.CPUs // kept from tasks
 	ReserveMemory schemas.Size
@@ -44,13 +46,15 @@ type Config struct {
 	AuthFile    string                // a Docker config.json with "auths"; "" is none
 	Credentials map[string]Credential // by registry host; they go before AuthFile
 
-	Logger zerolog.Logger
+	Logger  zerolog.Logger
+	Metrics prometheus.Registerer // nil: nobody asks
 }
 
 // Runtime implements agent.Runtime. It is safe for concurrent use.
 type Runtime struct {
 	cfg      Config
 	log      zerolog.Logger
+	metrics  *metrics
 	docker   *client.Client
 	lock     *os.File
 	null     *os.File
@@ -109,7 +113,7 @@ func New(cfg Config) (*Runtime, error) {
 		return nil, fmt.Errorf("make state folder: %w", err)
 	}
 	r := &Runtime{
-		cfg: cfg, log: cfg.Logger, boot: bootID(),
+		cfg: cfg, log: cfg.Logger, metrics: newMetrics(cfg.Metrics), boot: bootID(),
 		starts: make(chan struct{}, cfg.StartsInFlight), removals: make(chan struct{}, cfg.RemovalsInFlight),
 		attempts: map[string]*attempt{}, images: map[string]image{},
 	}
@@ -202,12 +206,27 @@ func (r *Runtime) Host(ctx context.Context) (schemas.Host, error) {
 	if h.Slots == 0 {
 		h.Slots = 16 * max(1, info.Info.NCPU)
 	}
+	if h.GPUs = r.cfg.GPUs; h.GPUs < 0 {
+		h.GPUs = 0
+		if _, ok := info.Info.Runtimes["nvidia"]; ok {
+			h.GPUs = countGPUs("/proc/driver/nvidia/gpus")
+		}
+	}
 	for _, c := range version.Components {
 		if c.Name == info.Info.DefaultRuntime {
 			h.Runtime = c.Name + " " + c.Version
 		}
 	}
 	return h, nil
+}
+
+// countGPUs counts the devices in a folder of NVIDIA's driver.
+func countGPUs(dir string) int {
+	list, err := os.ReadDir(dir)
+	if err != nil {
+		return 0
+	}
+	return len(list)
 }
 
 // Now implements agent.Runtime.

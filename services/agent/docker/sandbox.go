@@ -66,6 +66,7 @@ type box struct {
 	seccomp string
 	cpus    float64 // of the host
 	v2      bool    // cgroup version 2
+	gpus    []int   // numbers of its devices
 }
 
 // argv is the command as Docker composes it: an entrypoint of the task drops the
@@ -83,6 +84,10 @@ func (b *box) argv() []string {
 
 // runtimeEnv are variables that the Go runtime of init would obey.
 var runtimeEnv = []string{"GODEBUG", "GOGC", "GOMAXPROCS", "GOMEMLIMIT", "GOTRACEBACK"}
+
+// nvidiaDevices is the variable by which an image names the GPUs that it wants. A task
+// gets those of its device request, and no others.
+const nvidiaDevices = "NVIDIA_VISIBLE_DEVICES"
 
 // env is what init lays over its own environment: the spec's variables, and those
 // of the image that init was not given.
@@ -153,6 +158,9 @@ func (b *box) options() client.ContainerCreateOptions {
 	for _, e := range b.image.env {
 		if k, _, _ := strings.Cut(e, "="); slices.Contains(runtimeEnv, k) {
 			hidden = append(hidden, k) // a name without "=" takes the image's variable away
+		}
+		if strings.HasPrefix(e, nvidiaDevices+"=") { // NVIDIA's runtime, where it is the default, would obey
+			hidden = append(hidden, nvidiaDevices+"=void")
 		}
 	}
 	config := &container.Config{
@@ -232,6 +240,13 @@ func (b *box) options() client.ContainerCreateOptions {
 				{Name: "nofile", Soft: openFiles, Hard: openFileMax},
 			},
 		},
+	}
+	if len(b.gpus) > 0 {
+		ids := make([]string, len(b.gpus))
+		for i, n := range b.gpus {
+			ids[i] = strconv.Itoa(n)
+		}
+		host.DeviceRequests = []container.DeviceRequest{{DeviceIDs: ids, Capabilities: [][]string{{"gpu", "compute", "utility"}}}}
 	}
 	if b.v2 {
 		host.CgroupnsMode = container.CgroupnsModePrivate

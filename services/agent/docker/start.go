@@ -67,7 +67,7 @@ func (r *Runtime) box(ctx context.Context, req agent.StartRequest) (*box, error)
 	b := &box{
 		cluster: r.cfg.Cluster, a: req.Assignment, spec: req.Spec, image: img,
 		dir: r.folder(ContainerName(req.Assignment)), init: r.initPath,
-		permit: filepath.Join(r.cfg.StateDir, "permit"), seccomp: r.seccomp, cpus: float64(r.cpus), v2: r.v2,
+		permit: filepath.Join(r.cfg.StateDir, "permit"), seccomp: r.seccomp, cpus: float64(r.cpus), v2: r.v2, gpus: req.GPUs,
 	}
 	if field := unsupported(req.Spec); field != "" {
 		return nil, &agent.StartError{Reason: schemas.ReasonStart, Message: field + " is not available on this worker; leave it out"}
@@ -97,8 +97,6 @@ func unsupported(s schemas.Spec) string {
 		return "runtime"
 	case s.Mounts != nil:
 		return "mounts"
-	case s.Resources.GPUs > 0:
-		return "resources.gpus"
 	}
 	for _, f := range s.Files {
 		if f.Blob != "" {
@@ -112,7 +110,7 @@ func unsupported(s schemas.Spec) string {
 func (r *Runtime) prepare(req agent.StartRequest, b *box) (*attempt, error) {
 	m := meta{
 		Version: 1, Assignment: req.Assignment, Key: newKey(), Free: req.NoPermit,
-		Grace: req.Grace, LogLimit: req.LogLimit, BootID: r.boot,
+		Grace: req.Grace, LogLimit: req.LogLimit, BootID: r.boot, Again: again(req.Spec),
 	}
 	if err := makeFolder(b.dir, m, req.Spec.Files); err != nil {
 		if !errors.Is(err, os.ErrExist) {
@@ -132,6 +130,17 @@ func (r *Runtime) prepare(req agent.StartRequest, b *box) (*attempt, error) {
 	return a, nil
 }
 
+// again is what init is told of the restart policy.
+func again(s schemas.Spec) *initproto.Again {
+	if !s.Restarts() {
+		return nil
+	}
+	return &initproto.Again{
+		Always: s.Restart.Policy == schemas.RestartAlways, Max: s.Restart.Max,
+		Pause: s.Restart.Backoff.Std(), Most: schemas.MaxRestartPause, Calm: schemas.RestartCalm,
+	}
+}
+
 // create makes the container. Where the outcome is unknown the name tells: what
 // stands under it with our labels and was never started is ours. With an error comes
 // a channel that is closed once dockerd has answered, nil if it has: only then is it
@@ -145,7 +154,9 @@ func (r *Runtime) create(ctx context.Context, a *attempt, b *box) (answered <-ch
 			// Not the caller's ctx: dockerd would go on making it, and we would not know.
 			ctx, cancel := context.WithTimeout(r.ctx, dockerWithin)
 			defer cancel()
+			began := time.Now()
 			created, err := r.docker.ContainerCreate(ctx, b.options())
+			r.metrics.done("create", began, err)
 			if failed = err; err == nil {
 				a.mu.Lock()
 				a.container = created.ID
@@ -224,7 +235,9 @@ func (r *Runtime) launch(ctx context.Context, a *attempt, b *box, req agent.Star
 		// Not the caller's ctx: dockerd would go on starting it, and we would not know.
 		ctx, cancel := context.WithTimeout(r.ctx, dockerWithin)
 		defer cancel()
+		began := time.Now()
 		_, err := r.docker.ContainerStart(ctx, a.containerID(), client.ContainerStartOptions{})
+		r.metrics.done("start", began, err)
 		started <- err
 	})
 	if !running {
@@ -373,7 +386,7 @@ func (a *attempt) run(g *greeting, b *box, req agent.StartRequest) error {
 		a.asked = true
 		_ = g.conn.SetDeadline(time.Now().Add(helloAfter))
 		err = g.conn.Send(initproto.Request{
-			ID: 1, Op: initproto.OpRun, Key: a.meta.Key, Argv: b.argv(), Env: b.env(), Free: a.meta.Free, Grace: a.meta.Grace,
+			ID: 1, Op: initproto.OpRun, Key: a.meta.Key, Argv: b.argv(), Env: b.env(), Free: a.meta.Free, Grace: a.meta.Grace, Again: a.meta.Again,
 		}, fds...)
 	}
 	a.mu.Unlock()
@@ -397,6 +410,7 @@ func (a *attempt) run(g *greeting, b *box, req agent.StartRequest) error {
 			_ = g.conn.SetDeadline(time.Time{})
 			a.mu.Lock()
 			a.ran, a.startedAt = true, initproto.Now()
+			a.current.Up = true
 			a.mu.Unlock()
 			close(a.met)
 			// It runs, also if this cannot be noted: init says it to the next agent.

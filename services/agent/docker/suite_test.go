@@ -25,7 +25,8 @@ func TestRuntime(t *testing.T) {
 					t.Fatal(err)
 				}
 				t.Cleanup(func() { next.Close() })
-				return next
+				rt = next
+				return rt
 			},
 		}
 	})

@@ -11,6 +11,9 @@
 //	echo WORD…      writes the words
 //	ignore-term [D] writes "ready"; like sleep, but TERM does nothing
 //	term-exit [N]   writes "ready"; ends with code N at TERM
+//	flaky N [C [D]] exits with C (1) in the first N runs, later writes "ready" and ends after D
+//	http PORT       writes "ready", serves until it is ended: "hello", /status/N, /until/D
+//	tcp PORT        writes "ready", sends back what it is sent until it is ended
 //	signal N        is killed by signal N, not by us
 //	oom, eat BYTES  is killed for want of memory
 //	fail image      the image does not exist
@@ -23,11 +26,13 @@
 package fakeruntime
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"math"
+	"net"
 	"strconv"
 	"strings"
 	"sync"
@@ -145,14 +150,18 @@ func (r *Runtime) Start(ctx context.Context, req agent.StartRequest) (agent.Atte
 	}
 	r.all[req.Assignment] = a
 	r.starts[req.Assignment.Task] = append(r.starts[req.Assignment.Task], req.Assignment)
-	a.begin()
+	a.begin(a.started)
 	a.catchUp(a.started)
 	return a, nil
 }
 
 func (r *Runtime) newAttempt(req agent.StartRequest, started time.Duration) *attempt {
-	return &attempt{r: r, req: req, started: started, lifeAt: never, deadlineAt: never, killAt: never,
-		done: make(chan struct{}), changed: make(chan struct{})}
+	a := &attempt{r: r, req: req, started: started, lifeAt: never, killAt: never, resumeAt: never,
+		deadlineAt: started + req.TimeLeft, done: make(chan struct{}), changed: make(chan struct{}), runs: make(chan struct{})}
+	if req.Spec.Restarts() {
+		a.pause = req.Spec.Restart.Backoff.Std()
+	}
+	return a
 }
 
 // Starts lists every start of a task, in order.
@@ -234,6 +243,13 @@ type attempt struct {
 	done    chan struct{}
 	changed chan struct{}
 
+	run      agent.RunState
+	runs     chan struct{} // closed when run changes
+	began    time.Duration // the present run
+	pause    time.Duration // before the next
+	resumeAt time.Duration // when it begins; never while one is there
+	conns    []net.Conn    // that were dialed
+
 	out      []byte
 	dropped  int64
 	ended    bool
@@ -256,11 +272,13 @@ type attempt struct {
 // never is later than everything.
 const never = time.Duration(math.MaxInt64)
 
-// begin does what the command says. It runs under r.mu, like all small methods here.
-func (a *attempt) begin() {
-	c := append(append([]string(nil), a.req.Spec.Command...), "", "", "")
-	a.termCode, a.termSig = 143, 15
-	a.deadlineAt = a.started + a.req.TimeLeft
+// begin does what the command says, at an instant. It runs under r.mu, like all small
+// methods here.
+func (a *attempt) begin(at time.Duration) {
+	a.began = at
+	a.is(agent.RunState{Restarts: a.run.Restarts, Up: true, Last: a.run.Last})
+	c := append(append([]string(nil), a.req.Spec.Command...), "", "", "", "")
+	a.termCode, a.termSig, a.deaf = 143, 15, false
 	switch c[0] {
 	case "sleep", "ignore-term":
 		if a.deaf = c[0] == "ignore-term"; a.deaf {
@@ -271,6 +289,17 @@ func (a *attempt) begin() {
 			d = 1000 * time.Hour
 		}
 		a.endAfter(d, number(c[2]))
+	case "flaky":
+		a.print(fmt.Sprintf("run %d\n", a.run.Restarts+1))
+		if a.run.Restarts < number(c[1]) {
+			a.exit(cmp.Or(number(c[2]), 1))
+			return
+		}
+		a.print("ready\n")
+		d, _ := time.ParseDuration(c[3])
+		a.endAfter(d, 0)
+	case "http", "tcp":
+		a.print("ready\n")
 	case "term-exit":
 		a.print("ready\n")
 		a.termCode, a.termSig = number(c[1]), 0
@@ -279,13 +308,13 @@ func (a *attempt) begin() {
 		a.exit(0)
 	case "signal":
 		n := number(c[1])
-		a.end(a.started, agent.Outcome{By: schemas.EndedItself, Reason: schemas.ReasonSignal, Exit: &schemas.Exit{Code: 128 + n, Signal: n}})
+		a.end(at, agent.Outcome{By: schemas.EndedItself, Reason: schemas.ReasonSignal, Exit: &schemas.Exit{Code: 128 + n, Signal: n}})
 	case "log", "spam":
 		a.write(number(c[1]))
 		d, _ := time.ParseDuration(c[2])
 		a.endAfter(d, 0)
 	case "oom", "eat":
-		a.end(a.started, agent.Outcome{By: schemas.EndedItself, Reason: schemas.ReasonOOM, Exit: &schemas.Exit{Code: 137, Signal: 9, OOMKilled: true}})
+		a.end(at, agent.Outcome{By: schemas.EndedItself, Reason: schemas.ReasonOOM, Exit: &schemas.Exit{Code: 137, Signal: 9, OOMKilled: true}})
 	case "exit":
 		a.exit(number(c[1]))
 	default:
@@ -299,12 +328,12 @@ func number(s string) int {
 }
 
 func (a *attempt) exit(code int) {
-	a.lifeAt, a.lifeCode = a.started, code
+	a.lifeAt, a.lifeCode = a.began, code
 }
 
 func (a *attempt) endAfter(d time.Duration, code int) {
-	a.lifeAt, a.lifeCode = a.started+max(0, d), code
-	if a.lifeAt < a.started {
+	a.lifeAt, a.lifeCode = a.began+max(0, d), code
+	if a.lifeAt < a.began {
 		a.lifeAt = never
 	}
 }
@@ -318,9 +347,9 @@ func (a *attempt) catchUp(now time.Duration) {
 		if !a.req.NoPermit {
 			permit = a.permit()
 		}
-		at := min(a.lifeAt, permit, a.killAt, a.deadlineAt)
+		at := min(a.lifeAt, permit, a.killAt, a.deadlineAt, a.resumeAt)
 		if at > now {
-			if next := min(a.lifeAt, a.killAt, a.deadlineAt); a.wake == nil {
+			if next := min(a.lifeAt, a.killAt, a.deadlineAt, a.resumeAt); a.wake == nil {
 				a.wake = time.AfterFunc(next-now, func() {
 					a.r.mu.Lock()
 					defer a.r.mu.Unlock()
@@ -338,6 +367,10 @@ func (a *attempt) catchUp(now time.Duration) {
 			a.end(at, agent.Outcome{By: schemas.EndedPermit, Exit: &schemas.Exit{Code: 137, Signal: 9}})
 		case a.killAt:
 			a.end(at, *a.stopping)
+		case a.resumeAt:
+			a.resumeAt = never
+			a.run.Restarts++
+			a.begin(at)
 		default:
 			a.deadlineAt = never
 			a.stop(at, a.req.Grace, agent.Outcome{By: schemas.EndedDeadline, Reason: schemas.ReasonExpired, Exit: &schemas.Exit{TimedOut: true}})
@@ -366,13 +399,63 @@ func (a *attempt) write(n int) {
 	a.out, a.dropped = b[:keep], int64(n-keep)
 }
 
-func (a *attempt) print(s string) { a.out = append(a.out, s...) }
+func (a *attempt) print(s string) {
+	a.out = append(a.out, s...)
+	close(a.changed)
+	a.changed = make(chan struct{})
+}
 
+func (a *attempt) is(run agent.RunState) {
+	a.run = run
+	close(a.runs)
+	a.runs = make(chan struct{})
+}
+
+// rest is the end of a run that another follows.
+func (a *attempt) rest(at time.Duration, o agent.Outcome) bool {
+	if !a.req.Spec.Restarts() {
+		return false
+	}
+	p := a.req.Spec.Restart
+	failed := o.Exit.Code != 0 || o.Reason == schemas.ReasonUnhealthy
+	if o.By != schemas.EndedItself || !failed && p.Policy != schemas.RestartAlways || p.Max > 0 && a.run.Restarts >= p.Max {
+		return false
+	}
+	if at-a.began >= schemas.RestartCalm*a.pause {
+		a.pause = p.Backoff.Std()
+	}
+	a.lifeAt, a.killAt, a.stopping, a.resumeAt = never, never, nil, at+a.pause
+	a.pause = min(2*a.pause, schemas.MaxRestartPause)
+	a.is(agent.RunState{Restarts: a.run.Restarts, Last: o.Exit})
+	a.hangUp()
+	return true
+}
+
+func (a *attempt) hangUp() {
+	for _, c := range a.conns {
+		_ = c.Close()
+	}
+	a.conns = nil
+}
+
+// end is the end of a run, and of the attempt unless another follows.
 func (a *attempt) end(at time.Duration, o agent.Outcome) {
+	if !a.ended && !a.rest(at, o) {
+		a.finish(at, o)
+	}
+}
+
+func (a *attempt) finish(at time.Duration, o agent.Outcome) {
 	if a.ended {
 		return
 	}
 	a.ended = true
+	if a.resumeAt != never && o.Exit != nil {
+		o.Exit.Code, o.Exit.Signal = a.run.Last.Code, a.run.Last.Signal // between two runs
+	}
+	a.run.Up = false
+	close(a.runs)
+	a.hangUp()
 	if a.wake != nil {
 		a.wake.Stop()
 	}
@@ -389,8 +472,12 @@ func (a *attempt) stop(now, grace time.Duration, o agent.Outcome) {
 	if a.ended {
 		return
 	}
-	if a.stopping == nil {
+	if a.stopping == nil || a.stopping.By == schemas.EndedItself { // unhealthy
 		a.stopping = &o
+	}
+	if a.resumeAt != never {
+		a.end(now, o)
+		return
 	}
 	if !a.deaf && grace > 0 {
 		if a.termSig == 0 {
@@ -429,6 +516,31 @@ func (a *attempt) Stop(grace time.Duration) {
 	a.stop(now, grace, agent.Outcome{By: schemas.EndedStop, Exit: &schemas.Exit{}})
 	_ = a.r.journal.write(entry{At: now, Do: doStop, Assignment: a.req.Assignment, Until: now + grace})
 	a.catchUp(now)
+}
+
+// Run implements agent.Attempt.
+func (a *attempt) Run() (agent.RunState, <-chan struct{}) {
+	a.r.mu.Lock()
+	defer a.r.mu.Unlock()
+	return a.run, a.runs
+}
+
+// Fail implements agent.Attempt.
+func (a *attempt) Fail(restarts int) {
+	a.r.mu.Lock()
+	defer a.r.mu.Unlock()
+	now := a.r.Now()
+	a.catchUp(now)
+	if a.ended || !a.run.Up || a.run.Restarts != restarts || a.stopping != nil {
+		return
+	}
+	_ = a.r.journal.write(entry{At: now, Do: doFail, Assignment: a.req.Assignment})
+	a.fail(now)
+	a.catchUp(now)
+}
+
+func (a *attempt) fail(now time.Duration) {
+	a.stop(now, a.req.Grace, agent.Outcome{By: schemas.EndedItself, Reason: schemas.ReasonUnhealthy, Message: "its health check failed", Exit: &schemas.Exit{}})
 }
 
 // SetDeadline implements agent.Attempt.
@@ -485,5 +597,9 @@ func (a *attempt) Size(stream schemas.Stream) (kept, dropped int64) {
 	return int64(len(a.out)), a.dropped
 }
 
-// Changed implements agent.Output. All output is there from the start.
-func (a *attempt) Changed() <-chan struct{} { return a.changed }
+// Changed implements agent.Output.
+func (a *attempt) Changed() <-chan struct{} {
+	a.r.mu.Lock()
+	defer a.r.mu.Unlock()
+	return a.changed
+}

@@ -27,6 +27,7 @@ const (
 	doOpen     = "open" // an agent's process began
 	doStart    = "start"
 	doStop     = "stop"
+	doFail     = "fail" // unhealthy
 	doDeadline = "deadline"
 	doEnd      = "end"
 	doRemove   = "remove"
@@ -103,15 +104,20 @@ func (r *Runtime) reopen() error {
 		case e.Do == doStart:
 			a = r.newAttempt(*e.Request, e.At)
 			a.lastPermit = r.permit
-			a.begin()
+			a.begin(e.At)
 			found[e.Assignment] = a
 		case a == nil:
 		case e.Do == doDeadline:
 			a.deadlineAt = e.Until
-		case e.Do == doStop && !a.ended:
+		case e.Do == doFail:
+			a.catchUp(e.At)
+			a.fail(e.At)
+		case e.Do == doStop:
+			a.catchUp(e.At)
 			a.stop(e.At, e.Until-e.At, agent.Outcome{By: schemas.EndedStop, Exit: &schemas.Exit{}})
 		case e.Do == doEnd:
-			a.end(e.At, *e.Outcome)
+			a.catchUp(e.At)
+			a.finish(e.At, *e.Outcome)
 		case e.Do == doRemove:
 			delete(found, e.Assignment)
 		}

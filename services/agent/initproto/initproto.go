@@ -12,14 +12,17 @@
 //	  │◀──────── started, or error: refused ───────────│
 //	  │── reread (c/deadline or permit/until moved) ──▶│
 //	  │── stop grace ─────────────────────────────────▶│ TERM all, KILL after grace
+//	  │── exec {stdin stdout stderr}, dial port ──────▶│
+//	  │◀──────── started, exited; connected {socket} ──│
+//	  │◀──────── paused {exit}, started {restarts} ────│ the restart policy runs it again
 //	  │◀──────────── exited {code, by} ────────────────│ no process is left
 //	  │── taken (pipes drained, outcome kept) ────────▶│ exits with the same code
 //	  ╎                                                ╎
 //	  ╎ agent restarts                                 ╎ dials each 10…250 ms
 //	  │◀── hello running|ended {output stdout stderr} ─│
 //
-// A request carries an id and its reply the same one, so that further requests
-// (exec, dial, signal) find their answers. The hello of a container that has been
+// A request carries an id and its replies the same one: so exec and dial find their
+// answers. What init says of the run itself has no id once the run was started. The hello of a container that has been
 // given its run repeats the key of that run, which no process of the task can know:
 // so an agent tells init from a task that dials the socket itself.
 //
@@ -62,8 +65,13 @@ const (
 // Bounds of a message. Init reads requests, the agent reads replies.
 const (
 	MaxRequest = 768 << 10
+	MaxExec    = 32 << 10 // an exec: all that is longer than this comes before the run
 	MaxReply   = 8 << 10
 	MaxFiles   = 5
+
+	// How many init does at a time; more are refused.
+	MaxExecs = 16
+	MaxDials = 64
 )
 
 // The exit codes of init where the task did not end by itself. Docker's State keeps
@@ -75,6 +83,7 @@ const (
 	CodeStop     = 243
 	CodeOutside  = 244
 	CodeBroken   = 245 // init itself could not work, or nobody ever gave it a run
+	CodeFailed   = 246 // unhealthy
 )
 
 // Op is what a request asks.
@@ -86,6 +95,10 @@ const (
 	OpStop   Op = "stop"   // TERM to all, KILL after grace; again: only sooner
 	OpReread Op = "reread" // the deadline or the permit was moved
 	OpTaken  Op = "taken"  // the exit is kept and the pipes are drained: init may go
+	OpFail   Op = "fail"   // the run number Restarts is unhealthy: end it, with the run's grace, as a failure
+	OpExec   Op = "exec"   // with descriptors: stdin, stdout, stderr; ends with the task and with the connection
+	OpKill   Op = "kill"   // the exec of this id, and all in its process group
+	OpDial   Op = "dial"   // connect to a port of 127.0.0.1
 )
 
 // Request is what the agent sends.
@@ -93,11 +106,27 @@ type Request struct {
 	ID    uint64        `json:"id,omitempty"`
 	Op    Op            `json:"op"`
 	Key   string        `json:"key,omitempty"`   // run: to be repeated in each hello
-	Argv  []string      `json:"argv,omitempty"`  // run: program and arguments; a program without "/" is looked up in PATH of the task
-	Env   []string      `json:"env,omitempty"`   // run: laid over init's own, which is the image's
-	Dir   string        `json:"dir,omitempty"`   // run: "" is where init is
+	Argv  []string      `json:"argv,omitempty"`  // run, exec: program and arguments; a program without "/" is looked up in PATH of the task
+	Env   []string      `json:"env,omitempty"`   // run: laid over init's own, which is the image's; exec: laid over the run's
+	Dir   string        `json:"dir,omitempty"`   // run, exec: "" is where init is
 	Free  bool          `json:"free,omitempty"`  // run: the permit must last at the start, and does not end it later
-	Grace time.Duration `json:"grace,omitempty"` // run: at the deadline; stop: now
+	Grace time.Duration `json:"grace,omitempty"` // run: at the deadline, or unhealthy; stop: now
+
+	Again    *Again `json:"again,omitempty"`    // run: when to run it again
+	Restarts int    `json:"restarts,omitempty"` // fail
+	Port     int    `json:"port,omitempty"`     // dial
+}
+
+// Again says when the command runs again in the same container: after a failure,
+// which is any exit code but 0 and an unhealthy end, or after any end of its own. The
+// pause before it is Pause, then twice as long each time up to Most; it is Pause again
+// after a run that lasted Calm times the pause that would follow.
+type Again struct {
+	Always bool          `json:"always,omitempty"`
+	Max    int           `json:"max,omitempty"` // how often; 0 is without limit
+	Pause  time.Duration `json:"pause"`
+	Most   time.Duration `json:"most"`
+	Calm   int           `json:"calm"`
 }
 
 // Event is what a reply tells.
@@ -105,10 +134,12 @@ type Event string
 
 // The replies.
 const (
-	EventHello   Event = "hello"   // first on each connection
-	EventStarted Event = "started" // to run
-	EventError   Event = "error"   // to run: nothing was started
-	EventExited  Event = "exited"  // once, when no process of the task is left
+	EventHello     Event = "hello"     // first on each connection
+	EventStarted   Event = "started"   // to run, exec; without id: the command runs again
+	EventError     Event = "error"     // to run, exec, dial: nothing was started
+	EventPaused    Event = "paused"    // no process of the task is left, and it will run again
+	EventExited    Event = "exited"    // to exec; without id: once, when no process of the task is left
+	EventConnected Event = "connected" // to dial, with the socket
 )
 
 // Phase is how far init has come, said in the hello.
@@ -130,21 +161,22 @@ const (
 
 // Reply is what init sends.
 type Reply struct {
-	ID      uint64        `json:"id,omitempty"`
-	Event   Event         `json:"event"`
-	Version int           `json:"version,omitempty"` // hello
-	Phase   Phase         `json:"phase,omitempty"`   // hello
-	Key     string        `json:"key,omitempty"`     // hello, after a run
-	Files   []string      `json:"files,omitempty"`   // hello: what the descriptors are, in order
-	Pid     int           `json:"pid,omitempty"`     // as init sees it, for people
-	Started time.Duration `json:"started,omitempty"` // boot time
-	Exit    *Exit         `json:"exit,omitempty"`    // exited, and hello when ended
-	Fault   Fault         `json:"fault,omitempty"`   // error
-	Code    int           `json:"code,omitempty"`    // error: 126 or 127 where a shell would say so
-	Message string        `json:"message,omitempty"` // error
+	ID       uint64        `json:"id,omitempty"`
+	Event    Event         `json:"event"`
+	Version  int           `json:"version,omitempty"`  // hello
+	Phase    Phase         `json:"phase,omitempty"`    // hello
+	Key      string        `json:"key,omitempty"`      // hello, after a run
+	Files    []string      `json:"files,omitempty"`    // hello: what the descriptors are, in order
+	Pid      int           `json:"pid,omitempty"`      // as init sees it; hello: 0 between two runs
+	Started  time.Duration `json:"started,omitempty"`  // boot time of the first run
+	Exit     *Exit         `json:"exit,omitempty"`     // exited, paused, and hello once a run has ended: how the last one did
+	Restarts int           `json:"restarts,omitempty"` // started, paused, exited, hello: how often the command was started again
+	Fault    Fault         `json:"fault,omitempty"`    // error
+	Code     int           `json:"code,omitempty"`     // error: 126 or 127 where a shell would say so
+	Message  string        `json:"message,omitempty"`  // error
 }
 
-// Fault says what kept a run from starting.
+// Fault says what kept a run or an exec from starting, or a dial from connecting.
 type Fault string
 
 // The faults.
@@ -156,7 +188,8 @@ const (
 	FaultPermit   Fault = "permit"   // it is over, or cannot be read
 	FaultStopped  Fault = "stopped"
 	FaultRequest  Fault = "request" // not a run that can be done
-	FaultSystem   Fault = "system"  // fork failed
+	FaultSystem   Fault = "system"  // fork failed, or too many
+	FaultDial     Fault = "dial"    // nobody listens, or does not answer
 )
 
 // Exit is how the main process ended.
@@ -165,7 +198,7 @@ type Exit struct {
 	Signal int           `json:"signal,omitempty"`
 	By     By            `json:"by"`
 	CPU    time.Duration `json:"cpu"`  // user and system time of all reaped processes, from getrusage
-	Wall   time.Duration `json:"wall"` // from the start to the end of the main process
+	Wall   time.Duration `json:"wall"` // from the first start to the last end of the main process
 }
 
 // By says who ended the task.
@@ -177,6 +210,7 @@ const (
 	ByStop     By = "stop"
 	ByDeadline By = "deadline"
 	ByPermit   By = "permit"
+	ByFail     By = "fail"    // it was unhealthy
 	ByOutside  By = "outside" // TERM to init: dockerd was told to stop it, or shuts down
 )
 

@@ -64,6 +64,21 @@ func Run(t *testing.T, open func(t *testing.T) Bench) {
 		"an assignment starts once":                 startsOnce,
 		"stdin, environment and files arrive":       inputs,
 		"memory that runs out is told":              outOfMemory,
+		"a failure is run again":                    runsAgain,
+		"restarts have a limit":                     restartLimit,
+		"always is also after success":              alwaysAgain,
+		"restarts go on without an agent":           runsAgainAlone,
+		"memory that runs out is a failure":         outOfMemoryAgain,
+		"what rests between two runs is recovered":  recoveredAtRest,
+		"a stop ends a task between two runs":       stopsBetweenRuns,
+		"the deadline ends it between two runs":     deadlineBetweenRuns,
+		"the permit ends it between two runs":       permitBetweenRuns,
+		"an unhealthy run is followed by another":   failsRun,
+		"unhealthy without a policy is the end":     fails,
+		"a port is dialed":                          dials,
+		"a program is run beside the task":          execs,
+		"a program beside the task can be ended":    execKilled,
+		"what is recovered can be asked":            recoveredCalls,
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := &bench{Bench: open(t)}

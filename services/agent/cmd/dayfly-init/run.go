@@ -26,7 +26,11 @@ func (s *supervisor) run(req initproto.Request, fds []int) {
 		s.send(initproto.Reply{ID: req.ID, Event: initproto.EventError, Fault: f.kind, Code: f.code, Message: f.message})
 		return
 	}
-	initproto.CloseAll(fds[:3])
+	if s.again == nil {
+		initproto.CloseAll(fds[:3])
+	} else {
+		s.req, s.stdio = req, fds[:3]
+	}
 	s.send(initproto.Reply{ID: req.ID, Event: initproto.EventStarted, Pid: s.pid, Started: s.started})
 }
 
@@ -49,33 +53,44 @@ func (s *supervisor) start(req initproto.Request, fds []int) *fault {
 	case now >= s.deadline:
 		return &fault{initproto.FaultDeadline, 0, "the deadline is over"}
 	}
-	env := merge(os.Environ(), req.Env)
-	if req.Dir != "" {
-		if err := unix.Access(req.Dir, unix.X_OK); err != nil {
-			return &fault{initproto.FaultWorkdir, 126, fmt.Sprintf("workdir %s: %s", req.Dir, err)}
-		}
-	}
-	path, f := lookPath(req.Argv[0], env)
+	s.env = merge(os.Environ(), req.Env)
+	pid, f := s.spawn(req.Argv, s.env, req.Dir, fds[:3])
 	if f != nil {
 		return f
-	}
-
-	// The kernel shall choose the task before its init when memory runs out. A child
-	// inherits the score, so it is raised for the fork.
-	adj := s.getOOM()
-	s.setOOM(min(adj+400, 1000))
-	pid, err := syscall.ForkExec(path, req.Argv, &syscall.ProcAttr{
-		Dir: req.Dir, Env: env, Files: []uintptr{uintptr(fds[0]), uintptr(fds[1]), uintptr(fds[2])},
-		Sys: &syscall.SysProcAttr{Setsid: true},
-	})
-	s.setOOM(adj)
-	if err != nil {
-		return execFault(req.Argv[0], err)
 	}
 	s.pid, s.phase, s.started = pid, initproto.PhaseRunning, initproto.Now()
 	s.key, s.grace = req.Key, req.Grace
 	s.stdout, s.stderr = fds[3], fds[4]
+	if s.again = req.Again; s.again != nil {
+		s.began, s.pause = s.started, s.again.Pause
+	}
 	return nil
+}
+
+// spawn starts a process of the task.
+func (s *supervisor) spawn(argv, env []string, dir string, stdio []int) (int, *fault) {
+	if dir != "" {
+		if err := unix.Access(dir, unix.X_OK); err != nil {
+			return 0, &fault{initproto.FaultWorkdir, 126, fmt.Sprintf("workdir %s: %s", dir, err)}
+		}
+	}
+	path, f := lookPath(argv[0], env)
+	if f != nil {
+		return 0, f
+	}
+	// The kernel shall choose the task before its init when memory runs out. A child
+	// inherits the score, so it is raised for the fork.
+	adj := s.getOOM()
+	s.setOOM(min(adj+400, 1000))
+	pid, err := syscall.ForkExec(path, argv, &syscall.ProcAttr{
+		Dir: dir, Env: env, Files: []uintptr{uintptr(stdio[0]), uintptr(stdio[1]), uintptr(stdio[2])},
+		Sys: &syscall.SysProcAttr{Setsid: true},
+	})
+	s.setOOM(adj)
+	if err != nil {
+		return 0, execFault(argv[0], err)
+	}
+	return pid, nil
 }
 
 func execFault(name string, err error) *fault {

@@ -52,6 +52,19 @@ type supervisor struct {
 	away     time.Duration // since when no agent is connected
 	taken    bool
 
+	env    []string       // of the task
+	execs  map[int]uint64 // ids of the exec requests by pid
+	dials  int            // under way
+	dialed chan dialed
+
+	again    *initproto.Again // nil: the command runs once
+	req      initproto.Request
+	stdio    []int // kept for the runs to come
+	restarts int
+	began    time.Duration // the present run
+	pause    time.Duration // before the next
+	resumeAt time.Duration // between two runs: when the next begins; else 0
+
 	abandoned bool // no agent can come any more
 }
 
@@ -69,6 +82,7 @@ func (s *supervisor) loop(signals <-chan os.Signal) int {
 	messages := make(chan message)
 	forgotten := make(chan struct{})
 	s.lost = make(chan struct{}, 1)
+	s.execs, s.dialed = map[int]uint64{}, make(chan dialed)
 	s.away = initproto.Now()
 	go dial(conns, s.lost, forgotten)
 	for {
@@ -81,6 +95,8 @@ func (s *supervisor) loop(signals <-chan os.Signal) int {
 			go read(c, messages)
 		case m := <-messages:
 			s.message(m)
+		case d := <-s.dialed:
+			s.connect(d)
 		case <-forgotten:
 			forgotten = nil
 			s.end(initproto.ByOutside, 0)
@@ -128,15 +144,15 @@ func read(c *initproto.Conn, messages chan<- message) {
 			return
 		}
 		if m.req.Op == initproto.OpRun {
-			buf = make([]byte, 4<<10) // only a run is long
+			buf = make([]byte, initproto.MaxExec) // only a run is longer
 		}
 	}
 }
 
 func (s *supervisor) connected(c *initproto.Conn) {
 	s.conn = c
-	hello := initproto.Reply{Event: initproto.EventHello, Version: initproto.Version, Phase: s.phase, Key: s.key, Started: s.started, Pid: s.pid}
-	if s.phase == initproto.PhaseEnded {
+	hello := initproto.Reply{Event: initproto.EventHello, Version: initproto.Version, Phase: s.phase, Key: s.key, Started: s.started, Pid: s.pid, Restarts: s.restarts}
+	if s.phase == initproto.PhaseEnded || s.resumeAt > 0 || s.restarts > 0 {
 		hello.Exit = &s.exit
 	}
 	var fds []int
@@ -172,14 +188,33 @@ func (s *supervisor) message(m message) {
 		initproto.CloseAll(m.fds)
 		_ = s.conn.Close()
 		s.conn = nil
+		for pid := range s.execs { // who asked for them is gone
+			_ = unix.Kill(-pid, unix.SIGKILL)
+		}
 		s.away = initproto.Now()
 		s.lost <- struct{}{}
 		return
 	}
-	if m.req.Op != initproto.OpRun {
+	if m.req.Op != initproto.OpRun && m.req.Op != initproto.OpExec {
 		initproto.CloseAll(m.fds)
 	}
 	switch m.req.Op {
+	case initproto.OpExec:
+		s.reap() // what it would run beside may have ended
+		s.exec(m.req, m.fds)
+	case initproto.OpKill:
+		for pid, id := range s.execs {
+			if id == m.req.ID {
+				_ = unix.Kill(-pid, unix.SIGKILL)
+			}
+		}
+	case initproto.OpDial:
+		s.dial(m.req)
+	case initproto.OpFail:
+		s.reap()
+		if s.pid != 0 && m.req.Restarts == s.restarts && s.by == "" {
+			s.end(initproto.ByFail, s.grace)
+		}
 	case initproto.OpRun:
 		s.run(m.req, m.fds)
 	case initproto.OpStop:
@@ -221,7 +256,12 @@ func (s *supervisor) check() {
 			s.end(initproto.ByDeadline, s.grace)
 		}
 	}
-	if s.killAt > 0 && now >= s.killAt {
+	switch {
+	case s.resumeAt > 0 && s.by != "":
+		s.finish()
+	case s.resumeAt > 0 && now >= s.resumeAt:
+		s.resume()
+	case s.killAt > 0 && now >= s.killAt:
 		s.kill()
 	}
 }
@@ -252,6 +292,9 @@ func (s *supervisor) next() time.Duration {
 			sooner(s.deadline)
 		} else {
 			sooner(s.killAt)
+		}
+		if s.resumeAt > 0 {
+			sooner(s.resumeAt)
 		}
 	case initproto.PhaseEnded:
 		if s.conn == nil {
@@ -301,17 +344,20 @@ func (s *supervisor) code() int {
 		return initproto.CodeStop
 	case initproto.ByOutside:
 		return initproto.CodeOutside
+	case initproto.ByFail:
+		return initproto.CodeFailed
 	}
 	return s.exit.Code
 }
 
 // end sends TERM to every process of the task, and KILL after grace. The first to
-// ask is the one who ended it; later ones only make it sooner.
+// ask is the one who ended it; later ones only make it sooner. An unhealthy end is of
+// this run alone, and anybody else's goes before it.
 func (s *supervisor) end(by initproto.By, grace time.Duration) {
 	if s.phase == initproto.PhaseEnded {
 		return
 	}
-	first := s.by == ""
+	first := s.by == "" || s.by == initproto.ByFail
 	if first {
 		s.by = by
 	}
@@ -343,16 +389,16 @@ func (s *supervisor) signal(sig os.Signal) {
 	}
 	// dockerd stops the container, and sends KILL itself when its patience ends. A task
 	// can send this too: it gains no more than to be given another of its own attempts.
-	if s.phase != initproto.PhaseEnded && s.by == "" {
+	if s.phase != initproto.PhaseEnded && (s.by == "" || s.by == initproto.ByFail) {
 		s.by = initproto.ByOutside
 	}
 	_ = unix.Kill(-1, unix.SIGTERM)
 }
 
 // reap takes every dead child. When the main process is among them the others are
-// killed, and when none is left the task has ended: never before.
+// killed, and when none is left the run has ended: never before.
 func (s *supervisor) reap() {
-	if s.phase != initproto.PhaseRunning {
+	if s.phase != initproto.PhaseRunning || s.resumeAt > 0 {
 		return
 	}
 	for {
@@ -372,20 +418,40 @@ func (s *supervisor) reap() {
 			}
 			return
 		case pid == s.pid:
-			s.pid = 0
-			s.exit.Code = ws.ExitStatus()
-			if ws.Signaled() {
-				s.exit.Signal = int(ws.Signal())
-				s.exit.Code = 128 + s.exit.Signal
-			}
+			s.pid, s.exit = 0, exitOf(ws)
 			s.exit.Wall = initproto.Now() - s.started
 			s.kill()
+		default:
+			if id, ok := s.execs[pid]; ok {
+				delete(s.execs, pid)
+				exit := exitOf(ws)
+				s.send(initproto.Reply{ID: id, Event: initproto.EventExited, Exit: &exit})
+			}
 		}
 	}
 }
 
+func exitOf(ws unix.WaitStatus) initproto.Exit {
+	if ws.Signaled() {
+		return initproto.Exit{Code: 128 + int(ws.Signal()), Signal: int(ws.Signal())}
+	}
+	return initproto.Exit{Code: ws.ExitStatus()}
+}
+
+// ended takes the end of a run.
 func (s *supervisor) ended() {
-	s.phase = initproto.PhaseEnded
+	if s.runsAgain() {
+		s.rest()
+	} else {
+		s.finish()
+	}
+}
+
+// finish is the end of the task.
+func (s *supervisor) finish() {
+	s.phase, s.resumeAt = initproto.PhaseEnded, 0
+	initproto.CloseAll(s.stdio) // or the pipes would have no end
+	s.stdio = nil
 	s.exit.By = initproto.ByItself
 	if s.by != "" {
 		s.exit.By = s.by
@@ -394,7 +460,7 @@ func (s *supervisor) ended() {
 	if unix.Getrusage(unix.RUSAGE_CHILDREN, &ru) == nil {
 		s.exit.CPU = time.Duration(ru.Utime.Nano() + ru.Stime.Nano())
 	}
-	s.send(initproto.Reply{Event: initproto.EventExited, Exit: &s.exit})
+	s.send(initproto.Reply{Event: initproto.EventExited, Exit: &s.exit, Restarts: s.restarts})
 }
 
 // setOOM sets our oom_score_adj. Anybody may raise it, and lower it again to what

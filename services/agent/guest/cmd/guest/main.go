@@ -14,6 +14,12 @@
 //	ignore-term [D]       prints "ready", ignores TERM, sleeps
 //	term-exit [N]         prints "ready", exits with N on TERM
 //	daemonize             leaves a process in a session of its own behind, exits 0
+//	flaky N [CODE [D]]    counts its runs in /tmp and prints "run K"; exits with CODE (1) in
+//	                      the first N, later prints "ready" and sleeps for D (0)
+//	http PORT [AFTER]     listens on 127.0.0.1 after a while, prints "ready"; answers any
+//	                      path with "hello", /status/N with that code, /slow never, and
+//	                      /until/D with 200 for that long, then with 500
+//	tcp PORT              listens on 127.0.0.1, prints "ready", sends back what comes
 //	orphans N             leaves N sleeping children behind, exits 0
 //	signal N              kills itself by signal N
 //	eat BYTES             touches so much memory, holds it until it is killed
@@ -87,6 +93,9 @@ func commands() map[string]func([]string) int {
 		"daemonize":   func([]string) int { return leave(1) },
 		"orphans":     func(a []string) int { return leave(num(a, 0, 3)) },
 		"signal":      kill,
+		"flaky":       flaky,
+		"http":        serveHTTP,
+		"tcp":         serveTCP,
 		"eat":         eat,
 		"child-oom":   childOOM,
 		"fork-bomb":   forkBomb,

@@ -1,0 +1,31 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+
+	"github.com/nats-io/nats.go"
+
+	"dayfly.dev/bus"
+	"dayfly.dev/schemas"
+)
+
+func newDeliveries(conn *bus.Conn) *bus.Table[schemas.Delivery] {
+	return bus.NewTable(conn, schemas.BucketCallbacks, bus.Codec[schemas.Delivery]{
+		Encode: func(d schemas.Delivery) ([]byte, nats.Header, error) {
+			b, err := schemas.Encode(d)
+			return b, nil, err
+		},
+		Decode: func(b []byte) (d schemas.Delivery, err error) { return d, schemas.Decode(b, &d) },
+	})
+}
+
+// delivery says what became of the callback of a final task or batch. It is left out
+// where the store is away.
+func (g *Gateway) delivery(ctx context.Context, id string) *schemas.CallbackStatus {
+	e, err := g.deliveries.Get(ctx, id)
+	if err != nil && !errors.Is(err, bus.ErrNotFound) {
+		return nil
+	}
+	return e.Value.View()
+}

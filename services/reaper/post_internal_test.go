@@ -1,0 +1,47 @@
+package reaper
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"testing"
+)
+
+func TestMayReach(t *testing.T) {
+	for address, want := range map[string]bool{
+		"8.8.8.8": true, "1.1.1.1": true, "2606:4700:4700::1111": true, "172.32.0.1": true, "100.128.0.1": true,
+		"127.0.0.1": false, "127.9.9.9": false, "10.1.2.3": false, "172.16.0.1": false, "172.31.255.255": false, "192.168.1.1": false,
+		"169.254.169.254": false, "100.100.100.200": false, "168.63.129.16": false, "0.0.0.0": false, "0.1.2.3": false,
+		"255.255.255.255": false, "224.0.0.1": false, "198.18.0.1": false, "240.0.0.1": false, "192.0.0.8": false,
+		"::1": false, "::": false, "fe80::1%eth0": false, "fd00:ec2::254": false, "fc00::1": false, "ff02::1": false,
+		"::ffff:10.0.0.1": false, "::ffff:8.8.8.8": true, "::10.0.0.1": false, "64:ff9b::a00:1": false, "2002:a00:1::": false, "2001:0:1::": false,
+		"10.9.0.1": true, "::ffff:10.9.0.1": true, "fd12::7": true,
+	} {
+		allow := []netip.Prefix{netip.MustParsePrefix("10.9.0.0/16"), netip.MustParsePrefix("fd12::/64")}
+		if got := mayReach(netip.MustParseAddr(address), allow); got != want {
+			t.Errorf("%s: %v", address, got)
+		}
+	}
+}
+
+func TestLanes(t *testing.T) {
+	l := newLanes(2, 3)
+	var began []string
+	for i := range 4 {
+		began = append(began, l.add(fmt.Sprintf("a%d", i), "a")...)
+	}
+	began = append(began, l.add("a1", "a")...) // again
+	for i := range 2 {
+		began = append(began, l.add(fmt.Sprintf("b%d", i), "b")...)
+	}
+	if want := []string{"a0", "a1", "b0"}; !slices.Equal(began, want) {
+		t.Fatalf("%v, want %v", began, want)
+	}
+	for len(began) > 0 {
+		id := began[0]
+		began = append(began[1:], l.done(id)...)
+	}
+	if l.working != 0 || len(l.hosts)+len(l.ids)+len(l.turn) != 0 {
+		t.Errorf("left behind: %+v", l)
+	}
+}
