@@ -60,11 +60,11 @@ check-format:
 
 .PHONY: check-vet
 check-vet:
-	go vet -tags cluster,docs,faults,mutants work
+	go vet -tags cluster,docs,faults,mutants,page work
 
 .PHONY: check-static
 check-static:
-	go run $(STATICCHECK) -tags cluster,docs,faults,mutants $(PACKAGES)
+	go run $(STATICCHECK) -tags cluster,docs,faults,mutants,page $(PACKAGES)
 
 .PHONY: check-modules
 check-modules: # each module is tidy, and whole without the workspace
@@ -93,6 +93,10 @@ cluster: build ## test services as processes of their own on three NATS servers 
 .PHONY: docs-check
 docs-check: setup ## run what the guides and the README tell their readers to type, on real Docker
 	cd test && go test -tags docs ./docs -count=1 -timeout 10m
+
+.PHONY: page
+page: setup ## look at the pages in a real Chromium, with 2,000 tasks; SCREENSHOTS=1 takes the pictures in docs anew
+	cd test && go test -tags page ./page -count=1 -timeout 10m
 
 .PHONY: faults
 faults: ## break things by SEED=… (SEEDS=… of them) for MINUTES=…, and check that nothing is lost or doubled; HISTORY=folder keeps what happened

@@ -12,6 +12,8 @@ require (
 	dayfly.dev/services/gateway v0.0.0
 	dayfly.dev/services/placer v0.0.0
 	dayfly.dev/services/reaper v0.0.0
+	github.com/chromedp/cdproto v0.159.0
+	github.com/chromedp/chromedp v0.22.1
 	github.com/containerd/errdefs v1.0.0
 	github.com/getkin/kin-openapi v0.152.0
 	github.com/moby/moby/api v1.56.1

@@ -20,6 +20,7 @@ import (
 	"dayfly.dev/bus"
 	"dayfly.dev/ops"
 	"dayfly.dev/schemas"
+	"dayfly.dev/services/gateway/ui"
 )
 
 // Config of a gateway. The zero value works; withDefaults says what it means.
@@ -106,10 +107,12 @@ type Gateway struct {
 	tasks  *bus.View[*item]
 	recent *recent
 	index  index
+	tally  tally
 	fleet  *fleet
 
-	page      func() ([]byte, error) // the docs page
-	followers chan struct{}          // one per open log or stream of events
+	page      func() ([]byte, error)    // the docs page
+	ui        func() (*ui.Pages, error) // the pages for people
+	followers chan struct{}             // one per open log or stream of events
 }
 
 // Run serves the API on deps.Listener until ctx ends. While it connects it answers that
@@ -177,6 +180,8 @@ func New(deps Deps, cfg Config) *Gateway {
 		recent:    newRecent(cfg.CacheBytes),
 		followers: make(chan struct{}, cfg.MaxFollowers),
 		page:      sync.OnceValues(docsPage),
+		ui:        sync.OnceValues(ui.New),
+		tally:     tally{of: map[schemas.State]int{}},
 	}
 	g.batches = newBatches(g)
 	g.tasks = bus.NewView(deps.Conn, schemas.BucketTasks, decodeItem, bus.ViewOptions[*item]{OnChange: g.taskChanged})
@@ -232,6 +237,7 @@ func (g *Gateway) taskChanged(c bus.Change[*item]) {
 		g.index.add(c.Key)
 	}
 	g.fleet.count(c.Old, c.New)
+	g.tally.changed(c.Old, c.New)
 	g.recent.changed(c.Old, c.New)
 	g.batches.taskChanged(c)
 }

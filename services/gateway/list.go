@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"bytes"
+	"context"
 	"encoding/base64"
 	"encoding/binary"
 	"fmt"
@@ -45,34 +46,43 @@ func (g *Gateway) list(w *response, r *http.Request) error {
 	if err := g.upToDate(r.Context()); err != nil {
 		return err
 	}
+	page, err := g.tasksFrom(r.Context(), f, after, limit)
+	if err != nil {
+		return err
+	}
+	return answer(w, http.StatusOK, page)
+}
+
+// tasksFrom is one page of the tasks that the filter takes, from behind the task after on.
+func (g *Gateway) tasksFrom(ctx context.Context, f filter, after string, limit int) (schemas.TaskList, error) {
 	page := schemas.TaskList{Items: []schemas.Task{}}
 	now := time.Now()
 	for looked := 0; ; {
 		ids := g.index.before(after, min(256, g.cfg.ListLook))
 		for _, id := range ids {
 			if id < f.since {
-				return answer(w, http.StatusOK, page)
+				return page, nil
 			}
 			t, ok, err := g.listed(id, f, now)
 			if err != nil {
-				return err
+				return page, err
 			}
 			if !ok {
 				continue
 			}
 			if len(page.Items) == limit {
 				page.NextCursor = f.cursor(string(page.Items[limit-1].ID))
-				return answer(w, http.StatusOK, page)
+				return page, nil
 			}
 			page.Items = append(page.Items, t)
 		}
-		if len(ids) == 0 || r.Context().Err() != nil {
-			return answer(w, http.StatusOK, page)
+		if len(ids) == 0 || ctx.Err() != nil {
+			return page, nil
 		}
 		after = ids[len(ids)-1]
 		if looked += len(ids); looked >= g.cfg.ListLook {
 			page.NextCursor = f.cursor(after)
-			return answer(w, http.StatusOK, page)
+			return page, nil
 		}
 	}
 }
@@ -107,7 +117,8 @@ type filter struct {
 	states []schemas.State
 	labels []label
 	worker schemas.WorkerID
-	since  string // the least id; ids begin with the time of their making
+	since  string   // the least id; ids begin with the time of their making
+	words  []string // each stands in the id or the image; not of the API
 	// needles stand in the bytes of every record that the filter takes, so most others
 	// are not decoded.
 	needles [][]byte
@@ -181,7 +192,10 @@ func (f filter) mayTake(raw []byte) bool {
 }
 
 func (f filter) takes(r schemas.Record) bool {
-	return (f.worker == "" || r.Worker == f.worker) && f.takesState(r.State) && f.takesLabels(r.Spec.Labels)
+	return (f.worker == "" || r.Worker == f.worker) && f.takesState(r.State) && f.takesLabels(r.Spec.Labels) &&
+		!slices.ContainsFunc(f.words, func(word string) bool {
+			return !strings.Contains(string(r.ID), word) && !strings.Contains(r.Spec.Image, word)
+		})
 }
 
 func (f filter) takesLabels(labels map[string]string) bool {
@@ -217,6 +231,6 @@ func (f filter) openCursor(c string) (id string, err error) {
 // sum tells a cursor of this filter from any other text. It is no secret.
 func (f filter) sum(id string) uint32 {
 	h := fnv.New32a()
-	fmt.Fprintf(h, "list 2 %s %q %v %q", id, f.states, f.labels, f.worker)
+	fmt.Fprintf(h, "list 3 %s %q %v %q %q", id, f.states, f.labels, f.worker, f.words)
 	return h.Sum32()
 }

@@ -88,7 +88,9 @@ var (
 	changed    = failure{412, []schemas.Code{schemas.CodePrecondition}}
 	unknown    = failure{503, []schemas.Code{schemas.CodeUnknownOutcome}}
 	tooMany    = failure{429, []schemas.Code{schemas.CodeTooManyRequests}}
+	elsewhere  = failure{403, []schemas.Code{schemas.CodeCrossOrigin}}
 	bodyFails  = []failure{
+		elsewhere,
 		{400, []schemas.Code{schemas.CodeInvalidJSON, schemas.CodeDuplicateField}}, {408, []schemas.Code{schemas.CodeInvalidJSON}},
 		{413, []schemas.Code{schemas.CodeTooLarge}}, {415, []schemas.Code{schemas.CodeContentType}},
 		{422, []schemas.Code{schemas.CodeUnknownField, schemas.CodeInvalidType}},
@@ -147,7 +149,7 @@ func operations() []operation {
 			about:   "Cancels a task: TERM to its processes, KILL after the grace. It does not wait for the end. A task that is over stays as it is.",
 			params:  params(param{name: "grace", in: "query", about: "Between TERM and KILL; the spec's timeouts.stop if not given.", schema: aDuration}, ifMatch),
 			answers: []reply{{status: 200, about: "The task, canceled or being canceled.", value: schemas.Task{}, header: page}},
-			fails:   fails(ofOne, badHeaders, changed, unknown)},
+			fails:   fails(elsewhere, ofOne, badHeaders, changed, unknown)},
 		{method: "POST", path: "/v1/tasks/{id}/extend", name: "extendTask", handle: (*Gateway).extend,
 			about:  "Moves the task's deadline to ttl from now, never back and never beyond the longest lifetime.",
 			params: params(ifMatch), body: schemas.ExtendRequest{},

@@ -49,7 +49,7 @@ func (w *response) Write(b []byte) (int, error) {
 func (g *Gateway) Handler() http.Handler {
 	mux := http.NewServeMux()
 	paths := map[string]methods{}
-	for _, o := range operations() {
+	for _, o := range append(operations(), pages()...) {
 		if paths[o.path] == nil {
 			paths[o.path] = methods{}
 		}
@@ -65,6 +65,10 @@ func (g *Gateway) Handler() http.Handler {
 	mux.Handle("/", g.route("none", nil))
 	return g.guard(mux)
 }
+
+// fromElsewhere tells what a browser sends for a page of another site, by Sec-Fetch-Site
+// or by Origin, where it could change something. Others than browsers send neither.
+var fromElsewhere = http.NewCrossOriginProtection()
 
 // guard does for every request what does not depend on its path, and lets only such
 // paths through to next that it takes as they are.
@@ -91,6 +95,9 @@ func (g *Gateway) guard(next http.Handler) http.Handler {
 			w.WriteHeader(http.StatusNoContent)
 		case !plainPath(r.URL.EscapedPath()):
 			g.fail(w, r, noPath())
+		case fromElsewhere.Check(r) != nil:
+			g.fail(w, r, &schemas.Error{Status: http.StatusForbidden, Code: schemas.CodeCrossOrigin,
+				Detail: "a page of another site asked for this; only pages of this one may"})
 		default:
 			next.ServeHTTP(w, r)
 		}
@@ -151,7 +158,7 @@ func plainPath(path string) bool {
 	if !strings.HasPrefix(path, "/") {
 		return false
 	}
-	if path == "/" || path == "/docs/" {
+	if path == "/" || path == "/docs/" || path == "/ui/" {
 		return true
 	}
 	for segment := range strings.SplitSeq(path[1:], "/") {

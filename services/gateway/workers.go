@@ -224,6 +224,11 @@ func (g *Gateway) listWorkers(w *response, r *http.Request) error {
 	if err := g.upToDate(r.Context()); err != nil {
 		return err
 	}
+	return answer(w, http.StatusOK, g.workers(time.Now()))
+}
+
+// workers lists all of them as they are now.
+func (g *Gateway) workers(now time.Time) schemas.WorkerList {
 	beats := map[string]schemas.Beat{}
 	g.fleet.beats.Range(func(key string, b schemas.Beat, _ uint64) bool {
 		b.Worker = schemas.WorkerID(key)
@@ -231,11 +236,10 @@ func (g *Gateway) listWorkers(w *response, r *http.Request) error {
 		return true
 	})
 	list := schemas.WorkerList{Items: []schemas.Worker{}}
-	now := time.Now()
 	for _, key := range slices.Sorted(maps.Keys(beats)) {
 		list.Items = append(list.Items, g.fleet.worker(beats[key], now))
 	}
-	return answer(w, http.StatusOK, list)
+	return list
 }
 
 // getWorker is GET /v1/workers/{id}.
