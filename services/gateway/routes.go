@@ -188,7 +188,7 @@ func operations() []operation {
 			answers: []reply{{status: 200, about: "The batch.", value: schemas.BatchStatus{}}}, fails: fails(ofOne)},
 		{method: "DELETE", path: "/v1/batches/{id}", name: "cancelBatch", handle: (*Gateway).cancelBatch,
 			about:   "Cancels all tasks of a batch that are not over, and makes no more.",
-			answers: []reply{{status: 200, about: "The batch.", value: schemas.BatchStatus{}}}, fails: fails(ofOne, unknown)},
+			answers: []reply{{status: 200, about: "The batch.", value: schemas.BatchStatus{}}}, fails: fails(elsewhere, ofOne, unknown)},
 		{method: "GET", path: "/v1/batches/{id}/items", name: "listItems", handle: (*Gateway).listItems,
 			about: "Lists what became of each item, by index.",
 			params: []param{{name: "limit", in: "query", about: "How many at the most; 100 if not given.", schema: `{"type": "integer", "minimum": 1, "maximum": 1000}`},

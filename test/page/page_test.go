@@ -458,6 +458,7 @@ func followed(s *site) {
 	}
 	s.until(`document.querySelector(".lead .state").textContent === "running"`)
 	s.until(`new TextEncoder().encode(document.querySelector(".log").textContent).length === 4000`)
+	s.until(`(log => log.scrollHeight > log.clientHeight && log.scrollTop + log.clientHeight > log.scrollHeight - 24)(document.querySelector("pre.log"))`)
 
 	s.press("e")
 	s.press("4")

@@ -19,6 +19,7 @@ export function morph(old, next) {
       old.insertBefore(document.importNode(child, true), at);
       continue;
     }
+    if (child.id) at = skip(at, same, kept);
     if (same === at) at = at.nextSibling;
     else old.insertBefore(same, at);
     if (same.nodeType === Node.ELEMENT_NODE) morph(same, child);
@@ -29,6 +30,16 @@ export function morph(old, next) {
     at.remove();
     at = rest;
   }
+}
+
+// Removes what nobody wants before same: moving same there would lose its focus and scroll.
+function skip(at, same, kept) {
+  while (at && at !== same && !kept.has(at.id)) {
+    const rest = at.nextSibling;
+    at.remove();
+    at = rest;
+  }
+  return at;
 }
 
 function alike(a, b) {

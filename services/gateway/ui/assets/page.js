@@ -20,8 +20,9 @@ function confirmed(text) {
   document.getElementById("confirm-text").textContent = text;
   dialog.returnValue = "no";
   dialog.showModal();
-  return new Promise((done) =>
-    dialog.addEventListener("close", () => done(dialog.returnValue === "yes"), { once: true }));
+  return new Promise((done) => {
+    dialog.onclose = () => dialog.open || done(dialog.returnValue === "yes"); // it may come late, of the question before
+  });
 }
 
 // A form of main that posts goes to the API as JSON; the page then asks how things are.
