@@ -29,20 +29,12 @@ func (c *cli) psCommand() *cobra.Command {
 	cmd.Flags().StringSliceVar(&states, "state", nil, "only in these states")
 	cmd.Flags().StringArrayVarP(&labels, "label", "l", nil, "only with the label K=V")
 	cmd.Flags().IntVarP(&limit, "limit", "n", 0, "at most so many, the newest (0: all)")
-	_ = cmd.RegisterFlagCompletionFunc("state", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
-		var names []string
-		for _, s := range schemas.States() {
-			names = append(names, string(s))
-		}
-		return names, cobra.ShellCompDirectiveNoFileComp
-	})
+	_ = cmd.RegisterFlagCompletionFunc("state", completeStates)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		o := client.ListOptions{}
-		for _, s := range states {
-			if !slices.Contains(schemas.States(), schemas.State(s)) {
-				return &usageError{fmt.Errorf("--state must be one of %s", stateNames()), cmd.CommandPath()}
-			}
-			o.States = append(o.States, schemas.State(s))
+		var err error
+		if o.States, err = parseStates(states); err != nil {
+			return &usageError{err, cmd.CommandPath()}
 		}
 		if len(states) == 0 && !all {
 			o.States = liveStates()
@@ -62,12 +54,25 @@ func (c *cli) psCommand() *cobra.Command {
 	return cmd
 }
 
-func stateNames() string {
-	var names []string
+func stateNames() (names []string) {
 	for _, s := range schemas.States() {
 		names = append(names, string(s))
 	}
-	return strings.Join(names, ", ")
+	return names
+}
+
+func completeStates(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+	return stateNames(), cobra.ShellCompDirectiveNoFileComp
+}
+
+func parseStates(names []string) (states []schemas.State, err error) {
+	for _, s := range names {
+		if !slices.Contains(schemas.States(), schemas.State(s)) {
+			return nil, fmt.Errorf("--state must be one of %s", strings.Join(stateNames(), ", "))
+		}
+		states = append(states, schemas.State(s))
+	}
+	return states, nil
 }
 
 func (c *cli) ps(ctx context.Context, cl *client.Client, o client.ListOptions, limit int) error {
