@@ -53,7 +53,7 @@ var All = []Mutant{
 	{"a report counts only for its attempt", []Edit{{next,
 		"if !r.State.Held() || rep.Assignment != r.Assignment() {", "if !r.State.Held() {"}}},
 	{"a cancel outlives the attempt", []Edit{{next,
-		"case r.Cancel != nil:\n\t\tr.finish", "case r.Cancel != nil && end.By == EndedStop:\n\t\tr.finish"}}},
+		"case r.Cancel != nil:\n\t\tr.finish(Canceled, ReasonCanceled, \"canceled by \"+r.Cancel.By, m)\n\tcase timeOver", "case r.Cancel != nil && end.By == EndedStop:\n\t\tr.finish(Canceled, ReasonCanceled, \"canceled by \"+r.Cancel.By, m)\n\tcase timeOver"}}},
 	{"what waits for its worker is not given up", []Edit{{next,
 		"if r.Spec.OnLost == OnLostWait && !e.Gone {", "if false {"}}},
 	{"an order of another epoch is refused", []Edit{{orders,
