@@ -175,6 +175,9 @@ func (w *world) fault(at time.Duration, r *role, clients []*process) {
 	switch kind {
 	case "server":
 		w.server.Kill()
+		w.mu.Lock()
+		w.leader = schemas.Leadership{} // the newest renewal may be forgotten, though it was acknowledged
+		w.mu.Unlock()
 		time.Sleep(long)
 		w.server.Start()
 	case "container":
