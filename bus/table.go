@@ -15,6 +15,8 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+
+	"dayfly.dev/schemas"
 )
 
 // Codec turns values of a bucket into bytes and back.
@@ -24,6 +26,22 @@ type Codec[T any] struct {
 	// Wrote tells whether v carries op, the name of one write: that settles writes of
 	// unknown outcome. Without it equal bytes count as one's own write.
 	Wrote func(v T, op string) bool
+}
+
+// JSON is the codec of values as package schemas writes them. wrote is Codec.Wrote and may
+// be nil. A value that has Headers is written with them.
+func JSON[T any](wrote func(v T, op string) bool) Codec[T] {
+	return Codec[T]{
+		Encode: func(v T) (data []byte, header nats.Header, err error) {
+			if h, ok := any(v).(interface{ Headers() map[string][]string }); ok {
+				header = h.Headers()
+			}
+			data, err = schemas.Encode(v)
+			return data, header, err
+		},
+		Decode: func(data []byte) (v T, err error) { return v, schemas.Decode(data, &v) },
+		Wrote:  wrote,
+	}
 }
 
 // Entry is one key at one revision. Created is the server's clock at the write; it

@@ -8,8 +8,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/nats-io/nats.go"
-
 	"dayfly.dev/bus"
 	"dayfly.dev/schemas"
 )
@@ -17,15 +15,9 @@ import (
 // maxImages is how many image references a beat names.
 const maxImages = 64
 
-var beatCodec = bus.Codec[schemas.Beat]{
-	Encode: func(b schemas.Beat) ([]byte, nats.Header, error) {
-		data, err := schemas.Encode(b)
-		return data, nil, err
-	},
-	Decode: func(data []byte) (b schemas.Beat, err error) { return b, schemas.Decode(data, &b) },
-	// The verdict is written over a beat and carries its name, but is not it.
-	Wrote: func(b schemas.Beat, op string) bool { return beatOp(b) == op && !b.Lost() },
-}
+// beatCodec knows that the verdict is written over a beat and carries its name, but is
+// not it.
+var beatCodec = bus.JSON(func(b schemas.Beat, op string) bool { return beatOp(b) == op && !b.Lost() })
 
 // beatOp names one write of one agent's process.
 func beatOp(b schemas.Beat) string { return fmt.Sprintf("%s/%d", b.Instance, b.Sequence) }

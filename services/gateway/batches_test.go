@@ -313,7 +313,7 @@ func TestGatewaysDieWhileABatchIsMade(t *testing.T) {
 			t.Errorf("%s was made %d times", subject, times)
 		}
 	}
-	table := bus.NewTable(w.conn, schemas.BucketBatches, codec[schemas.Batch]())
+	table := bus.NewTable(w.conn, schemas.BucketBatches, bus.JSON[schemas.Batch](nil))
 	e, err := table.Get(deadline(t), string(b.ID))
 	if err != nil || !e.Value.Done() {
 		t.Fatal(err)
@@ -333,7 +333,7 @@ func TestABatchOutlivesItsTasks(t *testing.T) {
 	until(t, "all wait", func() bool { return a.batch(b.ID).Counts[schemas.Queued] == 3 })
 	w.run(b.ID.Task(0))
 	w.report(b.ID.Task(0), schemas.PhaseEnded, ended(1, 0, 0))
-	table := bus.NewTable(w.conn, schemas.BucketBatches, codec[schemas.Batch]())
+	table := bus.NewTable(w.conn, schemas.BucketBatches, bus.JSON[schemas.Batch](nil))
 	until(t, "the result is saved", func() bool {
 		e, err := table.Get(deadline(t), string(b.ID))
 		return err == nil && strings.HasPrefix(e.Value.Results, "f")

@@ -82,25 +82,12 @@ func newBatches(g *Gateway) *batches {
 	b := &batches{
 		g: g, identity: rand.Text(), wake: make(chan struct{}, 1), uploads: make(chan struct{}, uploadsMost),
 		open: map[schemas.BatchID]struct{}{}, works: map[schemas.BatchID]*work{},
-		table: bus.NewTable(g.conn, schemas.BucketBatches, bus.Codec[schemas.Batch]{
-			Encode: func(v schemas.Batch) ([]byte, nats.Header, error) {
-				data, err := schemas.Encode(v)
-				return data, v.Headers(), err
-			},
-			Decode: decodeBatch,
-			Wrote:  schemas.Batch.Wrote,
-		}),
+		table: bus.NewTable(g.conn, schemas.BucketBatches, bus.JSON(schemas.Batch.Wrote)),
 		items: bus.NewTable(g.conn, schemas.BucketBatchItems, bus.Codec[[]byte]{
 			Encode: func(v []byte) ([]byte, nats.Header, error) { return v, nil, nil },
 			Decode: func(data []byte) ([]byte, error) { return data, nil },
 		}),
-		leaders: bus.NewTable(g.conn, schemas.BucketLeaders, bus.Codec[schemas.Leadership]{
-			Encode: func(v schemas.Leadership) ([]byte, nats.Header, error) {
-				data, err := schemas.Encode(v)
-				return data, nil, err
-			},
-			Decode: func(data []byte) (v schemas.Leadership, err error) { return v, schemas.Decode(data, &v) },
-		}),
+		leaders: bus.NewTable(g.conn, schemas.BucketLeaders, bus.JSON[schemas.Leadership](nil)),
 	}
 	b.view = bus.NewView(g.conn, schemas.BucketBatches, func(_ string, _ nats.Header, data []byte) (*schemas.Batch, error) {
 		v, err := decodeBatch(data)

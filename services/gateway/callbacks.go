@@ -4,20 +4,12 @@ import (
 	"context"
 	"errors"
 
-	"github.com/nats-io/nats.go"
-
 	"dayfly.dev/bus"
 	"dayfly.dev/schemas"
 )
 
 func newDeliveries(conn *bus.Conn) *bus.Table[schemas.Delivery] {
-	return bus.NewTable(conn, schemas.BucketCallbacks, bus.Codec[schemas.Delivery]{
-		Encode: func(d schemas.Delivery) ([]byte, nats.Header, error) {
-			b, err := schemas.Encode(d)
-			return b, nil, err
-		},
-		Decode: func(b []byte) (d schemas.Delivery, err error) { return d, schemas.Decode(b, &d) },
-	})
+	return bus.NewTable(conn, schemas.BucketCallbacks, bus.JSON[schemas.Delivery](nil))
 }
 
 // delivery says what became of the callback of a final task or batch. It is left out

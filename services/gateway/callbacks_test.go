@@ -5,8 +5,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/nats-io/nats.go"
-
 	"dayfly.dev/bus"
 	"dayfly.dev/schemas"
 	"dayfly.dev/services/gateway"
@@ -27,7 +25,7 @@ func TestATaskShowsWhatBecameOfItsCallback(t *testing.T) {
 	}
 	before := r.header.Get("ETag")
 
-	marks := bus.NewTable(w.conn, schemas.BucketCallbacks, codec[schemas.Delivery]())
+	marks := bus.NewTable(w.conn, schemas.BucketCallbacks, bus.JSON[schemas.Delivery](nil))
 	at := time.Now().UTC().Truncate(time.Second)
 	if _, err := marks.Create(deadline(t), string(task.ID), schemas.Delivery{State: schemas.DeliveryDelivered, Tries: 2, LastStatus: 204, DeliveredAt: at}, ""); err != nil {
 		t.Fatal(err)
@@ -41,15 +39,5 @@ func TestATaskShowsWhatBecameOfItsCallback(t *testing.T) {
 	}
 	if s := string(r.body) + string(w.get("/v1/tasks").body) + w.logs.String(); strings.Contains(s, secret) {
 		t.Error("the secret is shown")
-	}
-}
-
-func codec[T any]() bus.Codec[T] {
-	return bus.Codec[T]{
-		Encode: func(v T) ([]byte, nats.Header, error) {
-			b, err := schemas.Encode(v)
-			return b, nil, err
-		},
-		Decode: func(b []byte) (v T, err error) { return v, schemas.Decode(b, &v) },
 	}
 }

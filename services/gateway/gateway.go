@@ -160,20 +160,8 @@ func New(deps Deps, cfg Config) *Gateway {
 			Decode: openRecord,
 			Wrote:  func(r record, op string) bool { return r.Wrote(op) },
 		}),
-		keys: bus.NewTable(deps.Conn, schemas.BucketIdempotency, bus.Codec[schemas.IdempotencyEntry]{
-			Encode: func(e schemas.IdempotencyEntry) ([]byte, nats.Header, error) {
-				b, err := schemas.Encode(e)
-				return b, nil, err
-			},
-			Decode: func(b []byte) (e schemas.IdempotencyEntry, err error) { return e, schemas.Decode(b, &e) },
-		}),
-		drains: bus.NewTable(deps.Conn, schemas.BucketDrains, bus.Codec[schemas.Drain]{
-			Encode: func(d schemas.Drain) ([]byte, nats.Header, error) {
-				b, err := schemas.Encode(d)
-				return b, nil, err
-			},
-			Decode: func(b []byte) (d schemas.Drain, err error) { return d, schemas.Decode(b, &d) },
-		}),
+		keys:       bus.NewTable(deps.Conn, schemas.BucketIdempotency, bus.JSON[schemas.IdempotencyEntry](nil)),
+		drains:     bus.NewTable(deps.Conn, schemas.BucketDrains, bus.JSON[schemas.Drain](nil)),
 		deliveries: newDeliveries(deps.Conn),
 
 		fleet:     newFleet(deps.Conn, cfg.Lease),

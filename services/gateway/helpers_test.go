@@ -68,21 +68,8 @@ func newStore(t testing.TB) *world {
 		t.Fatal(err)
 	}
 	return &world{TB: t, nats: s, conn: c, api: api{TB: t},
-		records: bus.NewTable(c, schemas.BucketTasks, bus.Codec[schemas.Record]{
-			Encode: func(r schemas.Record) ([]byte, nats.Header, error) {
-				b, err := schemas.Encode(r)
-				return b, r.Headers(), err
-			},
-			Decode: func(b []byte) (r schemas.Record, err error) { return r, schemas.Decode(b, &r) },
-			Wrote:  schemas.Record.Wrote,
-		}),
-		beats: bus.NewTable(c, schemas.BucketWorkers, bus.Codec[schemas.Beat]{
-			Encode: func(b schemas.Beat) ([]byte, nats.Header, error) {
-				data, err := schemas.Encode(b)
-				return data, nil, err
-			},
-			Decode: func(data []byte) (b schemas.Beat, err error) { return b, schemas.Decode(data, &b) },
-		}),
+		records: bus.NewTable(c, schemas.BucketTasks, bus.JSON(schemas.Record.Wrote)),
+		beats:   bus.NewTable(c, schemas.BucketWorkers, bus.JSON[schemas.Beat](nil)),
 	}
 }
 

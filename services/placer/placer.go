@@ -111,22 +111,9 @@ func newPlacer(deps Deps, cfg Config) (*Placer, error) {
 		cfg: cfg, conn: deps.Conn, log: deps.Logger, book: newBook(cfg),
 		writers: make(chan struct{}, cfg.InFlight), wake: make(chan struct{}, 1), enroll: make(chan struct{}, 1),
 		newly: map[schemas.WorkerID]time.Time{},
-		table: bus.NewTable(deps.Conn, schemas.BucketTasks, bus.Codec[schemas.Record]{
-			Encode: func(r schemas.Record) ([]byte, nats.Header, error) {
-				b, err := schemas.Encode(r)
-				return b, r.Headers(), err
-			},
-			Decode: func(b []byte) (r schemas.Record, err error) { return r, schemas.Decode(b, &r) },
-			Wrote:  schemas.Record.Wrote,
-		}),
+		table: bus.NewTable(deps.Conn, schemas.BucketTasks, bus.JSON(schemas.Record.Wrote)),
 		elector: &elector{
-			leaders: bus.NewTable(deps.Conn, schemas.BucketLeaders, bus.Codec[schemas.Leadership]{
-				Encode: func(l schemas.Leadership) ([]byte, nats.Header, error) {
-					b, err := schemas.Encode(l)
-					return b, nil, err
-				},
-				Decode: func(b []byte) (l schemas.Leadership, err error) { return l, schemas.Decode(b, &l) },
-			}),
+			leaders:  bus.NewTable(deps.Conn, schemas.BucketLeaders, bus.JSON[schemas.Leadership](nil)),
 			identity: cfg.Identity, length: cfg.Leadership, write: cfg.WriteTimeout, log: deps.Logger,
 		},
 	}

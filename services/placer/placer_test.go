@@ -32,16 +32,6 @@ type world struct {
 	orders map[schemas.TaskID][]schemas.Order // under mu, as they were sent
 }
 
-func jsonCodec[T any]() bus.Codec[T] {
-	return bus.Codec[T]{
-		Encode: func(v T) ([]byte, nats.Header, error) {
-			b, err := schemas.Encode(v)
-			return b, nil, err
-		},
-		Decode: func(b []byte) (v T, err error) { return v, schemas.Decode(b, &v) },
-	}
-}
-
 func newWorld(t testing.TB) *world {
 	t.Helper()
 	w := &world{t: t, server: natstest.Server(t), orders: map[schemas.TaskID][]schemas.Order{}}
@@ -49,14 +39,8 @@ func newWorld(t testing.TB) *world {
 	if err := bus.Provision(t.Context(), w.conn, schemas.Assets(time.Hour), 1); err != nil {
 		t.Fatal(err)
 	}
-	records := jsonCodec[schemas.Record]()
-	records.Encode = func(r schemas.Record) ([]byte, nats.Header, error) {
-		b, err := schemas.Encode(r)
-		return b, r.Headers(), err
-	}
-	records.Wrote = schemas.Record.Wrote
-	w.tasks = bus.NewTable(w.conn, schemas.BucketTasks, records)
-	w.beats = bus.NewTable(w.conn, schemas.BucketWorkers, jsonCodec[schemas.Beat]())
+	w.tasks = bus.NewTable(w.conn, schemas.BucketTasks, bus.JSON(schemas.Record.Wrote))
+	w.beats = bus.NewTable(w.conn, schemas.BucketWorkers, bus.JSON[schemas.Beat](nil))
 	sub, err := w.conn.NC.Subscribe("dayfly.work.>", func(m *nats.Msg) {
 		var o schemas.Order
 		if err := schemas.Decode(m.Data, &o); err != nil {
@@ -384,7 +368,7 @@ func TestPlacingGoesOnAfterARestartOfNATS(t *testing.T) {
 
 func TestDrainedWorkersTakeNothingNew(t *testing.T) {
 	w := newWorld(t)
-	drains := bus.NewTable(w.conn, schemas.BucketDrains, jsonCodec[schemas.Drain]())
+	drains := bus.NewTable(w.conn, schemas.BucketDrains, bus.JSON[schemas.Drain](nil))
 	d, err := drains.Create(t.Context(), "w1", schemas.Drain{Since: time.Now(), By: "test"}, "")
 	if err != nil {
 		t.Fatal(err)

@@ -80,19 +80,10 @@ type announcement struct {
 func newCourier(conn *bus.Conn, records *bus.Table[schemas.Record], log zerolog.Logger, cfg Config) *courier {
 	c := &courier{
 		cfg: cfg.Callbacks.withDefaults(), retention: cfg.Retention, records: records, log: log,
-		table: bus.NewTable(conn, schemas.BucketCallbacks, bus.Codec[schemas.Delivery]{
-			Encode: func(d schemas.Delivery) ([]byte, nats.Header, error) {
-				b, err := schemas.Encode(d)
-				return b, nil, err
-			},
-			Decode: decodeDelivery,
-			Wrote:  func(d schemas.Delivery, op string) bool { return d.Op == op },
-		}),
-		due: newTimers[string](), lanes: newLanes(perHost, atOnce), pending: map[string]announcement{},
+		table: bus.NewTable(conn, schemas.BucketCallbacks, bus.JSON(func(d schemas.Delivery, op string) bool { return d.Op == op })),
+		due:   newTimers[string](), lanes: newLanes(perHost, atOnce), pending: map[string]announcement{},
 	}
-	c.batches = bus.NewTable(conn, schemas.BucketBatches, bus.Codec[schemas.Batch]{ // only read here
-		Decode: func(data []byte) (b schemas.Batch, err error) { return b, schemas.Decode(data, &b) },
-	})
+	c.batches = bus.NewTable(conn, schemas.BucketBatches, bus.JSON[schemas.Batch](nil)) // only read here
 	c.done = bus.NewView(conn, schemas.BucketBatches, func(_ string, h nats.Header, _ []byte) (string, error) {
 		return h.Get(schemas.HeaderCallback), nil
 	}, bus.ViewOptions[string]{OnChange: func(b bus.Change[string]) { c.changed(b.Key, b.Old, b.New) }})

@@ -100,7 +100,7 @@ func newCallbackBench(t *testing.T) (*bench, *bus.Table[schemas.Delivery]) {
 		Allow: []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")}, Timeout: 2 * time.Second,
 		First: 20 * time.Millisecond, Most: 200 * time.Millisecond,
 	}
-	return b, bus.NewTable(b.core, schemas.BucketCallbacks, jsonCodec[schemas.Delivery](nil))
+	return b, bus.NewTable(b.core, schemas.BucketCallbacks, bus.JSON[schemas.Delivery](nil))
 }
 
 // finish makes a final record that is to be announced at url.

@@ -82,24 +82,11 @@ type Reaper struct {
 func Run(ctx context.Context, deps Deps, cfg Config) error {
 	r := &Reaper{
 		cfg: cfg, conn: deps.Conn, log: deps.Logger,
-		table: bus.NewTable(deps.Conn, schemas.BucketTasks, bus.Codec[schemas.Record]{
-			Encode: func(r schemas.Record) ([]byte, nats.Header, error) {
-				b, err := schemas.Encode(r)
-				return b, r.Headers(), err
-			},
-			Decode: func(b []byte) (r schemas.Record, err error) { return r, schemas.Decode(b, &r) },
-			Wrote:  schemas.Record.Wrote,
-		}),
-		workers: bus.NewTable(deps.Conn, schemas.BucketWorkers, bus.Codec[schemas.Beat]{
-			Encode: func(b schemas.Beat) ([]byte, nats.Header, error) {
-				data, err := schemas.Encode(b)
-				return data, nil, err
-			},
-			Decode: func(data []byte) (b schemas.Beat, err error) { return b, schemas.Decode(data, &b) },
+		table: bus.NewTable(deps.Conn, schemas.BucketTasks, bus.JSON(schemas.Record.Wrote)),
+		workers: bus.NewTable(deps.Conn, schemas.BucketWorkers,
 			// A verdict of unknown outcome is told by the verdict itself: nobody takes it back
 			// under the same epoch.
-			Wrote: func(b schemas.Beat, _ string) bool { return b.Lost() },
-		}),
+			bus.JSON(func(b schemas.Beat, _ string) bool { return b.Lost() })),
 		due: newTimers[schemas.TaskID](), fleet: newFleet(), unknown: newUnknown(),
 		suspected: make(chan struct{}, 1), suspects: map[schemas.WorkerID]struct{}{},
 	}

@@ -38,20 +38,6 @@ type bench struct {
 	news   chan struct{}   // under mu: closed at the next
 }
 
-func jsonCodec[T any](wrote func(T, string) bool) bus.Codec[T] {
-	return bus.Codec[T]{
-		Encode: func(v T) ([]byte, nats.Header, error) {
-			data, err := schemas.Encode(v)
-			if r, ok := any(v).(schemas.Record); ok {
-				return data, r.Headers(), err
-			}
-			return data, nil, err
-		},
-		Decode: func(data []byte) (v T, err error) { return v, schemas.Decode(data, &v) },
-		Wrote:  wrote,
-	}
-}
-
 func newBench(t *testing.T) *bench {
 	t.Helper()
 	b := &bench{t: t, server: natstest.Server(t), cfg: reaper.DefaultConfig()}
@@ -59,8 +45,8 @@ func newBench(t *testing.T) *bench {
 	if err := bus.Provision(t.Context(), b.core, schemas.Assets(time.Hour), 1); err != nil {
 		t.Fatal(err)
 	}
-	b.table = bus.NewTable(b.core, schemas.BucketTasks, jsonCodec(schemas.Record.Wrote))
-	b.beats = bus.NewTable(b.core, schemas.BucketWorkers, jsonCodec[schemas.Beat](nil))
+	b.table = bus.NewTable(b.core, schemas.BucketTasks, bus.JSON(schemas.Record.Wrote))
+	b.beats = bus.NewTable(b.core, schemas.BucketWorkers, bus.JSON[schemas.Beat](nil))
 	b.view = bus.NewView(b.core, schemas.BucketTasks, func(_ string, _ nats.Header, data []byte) (r schemas.Record, err error) {
 		return r, schemas.Decode(data, &r)
 	}, bus.ViewOptions[schemas.Record]{})

@@ -9,7 +9,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/nats-io/nats.go"
 	"github.com/rs/zerolog"
 
 	"dayfly.dev/bus"
@@ -71,14 +70,7 @@ type client struct {
 // been answered.
 func (w *world) runClients(name string, wishes []wish) *process {
 	return w.launch(name, "", func(ctx context.Context, _ *process, conn *bus.Conn, _ zerolog.Logger) error {
-		c := &client{w: w, conn: conn, table: bus.NewTable(conn, schemas.BucketTasks, bus.Codec[schemas.Record]{
-			Encode: func(r schemas.Record) ([]byte, nats.Header, error) {
-				b, err := schemas.Encode(r)
-				return b, r.Headers(), err
-			},
-			Decode: func(b []byte) (r schemas.Record, err error) { return r, schemas.Decode(b, &r) },
-			Wrote:  schemas.Record.Wrote,
-		})}
+		c := &client{w: w, conn: conn, table: bus.NewTable(conn, schemas.BucketTasks, bus.JSON(schemas.Record.Wrote))}
 		var each sync.WaitGroup
 		for _, x := range wishes {
 			each.Go(func() { c.serve(ctx, x) })
