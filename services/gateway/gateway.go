@@ -28,7 +28,7 @@ type Config struct {
 	Policy schemas.Policy // what tasks may ask for; zero: schemas.DefaultPolicy
 
 	WaitMax      time.Duration // longest ?wait=, 60 s
-	MaxFollowers int           // readers of logs and events at a time, 512; one more is answered with 429
+	MaxFollowers int           // readers of logs and events at a time, 2048; one more is answered with 429
 	ListLook     int           // tasks that one request for a list looks at, 10,000
 	EventWindow  int           // events that a reader of them holds which is behind, 4096 and at most twice as many
 	CacheBytes   int           // whole records kept in memory beside the short ones, 32 MiB
@@ -61,7 +61,7 @@ func (c Config) withDefaults() Config {
 		c.Policy = schemas.DefaultPolicy()
 	}
 	c.WaitMax = cmp.Or(c.WaitMax, time.Minute)
-	c.MaxFollowers = cmp.Or(c.MaxFollowers, 512)
+	c.MaxFollowers = cmp.Or(c.MaxFollowers, 2048)
 	c.ListLook = cmp.Or(c.ListLook, 10_000)
 	c.EventWindow = cmp.Or(c.EventWindow, 4096)
 	c.CacheBytes = cmp.Or(c.CacheBytes, 32<<20)

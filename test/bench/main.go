@@ -4,6 +4,7 @@
 //	bench cold       POST to running beside create+start through the raw Docker API
 //	bench hop        one process beside one for each service
 //	bench scale      50 and 1,000 agents: many tasks through, then many that sleep
+//	bench rest       what up takes while it has little to do: 300 real containers, 1,000 followers
 //	bench            control and cold
 //
 // It prints medians and ratios; single figures of a shared machine mean little.
@@ -26,13 +27,15 @@ import (
 
 func main() {
 	n := flag.Int("n", 0, "samples of each kind (0: the command's own default)")
-	bin := flag.String("bin", "bin/dayfly", "the dayfly binary, for cold, hop and scale")
+	bin := flag.String("bin", "bin/dayfly", "the dayfly binary, for all but control")
 	profile := flag.String("cpuprofile", "", "write a CPU profile to this file")
 	agents := flag.String("agents", "50,1000", "numbers of agents, for scale")
 	live := flag.Int("live", 100_000, "tasks that sleep at a time, for scale")
+	sleepers := flag.Int("sleepers", 300, "real containers that sleep, for rest")
+	followers := flag.Int("followers", 1000, "readers of all events, for rest")
 	syncs := flag.String("sync", "default", "when NATS syncs its files, for scale: default or always")
 	flag.Usage = func() {
-		fmt.Fprintln(os.Stderr, "usage: bench [-n N] [control|cold|hop|scale]")
+		fmt.Fprintln(os.Stderr, "usage: bench [-n N] [control|cold|hop|scale|rest]")
 		flag.PrintDefaults()
 	}
 	flag.Parse()
@@ -68,6 +71,8 @@ func main() {
 			o.agents = append(o.agents, count)
 		}
 		err = scale(ctx, o)
+	case "rest":
+		err = rest(ctx, restOptions{bin: *bin, sleepers: *sleepers, followers: *followers})
 	case "":
 		if err = control(ctx, *n); err == nil {
 			err = cold(ctx, *bin, *n)

@@ -312,13 +312,7 @@ const restFor = 10 * time.Second
 
 // rest prints what each process takes while no client asks anything.
 func (b *scaling) rest(ctx context.Context, what string) error {
-	wait := func(d time.Duration) {
-		select {
-		case <-time.After(d):
-		case <-ctx.Done():
-		}
-	}
-	wait(4 * time.Second) // what was put off comes to its end
+	wait(ctx, 4*time.Second) // what was put off comes to its end
 	fmt.Printf("  at rest, %s:", what)
 	var before []time.Duration
 	for _, p := range b.services() {
@@ -328,7 +322,7 @@ func (b *scaling) rest(ctx context.Context, what string) error {
 		before = append(before, cpuOf(p.PID()))
 	}
 	own, began := cpuTime(), time.Now()
-	wait(restFor)
+	wait(ctx, restFor)
 	took := time.Since(began).Seconds()
 	for i, p := range b.services() {
 		fmt.Printf("  %s heap %d RSS %d MiB cpu %.1f %%,", p.Name, heapOf(ctx, p)>>20, rssOf(p.PID())>>20, 100*(cpuOf(p.PID())-before[i]).Seconds()/took)
