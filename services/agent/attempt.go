@@ -322,7 +322,10 @@ func (t *attempt) outcome(found Attempt, out Output) schemas.End {
 	end.Logs.StdoutBytes, dropped = out.Size(schemas.Stdout)
 	end.Logs.StderrBytes, more = out.Size(schemas.Stderr)
 	if end.Logs.Dropped = dropped + more; end.Logs.Dropped > 0 {
-		end.Logs.Truncated, end.Logs.Why = true, "limit"
+		end.Logs.Truncated, end.Logs.Why = true, schemas.LogsLimit
+		if out.Full() {
+			end.Logs.Why = schemas.LogsDiskFull
+		}
 	}
 	return end
 }
