@@ -76,12 +76,14 @@ type View[V any] struct {
 	replica   bool        // this session reads from a replica, which may be behind
 	whole     bool        // next decided that the session starts from the first message
 	created   time.Time   // of the stream
+	sure      bool        // the stream is the one of the sessions before
 
 	queue   []viewEvent[V]
 	wake    chan struct{} // has one token while queue is not empty
 	space   *sync.Cond
 	stopped bool
-	passed  uint64 // OnChange has returned for everything up to here
+	passed  uint64 // OnChange has returned for everything up to here, in this session
+	told    bool   // and for what was found gone when the session had caught up
 	passers map[*passer]struct{}
 }
 
@@ -98,11 +100,13 @@ type grave struct {
 	gen      uint64
 }
 
-// viewEvent is a change to tell, or a step of the consumer.
+// viewEvent is a change to tell, or a step of the consumer in one session: in another
+// the same revision may be of another stream.
 type viewEvent[V any] struct {
-	change *Change[V]
-	passed uint64
-	then   func()
+	change  *Change[V]
+	passed  uint64
+	session int
+	then    func()
 }
 
 type passer struct {
@@ -314,7 +318,7 @@ func (v *View[V]) CaughtUp(ctx context.Context, revision uint64) error {
 			continue
 		}
 		v.mu.Lock()
-		nothing := v.passed >= last
+		nothing := v.told && v.passed >= last
 		v.mu.Unlock()
 		if nothing {
 			return nil
@@ -374,7 +378,7 @@ func (v *View[V]) tell(ctx context.Context) {
 			case e.then != nil:
 				e.then()
 			default:
-				v.pass(e.passed)
+				v.pass(e.passed, e.session)
 			}
 			batch[i] = viewEvent[V]{}
 		}
@@ -389,10 +393,13 @@ func (v *View[V]) tell(ctx context.Context) {
 	}
 }
 
-func (v *View[V]) pass(revision uint64) {
+func (v *View[V]) pass(revision uint64, session int) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.passed = revision
+	if session != v.sessions {
+		return
+	}
+	v.passed, v.told = revision, true
 	for p := range v.passers {
 		if p.revision <= revision {
 			delete(v.passers, p)
@@ -427,6 +434,8 @@ func (v *View[V]) started(pending uint64) {
 	}
 	v.rebuild, v.replica = false, v.clustered()
 	v.sessions++
+	v.sure = v.sessions == 1 || v.whole // else the audit says whether it is still the same stream
+	v.passed, v.told = 0, false
 	v.pending, v.caughtUp = pending, false
 	if pending == 0 && !v.replica {
 		v.catchUp()
@@ -446,6 +455,7 @@ func (v *View[V]) catchUp() {
 			v.remove(key, 0, nil)
 		}
 	}
+	v.step()
 	select {
 	case <-v.ready:
 	default:
@@ -456,6 +466,15 @@ func (v *View[V]) catchUp() {
 				close(v.ready)
 			}
 		}})
+	}
+}
+
+// step tells how far the consumer has come, once that is sure to mean that nothing older
+// is left to tell: a session after the first may still find keys that went, or another
+// stream. v.mu is held.
+func (v *View[V]) step() {
+	if v.sessions == 1 || v.caughtUp && v.sure {
+		v.enqueue(viewEvent[V]{passed: v.applied, session: v.sessions})
 	}
 }
 
@@ -518,7 +537,7 @@ func (v *View[V]) handle(m jetstream.Msg, meta *jetstream.MsgMetadata) error {
 		v.put(key, viewEntry[V]{value: value, revision: revision, gen: v.gen, stored: stored}, h)
 	}
 	v.applied = max(v.applied, revision)
-	v.enqueue(viewEvent[V]{passed: v.applied})
+	v.step()
 	if v.pending > 0 {
 		v.pending--
 	}
@@ -613,6 +632,9 @@ func (v *View[V]) audit(ctx context.Context, resumed bool) (silent bool, err err
 	v.created = info.Created
 	if lost {
 		v.rebuild = true
+	} else if !v.sure {
+		v.sure = true
+		v.step()
 	}
 	complete := v.opts.Prefix == "" && uint64(len(v.entries)) == info.State.NumSubjects
 	// Where most keys are forgotten, asking for the few is less than listing all.

@@ -329,3 +329,55 @@ func TestViewSkipsWhatDoesNotDecode(t *testing.T) {
 		}
 	}
 }
+
+// A view that has seen revisions of a stream knows nothing of those of the one that
+// was made in its place.
+func TestViewHasNotCaughtUpWithAStreamMadeAnew(t *testing.T) {
+	for name, many := range map[string]int{"read again": 10, "resumed": 2500} {
+		t.Run(name, func(t *testing.T) {
+			_, c := setup(t)
+			ctx := testContext(t)
+			drains := bus.NewTable(c, schemas.BucketDrains, noteCodec)
+			var seen changes
+			hold := make(chan struct{})
+			release := sync.OnceFunc(func() { close(hold) })
+			var held atomic.Bool
+			v := bus.NewView(c, schemas.BucketDrains, decodeText, bus.ViewOptions[string]{OnChange: func(ch bus.Change[string]) {
+				if held.Load() {
+					<-hold
+				}
+				seen.add(ch)
+			}})
+			run(t, v.Run)
+			t.Cleanup(release)
+			for i := range many {
+				c.PublishAsync(fmt.Sprintf("$KV.drains.x%d", i), nil, []byte(`{"text":"x"}`), nil)
+			}
+			last := must[bus.Entry[note]](t)(drains.Create(ctx, "a", note{Text: "old"}, "op"))
+			if err := v.CaughtUp(ctx, last.Revision); err != nil {
+				t.Fatal(err)
+			}
+			held.Store(true)
+			if err := c.JS.DeleteStream(ctx, "KV_drains"); err != nil {
+				t.Fatal(err)
+			}
+			provision(t, c)
+			e := must[bus.Entry[note]](t)(drains.Create(ctx, "a", note{Text: "new"}, "op"))
+			until(t, "the new value", has(v, "a", "new"))
+			short, cancel := context.WithCancel(ctx)
+			done := make(chan error, 1)
+			go func() { done <- v.CaughtUp(short, e.Revision) }()
+			until(t, "the others are gone", func() bool { return v.Len() == 1 })
+			// OnChange has returned for nothing of the new stream.
+			cancel()
+			wantErr(t, <-done, context.Canceled)
+			release()
+			if err := v.CaughtUp(ctx, e.Revision); err != nil {
+				t.Fatal(err)
+			}
+			if !seen.has("a:old>new") || !seen.has("x7:x>gone") {
+				t.Error("changes were not told")
+			}
+		})
+	}
+}

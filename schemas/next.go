@@ -466,7 +466,7 @@ func (r *Record) lose(e Lose) error {
 
 // unseenEnd is the end of an attempt of which nothing more will be heard.
 func unseenEnd(by EndedBy) End {
-	return End{By: by, Logs: LogSum{Truncated: true, Why: "worker_lost"}}
+	return End{By: by, Logs: LogSum{Truncated: true, Why: LogsWorkerLost}}
 }
 
 // restore decides what becomes of a task of which nobody knows what happened since the

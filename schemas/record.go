@@ -195,11 +195,18 @@ type LogSum struct {
 	StdoutBytes int64  `json:"stdout_bytes"` // kept
 	StderrBytes int64  `json:"stderr_bytes"` // kept
 	Truncated   bool   `json:"truncated"`
-	Why         string `json:"why,omitzero"` // "limit" or "worker_lost"
+	Why         string `json:"why,omitzero"` // "limit", "disk_full" or "worker_lost"
 	Dropped     int64  `json:"dropped_bytes,omitzero"`
 
 	Unknown Unknown `json:",embed"`
 }
+
+// Why a log is not complete.
+const (
+	LogsLimit      = "limit"       // it reached the limit for logs
+	LogsDiskFull   = "disk_full"   // the worker's disk took no more of it
+	LogsWorkerLost = "worker_lost" // its end went with its worker
+)
 
 // NewRecord is the record of a task that was just accepted. policy gives the
 // longest lifetime.

@@ -231,9 +231,11 @@ func (r *runner) finish(t schemas.Task, sig os.Signal, outputErr error) error {
 
 func truncation(l *schemas.LogSum) string {
 	switch l.Why {
-	case "limit":
+	case schemas.LogsLimit:
 		return fmt.Sprintf("the output is cut off at the limit for logs; %s more were dropped", schemas.Size(l.Dropped))
-	case "worker_lost":
+	case schemas.LogsDiskFull:
+		return fmt.Sprintf("the output is cut off because the disk of its worker was full; %s more were dropped", schemas.Size(l.Dropped))
+	case schemas.LogsWorkerLost:
 		return "the end of the output was lost with its worker"
 	}
 	return "the output is not complete"

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -33,6 +35,10 @@ type Config struct {
 	HoldBack time.Duration
 	LogLimit int64         // bytes of log kept of one attempt
 	LogDelay time.Duration // how long log bytes gather before a chunk is sent
+
+	// Linger is how long an agent that is told to stop waits until what has ended by then is
+	// closed and its containers are removed. The next agent does what is left.
+	Linger time.Duration
 }
 
 // DefaultConfig has the values that production uses, for one worker.
@@ -41,6 +47,7 @@ func DefaultConfig(w schemas.WorkerID, stateDir string) Config {
 		Worker: w, StateDir: stateDir, Version: "dev",
 		Beat: 5 * time.Second, Lease: 30 * time.Second,
 		HoldBack: 30 * time.Millisecond, LogLimit: 64 << 20, LogDelay: 50 * time.Millisecond,
+		Linger: 3 * time.Second,
 	}
 }
 
@@ -67,8 +74,19 @@ func Run(ctx context.Context, deps Deps, cfg Config) error {
 		return err
 	}
 	defer a.journal.close()
-	a.ctx, a.stop = context.WithCancelCause(ctx)
+	a.ctx, a.stop = context.WithCancelCause(context.WithoutCancel(ctx))
 	defer a.stop(nil)
+	lingered := make(chan struct{})
+	unhook := context.AfterFunc(ctx, func() {
+		defer close(lingered)
+		a.linger()
+		a.stop(context.Cause(ctx))
+	})
+	defer func() {
+		if !unhook() {
+			<-lingered
+		}
+	}()
 
 	host, err := a.rt.Host(ctx)
 	if err != nil {
@@ -118,6 +136,7 @@ type Agent struct {
 	mu     sync.Mutex
 	epoch  schemas.Epoch               // under mu
 	live   map[schemas.TaskID]*attempt // under mu: not closed
+	over   map[*attempt]struct{}       // under mu: no process is left, and a container may be
 	gpus   map[int]bool                // under mu: the devices that attempts have
 	used   schemas.Allocation          // under mu: by attempts that are not over
 	images map[string]bool             // under mu: references of images that are here
@@ -149,11 +168,45 @@ func newAgent(deps Deps, cfg Config) (*Agent, error) {
 		live:    map[schemas.TaskID]*attempt{},
 		images:  map[string]bool{},
 		gpus:    map[int]bool{},
+		over:    map[*attempt]struct{}{},
 	}
 	if deps.Health != nil {
 		deps.Health.Add("agent: lease", a.checkLease)
 	}
 	return a, nil
+}
+
+// ended says that no process of an attempt is left, and done that the agent has done
+// with it.
+func (a *Agent) ended(t *attempt) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.over[t] = struct{}{}
+}
+
+func (a *Agent) done(t *attempt) {
+	close(t.removed)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.over, t)
+}
+
+// linger waits until what has ended by now is removed, for a while.
+func (a *Agent) linger() {
+	a.mu.Lock()
+	over := slices.Collect(maps.Keys(a.over))
+	a.mu.Unlock()
+	end := time.NewTimer(a.cfg.Linger)
+	defer end.Stop()
+	for _, t := range over {
+		select {
+		case <-t.removed:
+		case <-end.C:
+			return
+		case <-a.ctx.Done():
+			return
+		}
+	}
 }
 
 // bootID names this boot of the host.
@@ -234,7 +287,7 @@ func (a *Agent) track(e entry) *attempt {
 	ctx, cancel := context.WithCancelCause(a.ctx)
 	t := &attempt{
 		agent: a, Assignment: e.Assignment, noPermit: e.NoPermit, needs: e.Needs, health: e.Health, gpus: e.GPUs, ctx: ctx, cancel: cancel,
-		revision: e.Revision, applied: e.Applied, closed: make(chan struct{}), dead: make(chan struct{}),
+		revision: e.Revision, applied: e.Applied, closed: make(chan struct{}), dead: make(chan struct{}), removed: make(chan struct{}),
 		safe: offsets{e.Stdout, e.Stderr}, reconnected: a.conn.Reconnected(),
 		log: a.log.With().Str("task", string(e.Task)).Int("attempt", e.Attempt).Logger(),
 	}

@@ -58,6 +58,7 @@ func newBench(t *testing.T) *bench {
 	}
 	b.cfg = agent.DefaultConfig(worker, t.TempDir())
 	b.cfg.Beat, b.cfg.Lease = 50*time.Millisecond, 2*time.Second
+	b.cfg.Linger = 0 // nobody closes what ended, unless a test does
 	b.beats = bus.NewView(b.core, schemas.BucketWorkers, func(_ string, _ nats.Header, data []byte) (v schemas.Beat, err error) {
 		return v, schemas.Decode(data, &v)
 	}, bus.ViewOptions[schemas.Beat]{})

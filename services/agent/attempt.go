@@ -32,11 +32,12 @@ type attempt struct {
 	recovered bool
 	log       zerolog.Logger
 
-	ctx    context.Context // ends with the agent, or with cause errSuperseded
-	cancel context.CancelCauseFunc
-	closed chan struct{} // closed by close
-	unsaid atomic.Bool   // recovered or kept, and not reported yet under this registration
-	dead   chan struct{} // closed once no process of it is left, or ever will be
+	ctx     context.Context // ends with the agent, or with cause errSuperseded
+	cancel  context.CancelCauseFunc
+	closed  chan struct{} // closed by close
+	unsaid  atomic.Bool   // recovered or kept, and not reported yet under this registration
+	dead    chan struct{} // closed once no process of it is left, or ever will be
+	removed chan struct{} // closed when the agent has done with it
 
 	reserved bool   // of the attempt's goroutine: it holds room on the host
 	image    string // of the attempt's goroutine: how its image came
@@ -89,6 +90,8 @@ func (t *attempt) run(body func()) {
 		body()
 		t.vacate()
 		close(t.dead)
+		t.agent.ended(t)
+		defer t.agent.done(t)
 		t.await()
 	})
 }
@@ -169,13 +172,18 @@ func (t *attempt) resume(found Attempt) {
 func (t *attempt) start(ctx context.Context, spec schemas.Spec) (Attempt, *schemas.End) {
 	pull, cancel := context.WithTimeoutCause(ctx, spec.Timeouts.Pull.Std(), &StartError{
 		Reason: schemas.ReasonPullTimeout, Message: fmt.Sprintf("the image was not pulled within %s", spec.Timeouts.Pull)})
-	began, how := time.Now(), imagePresent
+	began := time.Now()
+	var pulled atomic.Bool // progress may still come when Image has returned
 	image, err := t.agent.rt.Image(pull, spec, func(said string) {
-		how = imagePulled
+		pulled.Store(true)
 		t.progress(said)
 	})
 	err = because(pull, err)
 	cancel()
+	how := imagePresent
+	if pulled.Load() {
+		how = imagePulled
+	}
 	t.image = how
 	if err != nil {
 		how = imageFailed
@@ -322,7 +330,10 @@ func (t *attempt) outcome(found Attempt, out Output) schemas.End {
 	end.Logs.StdoutBytes, dropped = out.Size(schemas.Stdout)
 	end.Logs.StderrBytes, more = out.Size(schemas.Stderr)
 	if end.Logs.Dropped = dropped + more; end.Logs.Dropped > 0 {
-		end.Logs.Truncated, end.Logs.Why = true, "limit"
+		end.Logs.Truncated, end.Logs.Why = true, schemas.LogsLimit
+		if out.Full() {
+			end.Logs.Why = schemas.LogsDiskFull
+		}
 	}
 	return end
 }

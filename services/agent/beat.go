@@ -28,9 +28,9 @@ func randomID() string { return strings.ToLower(rand.Text()) }
 // journal if that still stands there, else under a new one, after everything of the
 // old epoch that needs a permit has been ended. It tries until the bus answers.
 func (a *Agent) register(ctx context.Context) error {
-	instance := randomID()
+	instance, begun := randomID(), false
 	for wait := 50 * time.Millisecond; ; wait = min(2*wait, 2*time.Second) {
-		err := a.tryRegister(ctx, instance)
+		err := a.tryRegister(ctx, instance, &begun)
 		if err == nil || errors.Is(err, ErrNameTaken) || ctx.Err() != nil {
 			return err
 		}
@@ -43,7 +43,8 @@ func (a *Agent) register(ctx context.Context) error {
 	}
 }
 
-func (a *Agent) tryRegister(ctx context.Context, instance string) error {
+// tryRegister is one try. begun says that a try before has begun a new epoch.
+func (a *Agent) tryRegister(ctx context.Context, instance string, begun *bool) error {
 	key := string(a.cfg.Worker)
 	now, err := a.table.Get(ctx, key)
 	known := !errors.Is(err, bus.ErrNotFound)
@@ -61,8 +62,13 @@ func (a *Agent) tryRegister(ctx context.Context, instance string) error {
 				return err
 			}
 		}
-		if epoch, err = a.renew(ctx, max(epoch, now.Value.Epoch)); err != nil {
-			return err
+		// The beat of a try before may still be on its way, and is one of this process: it
+		// would be taken for the beat of this try, and must not name another epoch.
+		if !*begun || known && !now.Value.Epoch.Before(epoch) {
+			if epoch, err = a.renew(ctx, max(epoch, now.Value.Epoch)); err != nil {
+				return err
+			}
+			*begun = true
 		}
 	}
 	first := schemas.Beat{
@@ -97,6 +103,9 @@ func (a *Agent) observe(ctx context.Context, e bus.Entry[schemas.Beat]) (bus.Ent
 	end := time.NewTimer(a.cfg.Lease)
 	defer end.Stop()
 	changed := false
+	// Revisions prove nothing: of two replicas one may be behind, and a bucket that was made
+	// anew counts from 1.
+	seen := map[string]uint64{e.Value.Instance: e.Value.Sequence}
 	for {
 		select {
 		case <-ctx.Done():
@@ -110,12 +119,14 @@ func (a *Agent) observe(ctx context.Context, e bus.Entry[schemas.Beat]) (bus.Ent
 				return e, err
 			case now.Value.Lost():
 				return now, nil
-			case now.Revision > e.Revision && changed:
+			case now.Value.Sequence <= seen[now.Value.Instance]:
+			case changed:
 				return e, fmt.Errorf("worker %s: %w", a.cfg.Worker, ErrNameTaken)
-			case now.Revision > e.Revision:
+			default:
 				// The last beat of one that has just died may have been under way, or the replica
 				// that answered first was behind. Whoever lives beats again.
 				changed = true
+				seen[now.Value.Instance] = now.Value.Sequence
 				end.Reset(a.cfg.Lease)
 			}
 			e = now // perhaps an older one: a server that was killed lost the newest

@@ -34,11 +34,16 @@ type entry struct {
 	At schemas.Duration `json:"at,omitzero"`
 }
 
+// journalVersion is the form of the lines. A journal of a later form is refused: what
+// is not understood would be forgotten, and started again.
+const journalVersion = 1
+
 // registration is the journal's head: whose epoch the entries belong to. A host
 // that was rebooted has another boot id, and nothing of its containers is left.
 type registration struct {
-	Epoch schemas.Epoch `json:"epoch"`
-	Boot  string        `json:"boot"`
+	Version int           `json:"v,omitzero"` // 0: from before it was written down
+	Epoch   schemas.Epoch `json:"epoch"`
+	Boot    string        `json:"boot"`
 }
 
 // line is one line of the journal file: the head, or a task's newest entry.
@@ -66,7 +71,7 @@ type journal struct {
 func openJournal(dir string, now time.Duration) (*journal, error) {
 	j := &journal{path: filepath.Join(dir, "journal"), entries: map[schemas.TaskID]entry{}}
 	if f, err := os.Open(j.path); err == nil {
-		err = j.read(f)
+		err = j.read(f, now)
 		f.Close()
 		if err != nil {
 			return nil, fmt.Errorf("read journal %s: %w", j.path, err)
@@ -82,7 +87,7 @@ func openJournal(dir string, now time.Duration) (*journal, error) {
 	return j, j.compact()
 }
 
-func (j *journal) read(r io.Reader) error {
+func (j *journal) read(r io.Reader, now time.Duration) error {
 	lines := bufio.NewReader(r)
 	for {
 		b, err := lines.ReadBytes('\n')
@@ -92,8 +97,17 @@ func (j *journal) read(r io.Reader) error {
 		if err != nil {
 			return err
 		}
-		var l line
-		if schemas.Decode(b, &l) != nil {
+		var form struct {
+			Head struct {
+				Version int `json:"v"`
+			} `json:"head"`
+		}
+		if schemas.Decode(b, &form) == nil && form.Head.Version > journalVersion {
+			return fmt.Errorf("it is of version %d, and this dayfly reads up to %d: run the dayfly that wrote it; "+
+				"to go back to this one, let the worker's tasks end first (dayfly drain), then remove the file", form.Head.Version, journalVersion)
+		}
+		l, err := decodeLine(b, now)
+		if err != nil {
 			continue // damaged: the attempt is then known by its container alone
 		}
 		switch {
@@ -103,6 +117,31 @@ func (j *journal) read(r io.Reader) error {
 			j.entries[l.Entry.Task] = *l.Entry
 		}
 	}
+}
+
+// decodeLine reads one line. At first the time in an entry was that of the wall clock,
+// which tells nothing on the runtime's: it counts as now.
+func decodeLine(b []byte, now time.Duration) (line, error) {
+	var l line
+	err := schemas.Decode(b, &l)
+	if err == nil {
+		return l, nil
+	}
+	var old struct {
+		Entry schemas.Unknown `json:"entry"`
+	}
+	if schemas.Decode(b, &old) != nil || old.Entry["at"] == nil {
+		return line{}, err
+	}
+	delete(old.Entry, "at")
+	if b, err = schemas.Encode(old); err == nil {
+		l = line{}
+		err = schemas.Decode(b, &l)
+	}
+	if err == nil && l.Entry != nil {
+		l.Entry.At = schemas.Duration(now)
+	}
+	return l, err
 }
 
 // compact rewrites the file with what still counts.
@@ -122,6 +161,7 @@ func (j *journal) compact() error {
 			_, err = w.Write(append(b, '\n'))
 		}
 	}
+	j.head.Version = journalVersion
 	write(line{Head: &j.head})
 	for _, e := range j.entries {
 		write(line{Entry: &e})

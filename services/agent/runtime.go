@@ -157,9 +157,11 @@ type Output interface {
 	// ReadAt reads from one stream at the offset. It returns 0 and io.EOF at the
 	// present end of what is kept.
 	ReadAt(stream schemas.Stream, p []byte, off int64) (int, error)
-	// Size is how many bytes of the stream are kept, and how many more were dropped
-	// because the limit was reached.
+	// Size is how many bytes of the stream are kept, and how many more were dropped.
 	Size(stream schemas.Stream) (kept, dropped int64)
+	// Full says that bytes were dropped because the host's disk took no more, and not
+	// because the limit was reached. It stays so: what is kept has no gap.
+	Full() bool
 	// Changed returns a channel that is closed at the next change of a Size, and when
 	// the attempt is done.
 	Changed() <-chan struct{}

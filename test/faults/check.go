@@ -629,11 +629,14 @@ func (c *checker) logs(s *subject) {
 			bad("the record says all %d", l.StdoutBytes)
 		}
 		return
-	case l.Why == "limit":
+	case l.Why == schemas.LogsLimit, l.Why == schemas.LogsDiskFull:
 		if got.Bytes != l.StdoutBytes || l.StdoutBytes+l.Dropped != wrote {
-			bad("the record says %d, and %d over the limit", l.StdoutBytes, l.Dropped)
+			bad("the record says %d, and that %d were dropped", l.StdoutBytes, l.Dropped)
 		}
-	case l.Why == "worker_lost":
+		if l.Why == schemas.LogsDiskFull && !c.hurt(at) {
+			bad("no disk was full")
+		}
+	case l.Why == schemas.LogsWorkerLost:
 		if s.lives[i].by == schemas.EndedItself && !c.hurt(at) {
 			bad("its worker was not hurt")
 		}

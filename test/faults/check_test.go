@@ -194,7 +194,7 @@ func TestGoodHistories(t *testing.T) {
 		"whole": whole(), "again": again, "canceled": canceled, "extended": extended, "seen": seen, "idle": idle, "shown": shown,
 		"unknown": unknown, "ahead": ahead, "refused": refused,
 		"log":         logged(100, schemas.LogSum{StdoutBytes: 100}, Log{Bytes: 100, Good: 100}),
-		"limited log": logged(100, schemas.LogSum{StdoutBytes: 60, Dropped: 40, Truncated: true, Why: "limit"}, Log{Bytes: 60, Good: 60}),
+		"limited log": logged(100, schemas.LogSum{StdoutBytes: 60, Dropped: 40, Truncated: true, Why: schemas.LogsLimit}, Log{Bytes: 60, Good: 60}),
 	} {
 		if r := Check(s.events); len(r.Violations) > 0 {
 			t.Errorf("%s: %v", name, r.Violations)
@@ -425,6 +425,9 @@ func TestBrokenHistories(t *testing.T) {
 		}},
 		"a hole in a log": {LogLost, func() *story {
 			return logged(100, schemas.LogSum{StdoutBytes: 100}, Log{Bytes: 100, Good: 64})
+		}},
+		"a disk that was full though none was": {LogLost, func() *story {
+			return logged(100, schemas.LogSum{StdoutBytes: 60, Dropped: 40, Truncated: true, Why: schemas.LogsDiskFull}, Log{Bytes: 60, Good: 60})
 		}},
 		"a log cut short for no reason": {LogLost, func() *story {
 			return logged(100, schemas.LogSum{Truncated: true, Why: "worker_lost"}, Log{})

@@ -11,7 +11,7 @@
 //	                   c/             mounted read-only: socket "s", file "deadline"
 //	                   input/         mounted read-only as /task/input
 //	                   stdout stderr  the spool
-//	                   dropped        bytes beyond the log limit, two numbers
+//	                   dropped        bytes that were not kept, two numbers
 //	                   started        boot time at which the process was started
 //	                   stopped        boot time by which a stop's grace is over
 //	                   outcome.json   written before Done is closed

@@ -31,7 +31,7 @@ type spool struct {
 	counts  *os.File
 	kept    [2]int64
 	dropped [2]int64
-	full    bool // the host's disk did not take more
+	full    bool // the host's disk did not take more: nothing is kept from then on
 	changed chan struct{}
 }
 
@@ -67,7 +67,11 @@ func openSpool(dir string, limit int64, null *os.File) (*spool, error) {
 	var b [16]byte
 	if n, _ := f.ReadAt(b[:], 0); n == len(b) {
 		s.dropped = [2]int64{int64(binary.LittleEndian.Uint64(b[:8])), int64(binary.LittleEndian.Uint64(b[8:]))}
+	} else if _, err := f.WriteAt(b[:], 0); err != nil && s.kept == [2]int64{} { // its place is taken before the disk may be full
+		s.close()
+		return nil, fmt.Errorf("open spool: %w", err)
 	}
+	s.full = s.dropped != [2]int64{} && s.kept[0]+s.kept[1] < limit
 	return s, nil
 }
 
@@ -168,6 +172,13 @@ func (s *spool) Size(stream schemas.Stream) (kept, dropped int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.kept[i], s.dropped[i]
+}
+
+// Full implements agent.Output.
+func (s *spool) Full() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.full
 }
 
 // Changed implements agent.Output.

@@ -597,6 +597,9 @@ func (a *attempt) Size(stream schemas.Stream) (kept, dropped int64) {
 	return int64(len(a.out)), a.dropped
 }
 
+// Full implements agent.Output.
+func (a *attempt) Full() bool { return false }
+
 // Changed implements agent.Output.
 func (a *attempt) Changed() <-chan struct{} {
 	a.r.mu.Lock()
