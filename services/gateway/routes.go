@@ -82,7 +82,7 @@ var (
 	}
 	page = []string{"ETag"}
 
-	always     = []failure{{400, []schemas.Code{schemas.CodeInvalidQuery}}, {500, []schemas.Code{schemas.CodeInternal}}, {503, []schemas.Code{schemas.CodeUnavailable}}}
+	always     = []failure{{400, []schemas.Code{schemas.CodeInvalidQuery}}, {421, []schemas.Code{schemas.CodeUnknownHost}}, {500, []schemas.Code{schemas.CodeInternal}}, {503, []schemas.Code{schemas.CodeUnavailable}}}
 	ofOne      = failure{404, []schemas.Code{schemas.CodeNotFound}}
 	badHeaders = failure{400, []schemas.Code{schemas.CodeInvalidHeader}}
 	changed    = failure{412, []schemas.Code{schemas.CodePrecondition}}
