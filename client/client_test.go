@@ -193,6 +193,9 @@ func TestCancelAndExtend(t *testing.T) {
 	if _, err := c.WaitRunning(t.Context(), task.ID); err != nil {
 		t.Fatal(err)
 	}
+	if now, err := c.WaitReady(t.Context(), task.ID); err != nil || !now.Ready {
+		t.Errorf("ready %v: %v", now.Ready, err)
+	}
 	longer, err := c.Extend(t.Context(), task.ID, 3*time.Hour)
 	if err != nil || time.Until(longer.ExpiresAt) < 2*time.Hour {
 		t.Errorf("extended to %v: %v", longer.ExpiresAt, err)

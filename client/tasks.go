@@ -17,9 +17,10 @@ import (
 // Until says what a call waits for.
 type Until string
 
-// What can be waited for. A task that ends before it runs ends both kinds of waiting.
+// What can be waited for. The end of a task ends all kinds of waiting.
 const (
 	UntilRunning Until = "running"
+	UntilReady   Until = "ready" // it has passed its health check; running, if it has none
 	UntilDone    Until = "done"
 )
 
@@ -108,6 +109,12 @@ func (c *Client) WaitRunning(ctx context.Context, id schemas.TaskID) (schemas.Ta
 	return c.waitFor(ctx, id, UntilRunning)
 }
 
+// WaitReady waits until the task runs and has passed its health check, if it has one, or
+// is final.
+func (c *Client) WaitReady(ctx context.Context, id schemas.TaskID) (schemas.Task, error) {
+	return c.waitFor(ctx, id, UntilReady)
+}
+
 func (c *Client) waitFor(ctx context.Context, id schemas.TaskID, until Until) (schemas.Task, error) {
 	b := backoff{first: c.backoffFirst, most: c.backoffMost}
 	for {
@@ -116,7 +123,7 @@ func (c *Client) waitFor(ctx context.Context, id schemas.TaskID, until Until) (s
 		if err != nil {
 			return t, err
 		}
-		if t.State.Final() || until == UntilRunning && t.State == schemas.Running {
+		if t.State.Final() || until == UntilRunning && t.State == schemas.Running || until == UntilReady && t.Ready {
 			return t, nil
 		}
 		// A server that shuts down answers early: do not ask it in a tight loop.

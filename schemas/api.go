@@ -50,7 +50,7 @@ type Timings struct {
 // View is the task as the API shows it at now.
 func (r *Record) View(revision uint64, now time.Time) Task {
 	t := Task{
-		ID: r.ID, Batch: r.Batch, State: r.State, Ready: r.ready(), Reason: r.Reason, Message: r.Message, Progress: r.Progress,
+		ID: r.ID, Batch: r.Batch, State: r.State, Ready: r.Ready(), Reason: r.Reason, Message: r.Message, Progress: r.Progress,
 		Attempt: r.Attempt, Restarts: r.Restarts, Worker: r.Worker, Spec: r.Spec,
 		Timings: Timings{Accepted: r.AcceptedAt, Assigned: r.AssignedAt, Starting: r.StartingAt, Running: r.RunningAt, Ready: r.ReadyAt, Ended: r.EndedAt},
 		History: r.Changes(revision), ExpiresAt: r.ExpiresAt, Cancel: r.Cancel, WorkerLostAt: r.WorkerLostAt,
@@ -63,7 +63,8 @@ func (r *Record) View(revision uint64, now time.Time) Task {
 	return t
 }
 
-func (r *Record) ready() bool {
+// Ready says whether the task runs, and has passed its health check if it has one.
+func (r *Record) Ready() bool {
 	return r.State == Running && (r.Spec.Health == nil || !r.ReadyAt.IsZero())
 }
 
@@ -98,6 +99,7 @@ type Worker struct {
 	Version      string     `json:"version"`
 	Host         Host       `json:"host"`
 	Assigned     Allocation `json:"assigned"` // what its tasks were promised
+	Free         Allocation `json:"free"`     // what they leave of the host
 	Running      int        `json:"running"`
 	Load         Load       `json:"load"`
 	BeatAgo      Duration   `json:"beat_ago"` // by the gateway's clock since it saw the last beat
@@ -109,6 +111,15 @@ type Allocation struct {
 	Tasks  int  `json:"tasks"`
 	CPUs   CPUs `json:"cpus"`
 	Memory Size `json:"memory_bytes"`
+	GPUs   int  `json:"gpus"`
+}
+
+// Less is what b leaves of a, and never less than nothing.
+func (a Allocation) Less(b Allocation) Allocation {
+	return Allocation{
+		Tasks: max(0, a.Tasks-b.Tasks), CPUs: CPUs(float64(max(0, a.CPUs.Nano()-b.CPUs.Nano())) / 1e9),
+		Memory: max(0, a.Memory-b.Memory), GPUs: max(0, a.GPUs-b.GPUs),
+	}
 }
 
 // WorkerList is the answer of GET /v1/workers, by name.

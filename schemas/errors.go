@@ -30,6 +30,7 @@ const (
 	CodeKeyExpired      Code = "idempotency_gone"    // 410: the key's task was never made, or is gone
 	CodeInProgress      Code = "in_progress"         // 409: the first request with this key still runs
 	CodeCrossOrigin     Code = "cross_origin"        // 403: a browser asked for a page of another site
+	CodeUnknownHost     Code = "unknown_host"        // 421: the gateway does not answer under the name in Host
 	CodeNotFound        Code = "not_found"           // 404
 	CodeMethod          Code = "method_not_allowed"  // 405
 	CodePrecondition    Code = "precondition_failed" // 412: the task is not at the revision of If-Match

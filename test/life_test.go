@@ -242,6 +242,10 @@ func TestLabelsAndGPUs(t *testing.T) {
 	both := asks(2, map[string]string{"zone": "a", "os": "linux", "arch": "amd64"})
 	s.until(both.ID, running)
 	waits(asks(0, map[string]string{"zone": "b"}).ID, "constraints")
+	var e *schemas.Error
+	if err := s.Call(s.ctx, "POST", "/v1/tasks", map[string]any{"image": "any", "resources": map[string]any{"gpus": 3}}, nil); !errors.As(err, &e) || e.Code != schemas.CodeNoCapacity || e.Field != "resources.gpus" {
+		t.Errorf("more GPUs than any worker has: %v", err)
+	}
 	one := asks(1, nil)
 	waits(one.ID, "gpus")
 	if err := s.Call(s.ctx, "DELETE", "/v1/tasks/"+string(both.ID), nil, nil); err != nil {

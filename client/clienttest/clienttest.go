@@ -380,7 +380,7 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request, id schemas.TaskI
 		defer timer.Stop()
 		s.await(stop, func() bool {
 			t := s.tasks[id]
-			return t.record.State.Final() || until == "running" && t.record.State == schemas.Running
+			return t.record.State.Final() || until == "running" && t.record.State == schemas.Running || until == "ready" && t.record.Ready()
 		})
 	}
 	s.mu.Lock()
@@ -630,8 +630,8 @@ func (s *Server) log(w http.ResponseWriter, r *http.Request) {
 func (s *Server) workers(w http.ResponseWriter, r *http.Request) {
 	write(w, http.StatusOK, schemas.WorkerList{Items: []schemas.Worker{{
 		ID: worker, State: "ready", Epoch: epoch, Version: "1.0.0",
-		Host:     schemas.Host{OS: "linux", Arch: "amd64", CPUs: 4, Memory: 8 << 30, Slots: 16},
-		Assigned: schemas.Allocation{Tasks: 2, CPUs: 1, Memory: 512 << 20}, Running: 2,
+		Host:     schemas.Host{OS: "linux", Arch: "amd64", CPUs: 4, Memory: 8 << 30, Slots: 16, GPUs: 2},
+		Assigned: schemas.Allocation{Tasks: 2, CPUs: 1, Memory: 512 << 20, GPUs: 1}, Running: 2,
 		BeatAgo: schemas.Duration(time.Second),
 	}}})
 }

@@ -95,17 +95,24 @@ func (a *assetConfig) provision(ctx context.Context, conn *bus.Conn) error {
 // gatewayConfig is what a gateway is told.
 type gatewayConfig struct {
 	http   string
+	hosts  []string
 	maxTTL time.Duration
 }
 
 func (g *gatewayConfig) flags(f *pflag.FlagSet) {
 	f.StringVar(&g.http, "http", defaultHTTP, "address of the API")
+	f.StringSliceVar(&g.hosts, "host", nil, "name or address under which clients reach the API, beside localhost and the address itself; may be repeated")
 	f.DurationVar(&g.maxTTL, "max-ttl", schemas.DefaultPolicy().MaxTTL.Std(), "longest lifetime of a task, extensions included")
 }
 
 func (g *gatewayConfig) check(p *processConfig) error {
 	if g.maxTTL < time.Second {
 		return errors.New("--max-ttl must be at least 1s")
+	}
+	for _, name := range g.hosts {
+		if err := gateway.CheckHost(name); err != nil {
+			return fmt.Errorf("--host %w", err)
+		}
 	}
 	return p.listens("--http", g.http)
 }
@@ -116,7 +123,7 @@ func (p *process) gateway(connect connector, ln net.Listener, g gatewayConfig, r
 		policy := schemas.DefaultPolicy()
 		policy.MaxTTL = schemas.Duration(g.maxTTL)
 		return gateway.Run(ctx, gateway.Deps{Connect: connect, Listener: ln, Logger: p.logger("gateway"), Metrics: p.registry, Health: p.health},
-			gateway.Config{Policy: policy, Retention: retention, Lease: p.config.scaled(defaultLease)})
+			gateway.Config{Policy: policy, Hosts: g.hosts, Retention: retention, Lease: p.config.scaled(defaultLease)})
 	}})
 }
 

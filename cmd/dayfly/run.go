@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -17,19 +18,21 @@ import (
 func (c *cli) runCommand() *cobra.Command {
 	var flags taskFlags
 	var detach bool
-	var key string
+	var key, until string
 	cmd := &cobra.Command{
 		Use:   "run [flags] IMAGE [COMMAND [ARG…]]",
 		Short: "Run a task, show its output, and end as it ends",
 		Long: `run asks for a task, shows what it writes while it runs, and exits with its exit
 code. Ctrl-C cancels the task and waits for its end; a second Ctrl-C leaves at once.
-With -d it only prints the task's id.
+With -d it only prints the task's id; with --wait it then waits until the task runs, or
+is ready (has passed its health check), and exits as the task does if it ends before.
 
 Flags for dayfly stand before IMAGE; all after it belongs to the task.`,
 		Example: `  dayfly run busybox echo hi
   dayfly run --ttl 5m -m 128MiB -e LANG=C --file sol.py python:3 python /task/input/sol.py
   echo 1 2 3 | dayfly run -i busybox wc -w
-  id=$(dayfly run -d --ttl 2h nginx)`,
+  id=$(dayfly run -d --ttl 2h nginx)
+  id=$(dayfly run -d --wait ready --health-http 8080/ --ttl 2h nginx)`,
 		Args:              cobra.MinimumNArgs(1),
 		ValidArgsFunction: cobra.NoFileCompletions,
 	}
@@ -37,6 +40,12 @@ Flags for dayfly stand before IMAGE; all after it belongs to the task.`,
 		spec, err := flags.spec(cmd.Flags(), c.in, args[0], args[1:])
 		if err != nil {
 			return &usageError{err, cmd.CommandPath()}
+		}
+		switch {
+		case !slices.Contains([]string{"", string(client.UntilRunning), string(client.UntilReady)}, until):
+			return &usageError{errors.New("--wait must be running or ready"), cmd.CommandPath()}
+		case until != "" && !detach:
+			return &usageError{errors.New("--wait goes with -d; without it run waits for the end"), cmd.CommandPath()}
 		}
 		body, err := json.Marshal(spec)
 		if err != nil {
@@ -47,7 +56,7 @@ Flags for dayfly stand before IMAGE; all after it belongs to the task.`,
 			return err
 		}
 		if detach {
-			return c.runDetached(cmd.Context(), cl, body, key)
+			return c.runDetached(cmd.Context(), cl, body, key, client.Until(until))
 		}
 		r := &runner{cli: c, client: cl, body: body, key: key, stream: c.format == "table"}
 		return r.run(cmd.Context())
@@ -56,27 +65,40 @@ Flags for dayfly stand before IMAGE; all after it belongs to the task.`,
 	f.SetInterspersed(false)
 	flags.register(f)
 	f.BoolVarP(&detach, "detach", "d", false, "print the task's id and leave it running")
+	f.StringVar(&until, "wait", "", "with -d: wait until the task is running, or ready")
 	f.StringVar(&key, "idempotency-key", "", "give the same task again when the same is asked for with the same key, for 24 h")
 	for flag, values := range map[string][]string{
 		"on-lost": {"requeue", "fail", "wait"}, "pull": {"missing", "always", "never"}, "priority": {"1", "5", "9"},
+		"wait": {"running", "ready"},
 	} {
 		_ = cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp))
 	}
 	return cmd
 }
 
-func (c *cli) runDetached(ctx context.Context, cl *client.Client, body []byte, key string) error {
+func (c *cli) runDetached(ctx context.Context, cl *client.Client, body []byte, key string, until client.Until) error {
 	ctx, stop := c.interruptible(ctx)
 	defer stop()
 	t, err := cl.CreateRaw(ctx, body, client.CreateOptions{IdempotencyKey: key})
 	if err != nil {
 		return err
 	}
-	if c.data() {
-		return c.printData(t)
+	if !c.data() { // at once: it shall be known however the waiting ends
+		fmt.Fprintln(c.out, t.ID)
 	}
-	fmt.Fprintln(c.out, t.ID)
-	return nil
+	switch until {
+	case client.UntilRunning:
+		t, err = patient(cl).WaitRunning(ctx, t.ID)
+	case client.UntilReady:
+		t, err = patient(cl).WaitReady(ctx, t.ID)
+	}
+	if err == nil && c.data() {
+		err = c.printData(t)
+	}
+	if err == nil && until != "" && t.State.Final() {
+		err = verdict(t)
+	}
+	return err
 }
 
 // runner is one `dayfly run` in the foreground. Several goroutines ask the server;

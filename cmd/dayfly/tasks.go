@@ -340,7 +340,7 @@ func workerRows(list []schemas.Worker) [][]string {
 	for _, w := range list {
 		gpu := ""
 		if w.Host.GPUs > 0 {
-			gpu = strconv.Itoa(w.Host.GPUs)
+			gpu = fmt.Sprintf("%d/%d", w.Assigned.GPUs, w.Host.GPUs)
 		}
 		rows = append(rows, []string{
 			string(w.ID), w.State, fmt.Sprintf("%d/%d", w.Assigned.Tasks, w.Host.Slots),

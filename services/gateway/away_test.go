@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -47,6 +48,18 @@ func TestAGatewayThatStillWaitsForTheBusSaysSo(t *testing.T) {
 	a := api{TB: t, url: "http://" + ln.Addr().String(), client: &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}}
 	a.do("GET", "/v1/tasks", "").want(t, 503, schemas.CodeUnavailable)
 	a.do("POST", "/v1/tasks", `{"image":"x"}`).want(t, 503, schemas.CodeUnavailable)
+	shows := func(page, what string) {
+		t.Helper()
+		if !strings.Contains(page, what) {
+			t.Errorf("no %s:\n%s", what, page)
+		}
+	}
+	for _, path := range []string{"/", "/ui/", "/ui/workers", "/ui/tasks/t-01jd0000000000000000000000"} {
+		shows(a.page(503, path), `<meta http-equiv="refresh" content="1">`)
+	}
+	if r := a.get("/ui/assets/style.css"); r.status != 200 {
+		t.Errorf("style: %d", r.status)
+	}
 	close(connected)
 	until(t, "it answers", func() bool { return a.do("GET", "/v1/tasks", "").status == 200 })
 }

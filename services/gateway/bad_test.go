@@ -178,7 +178,7 @@ func TestNoContentType(t *testing.T) {
 func TestRawRequests(t *testing.T) {
 	w := newWorld(t, gateway.Config{})
 	host := strings.TrimPrefix(w.url, "http://")
-	json := "Host: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+	json := "Host: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
 	for name, c := range map[string]struct {
 		send   string
 		status int
@@ -192,8 +192,9 @@ func TestRawRequests(t *testing.T) {
 		"encoded dots":           {"GET /v1/tasks/%2e%2e%2fx HTTP/1.1\r\n" + json + "\r\n", 404, `"not_found"`},
 		"encoded NUL":            {"GET /v1/tasks/%00 HTTP/1.1\r\n" + json + "\r\n", 404, `"not_found"`},
 		"bad escape":             {"GET /v1/tasks/%zz HTTP/1.1\r\n" + json + "\r\n", 400, ""},
-		"absolute form":          {"GET http://other/v1/tasks HTTP/1.1\r\n" + json + "\r\n", 200, `"items"`},
-		"CONNECT":                {"CONNECT x:443 HTTP/1.1\r\n" + json + "\r\n", 404, `"not_found"`},
+		"absolute form":          {"GET http://127.0.0.1/v1/tasks HTTP/1.1\r\n" + json + "\r\n", 200, `"items"`},
+		"absolute form, a name":  {"GET http://other/v1/tasks HTTP/1.1\r\n" + json + "\r\n", 421, `"unknown_host"`},
+		"CONNECT":                {"CONNECT localhost:443 HTTP/1.1\r\n" + json + "\r\n", 404, `"not_found"`},
 		"OPTIONS *":              {"OPTIONS * HTTP/1.1\r\n" + json + "\r\n", 204, ""},
 		"no host":                {"GET /v1/tasks HTTP/1.1\r\nConnection: close\r\n\r\n", 400, ""},
 		"bad length":             {"POST /v1/tasks HTTP/1.1\r\n" + json + "Content-Length: -1\r\n\r\n", 400, ""},
@@ -240,7 +241,7 @@ func TestBodyThatStopsHalfway(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	fmt.Fprintf(conn, "POST /v1/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n%s", spec)
+	fmt.Fprintf(conn, "POST /v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n%s", spec)
 	if err := conn.(*net.TCPConn).CloseWrite(); err != nil {
 		t.Fatal(err)
 	}

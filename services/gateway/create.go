@@ -216,7 +216,7 @@ func (g *Gateway) await(r *http.Request, id schemas.TaskID, p patience) (bus.Ent
 			return seen
 		}
 		seen = true
-		return p.satisfied(it.state)
+		return p.satisfied(it.state, it.ready)
 	})
 	if err == nil && at != nil {
 		if rec, ok := at.whole(); ok {

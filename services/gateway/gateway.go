@@ -27,6 +27,10 @@ import (
 type Config struct {
 	Policy schemas.Policy // what tasks may ask for; zero: schemas.DefaultPolicy
 
+	// Hosts are names and addresses under which clients reach this gateway, beside localhost,
+	// loopback addresses and the one to which a request came. CheckHost says what one may be.
+	Hosts []string
+
 	WaitMax      time.Duration // longest ?wait=, 60 s
 	MaxFollowers int           // readers of logs and events at a time, 2048; one more is answered with 429
 	ListLook     int           // tasks that one request for a list looks at, 10,000
@@ -110,6 +114,7 @@ type Gateway struct {
 	tally  tally
 	fleet  *fleet
 
+	hosts     hosts
 	page      func() ([]byte, error)    // the docs page
 	ui        func() (*ui.Pages, error) // the pages for people
 	followers chan struct{}             // one per open log or stream of events
@@ -119,7 +124,7 @@ type Gateway struct {
 // the service is unavailable: a gateway that starts during an outage is not silent.
 func Run(ctx context.Context, deps Deps, cfg Config) error {
 	var open atomic.Pointer[http.Handler]
-	away := Gateway{log: deps.Logger}
+	away := (&Gateway{log: deps.Logger, hosts: newHosts(cfg.Hosts), ui: sync.OnceValues(ui.New)}).connecting()
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
 		return ops.Serve(ctx, deps.Listener, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -127,7 +132,7 @@ func Run(ctx context.Context, deps Deps, cfg Config) error {
 				(*h).ServeHTTP(w, r)
 				return
 			}
-			away.fail(newResponse(w, r), r, unavailable())
+			away.ServeHTTP(w, r)
 		}), deps.Logger)
 	})
 	group.Go(func() error {
@@ -167,6 +172,7 @@ func New(deps Deps, cfg Config) *Gateway {
 		fleet:     newFleet(deps.Conn, cfg.Lease),
 		recent:    newRecent(cfg.CacheBytes),
 		followers: make(chan struct{}, cfg.MaxFollowers),
+		hosts:     newHosts(cfg.Hosts),
 		page:      sync.OnceValues(docsPage),
 		ui:        sync.OnceValues(ui.New),
 		tally:     tally{of: map[schemas.State]int{}},

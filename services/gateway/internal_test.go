@@ -19,10 +19,10 @@ import (
 
 func TestAPanicIsAnAnswerWithoutItsValue(t *testing.T) {
 	var log bytes.Buffer
-	g := &Gateway{log: zerolog.New(&log), metrics: newMetrics(nil)}
+	g := &Gateway{log: zerolog.New(&log), metrics: newMetrics(nil), hosts: newHosts(nil)}
 	h := g.guard(g.route("/x", methods{"GET": {handle: func(*Gateway, *response, *http.Request) error { panic("hunter2") }}}))
 	rec := httptest.NewRecorder()
-	h.ServeHTTP(rec, httptest.NewRequest("GET", "/x", nil))
+	h.ServeHTTP(rec, httptest.NewRequest("GET", "http://localhost/x", nil))
 	if rec.Code != 500 || !strings.Contains(rec.Body.String(), `"internal"`) || strings.Contains(rec.Body.String(), "goroutine") {
 		t.Errorf("%d %s", rec.Code, rec.Body)
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/http"
 	"net/url"
+	"strconv"
 	"strings"
 	"time"
 
@@ -22,9 +23,11 @@ func pages() []operation {
 		{method: "GET", path: "/ui/", handle: drawn((*Gateway).tasksPage), params: []param{{name: "state", in: "query"}, {name: "q", in: "query"}, {name: "cursor", in: "query"}}},
 		{method: "GET", path: "/ui/tasks/{id}", handle: drawn((*Gateway).taskPage)},
 		{method: "GET", path: "/ui/workers", handle: drawn((*Gateway).workersPage)},
-		{method: "GET", path: "/ui/assets/{name}", handle: asset()},
+		{method: "GET", path: assetPath, handle: asset()},
 	}
 }
+
+const assetPath = "/ui/assets/{name}"
 
 // root sends browsers to the pages.
 func root(_ *Gateway, w *response, r *http.Request) error {
@@ -61,6 +64,9 @@ func drawn(of func(*Gateway, *response, *http.Request, ui.Frame) (any, error)) f
 		content, err := of(g, w, r, frame)
 		if e := (*schemas.Error)(nil); errors.As(err, &e) {
 			frame.Title = http.StatusText(e.Status)
+			if e.Status == http.StatusServiceUnavailable {
+				frame.Again = e.RetryAfter.Std()
+			}
 			status, content = e.Status, ui.Problem{Frame: frame, Detail: e.Detail}
 		} else if err != nil {
 			return err
@@ -74,6 +80,9 @@ func drawn(of func(*Gateway, *response, *http.Request, ui.Frame) (any, error)) f
 			return err
 		}
 		h := w.Header()
+		if frame.Again > 0 {
+			h.Set("Retry-After", strconv.Itoa(int(frame.Again.Seconds())))
+		}
 		h.Set("Content-Type", "text/html; charset=utf-8")
 		h.Set("Content-Security-Policy", ui.Policy)
 		h.Set("Referrer-Policy", "same-origin")

@@ -106,7 +106,7 @@ func (q query) duration(name string, fallback, most time.Duration) (time.Duratio
 	return d.Std(), nil
 }
 
-// patience is what a request waits for: "", "running" or "done", and how long.
+// patience is what a request waits for: "", "running", "ready" or "done", and how long.
 type patience struct {
 	until   string
 	timeout time.Duration
@@ -122,8 +122,8 @@ func (g *Gateway) parsePatience(q query) (patience, error) {
 		}
 		return p, nil
 	}
-	if p.until != "running" && p.until != "done" {
-		return p, badQuery("wait", "must be running or done")
+	if p.until != "running" && p.until != "ready" && p.until != "done" {
+		return p, badQuery("wait", "must be running, ready or done")
 	}
 	var err error
 	p.timeout, err = q.duration("timeout", waitDefault, 24*time.Hour)
@@ -131,8 +131,10 @@ func (g *Gateway) parsePatience(q query) (patience, error) {
 	return p, err
 }
 
-func (p patience) satisfied(s schemas.State) bool {
-	return s.Final() || p.until == "running" && s == schemas.Running
+// satisfied says whether a task has come so far. Only a running one is asked whether it is
+// ready: that is in the record, and not in its header.
+func (p patience) satisfied(s schemas.State, ready func() bool) bool {
+	return s.Final() || s == schemas.Running && (p.until == "running" || p.until == "ready" && ready())
 }
 
 // checkContentType takes JSON in UTF-8, as it is.

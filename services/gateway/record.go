@@ -86,6 +86,16 @@ func (it *item) whole() (record, bool) {
 	return r, err == nil
 }
 
+// ready says whether the task is.
+func (it *item) ready() bool {
+	b := it.body.Load()
+	if b == nil {
+		return false // another revision has taken its place
+	}
+	r, err := b.listed()
+	return err == nil && r.Ready()
+}
+
 // listed gives the record as lists show it.
 func (b *body) listed() (schemas.Record, error) {
 	r, err := openRecord(b.raw)

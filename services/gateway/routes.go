@@ -65,7 +65,7 @@ const (
 
 var (
 	waitParams = []param{
-		{name: "wait", in: "query", about: "Hold the answer back until the task runs (or is over), or is done. Where the time is over first, the task comes as it is then.", schema: `{"type": "string", "enum": ["running", "done"]}`},
+		{name: "wait", in: "query", about: "Hold the answer back until the task runs, is ready (has passed its health check; runs, if it has none), or is done. A task that is over is waited for no longer. Where the time is over first, the task comes as it is then.", schema: `{"type": "string", "enum": ["running", "ready", "done"]}`},
 		{name: "timeout", in: "query", about: "How long to wait: 30s if not given, and at most what the site allows (60s). Goes with wait.", schema: aDuration},
 	}
 	idempotencyKeyParam = param{name: "Idempotency-Key", in: "header", about: "Any word of the client's choice, 1 to 255 visible ASCII characters.", schema: `{"type": "string", "minLength": 1, "maxLength": 255}`}
@@ -82,7 +82,7 @@ var (
 	}
 	page = []string{"ETag"}
 
-	always     = []failure{{400, []schemas.Code{schemas.CodeInvalidQuery}}, {500, []schemas.Code{schemas.CodeInternal}}, {503, []schemas.Code{schemas.CodeUnavailable}}}
+	always     = []failure{{400, []schemas.Code{schemas.CodeInvalidQuery}}, {421, []schemas.Code{schemas.CodeUnknownHost}}, {500, []schemas.Code{schemas.CodeInternal}}, {503, []schemas.Code{schemas.CodeUnavailable}}}
 	ofOne      = failure{404, []schemas.Code{schemas.CodeNotFound}}
 	badHeaders = failure{400, []schemas.Code{schemas.CodeInvalidHeader}}
 	changed    = failure{412, []schemas.Code{schemas.CodePrecondition}}

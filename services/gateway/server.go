@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"dayfly.dev/schemas"
+	"dayfly.dev/services/gateway/ui"
 )
 
 // methods are the operations of one path. GET brings HEAD with it.
@@ -47,9 +48,37 @@ func (w *response) Write(b []byte) (int, error) {
 
 // Handler is the API.
 func (g *Gateway) Handler() http.Handler {
+	return g.guard(g.router(append(operations(), pages()...), g.route("none", nil)))
+}
+
+// connecting is the handler while there is no connection yet: whatever is asked for is
+// not available, and pages say so in their own way.
+func (g *Gateway) connecting() http.Handler {
+	var known []operation
+	for _, o := range pages() {
+		if strings.HasPrefix(o.path, "/ui/") && o.path != assetPath {
+			o.handle = drawn(func(*Gateway, *response, *http.Request, ui.Frame) (any, error) { return nil, unavailable() })
+		}
+		known = append(known, o)
+	}
+	next := g.router(known, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		g.fail(w.(*response), r, unavailable())
+	}))
+	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		w := newResponse(rw, r)
+		if err := g.hosts.check(r); err != nil {
+			g.fail(w, r, err)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// router sends each request to its operation, and what is none to otherwise.
+func (g *Gateway) router(all []operation, otherwise http.Handler) http.Handler {
 	mux := http.NewServeMux()
 	paths := map[string]methods{}
-	for _, o := range append(operations(), pages()...) {
+	for _, o := range all {
 		if paths[o.path] == nil {
 			paths[o.path] = methods{}
 		}
@@ -62,8 +91,8 @@ func (g *Gateway) Handler() http.Handler {
 		}
 		mux.Handle(pattern, g.route(path, m))
 	}
-	mux.Handle("/", g.route("none", nil))
-	return g.guard(mux)
+	mux.Handle("/", otherwise)
+	return mux
 }
 
 // fromElsewhere tells what a browser sends for a page of another site, by Sec-Fetch-Site
@@ -89,7 +118,10 @@ func (g *Gateway) guard(next http.Handler) http.Handler {
 				panic(p)
 			}
 		}()
+		host := g.hosts.check(r)
 		switch {
+		case host != nil:
+			g.fail(w, r, host)
 		case r.Method == http.MethodOptions && r.URL.Path == "*":
 			h.Set("Allow", "DELETE, GET, HEAD, OPTIONS, POST")
 			w.WriteHeader(http.StatusNoContent)

@@ -41,7 +41,7 @@ func (g *Gateway) get(w *response, r *http.Request) error {
 	}
 	if wait.until != "" {
 		w.route += "?wait"
-		if !wait.satisfied(e.Value.State) {
+		if !wait.satisfied(e.Value.State, e.Value.Ready) {
 			if e, err = g.await(r, id, wait); err != nil {
 				return err
 			}

@@ -83,6 +83,33 @@ func TestWaiting(t *testing.T) {
 			t.Error(task.State)
 		}
 	})
+	t.Run("ready is more than running where there is a health check", func(t *testing.T) {
+		w := w.in(t)
+		id := w.create(`{"image":"busybox","health":{"tcp":{"port":80}}}`).ID
+		w.run(id)
+		if r := w.get("/v1/tasks/" + string(id) + "?wait=ready&timeout=1ms"); r.task(t).State != schemas.Running || r.task(t).Ready {
+			t.Errorf("%s", r.body)
+		}
+		got := make(chan reply, 1)
+		go func() {
+			r, _ := w.try("GET", "/v1/tasks/"+string(id)+"?wait=ready", "")
+			got <- r
+		}()
+		w.next(id, func(e bus.Entry[schemas.Record]) schemas.Event {
+			return schemas.Settle{Meta: on(e, "reaper"), Report: schemas.Report{Assignment: e.Value.Assignment(), Phase: schemas.PhaseRunning, Ran: true, Ready: true}}
+		})
+		if task := (<-got).task(t); task.State != schemas.Running || !task.Ready {
+			t.Errorf("%s, ready %v", task.State, task.Ready)
+		}
+	})
+	t.Run("ready is running where there is none", func(t *testing.T) {
+		w := w.in(t)
+		id := w.create(spec).ID
+		w.run(id)
+		if task := w.get("/v1/tasks/" + string(id) + "?wait=ready").task(t); !task.Ready {
+			t.Errorf("%s, not ready", task.State)
+		}
+	})
 	t.Run("POST waits for the end", func(t *testing.T) {
 		w := w.in(t)
 		w.play()
@@ -390,6 +417,21 @@ func TestNoCapacity(t *testing.T) {
 		t.Errorf("%+v", e)
 	}
 	w.create(`{"image":"busybox","constraints":{"arch":"amd64","os":"linux","zone":"nowhere yet"}}`)
+	devices := func(n int) string { return fmt.Sprintf(`{"image":"busybox","resources":{"gpus":%d}}`, n) }
+	if e := w.do("POST", "/v1/tasks", devices(1)).want(t, 422, schemas.CodeNoCapacity); e.Field != "resources.gpus" || e.Detail != "no worker has a GPU" {
+		t.Errorf("%+v", e)
+	}
+	gpus := beat("w2", 16, 8<<30)
+	gpus.Host.GPUs = 2
+	w.beat(gpus)
+	until(t, "w2 has GPUs", func() bool { return w.workers()[1].Host.GPUs == 2 })
+	w.create(devices(2))
+	if e := w.do("POST", "/v1/tasks", devices(3)).want(t, 422, schemas.CodeNoCapacity); e.Field != "resources.gpus" || !strings.HasSuffix(e.Detail, "is 2") {
+		t.Errorf("%+v", e)
+	}
+	if e := w.do("POST", "/v1/tasks", `{"image":"busybox","resources":{"gpus":2,"memory":"12GiB"}}`).want(t, 422, schemas.CodeNoCapacity); e.Field != "resources" {
+		t.Errorf("%+v", e)
+	}
 	lost := beat("w1", 4, 16<<30)
 	lost.LostAt = time.Now()
 	w.beat(lost)
@@ -439,6 +481,18 @@ func TestWorkersShowWhatIsAssigned(t *testing.T) {
 	})
 	w.report(b, schemas.PhaseEnded, ended(0, 0, 0))
 	until(t, "both have gone", func() bool { return w.workers()[0].Assigned == schemas.Allocation{} })
+
+	device := beat("w1", 4, 8<<30)
+	device.Host.GPUs = 3
+	w.beat(device)
+	until(t, "w1 has GPUs", func() bool { return w.workers()[0].Free.GPUs == 3 })
+	w.choose(w.create(`{"image":"busybox","resources":{"gpus":2,"cpus":0.6}}`).ID, "w1")
+	for _, api := range []api{w.api, impatient} {
+		until(t, "its GPUs are taken", func() bool { return api.workers()[0].Assigned.GPUs == 2 })
+		if got, want := api.workers()[0].Free, (schemas.Allocation{Tasks: 7, CPUs: 3.4, Memory: 8<<30 - 256<<20, GPUs: 1}); got != want {
+			t.Errorf("free %+v, want %+v", got, want)
+		}
+	}
 
 	r := w.get("/v1/workers/w1")
 	var one schemas.Worker

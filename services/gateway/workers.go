@@ -33,6 +33,7 @@ type fleet struct {
 type sum struct {
 	tasks        int
 	nano, memory int64
+	gpus         int
 }
 
 func newFleet(c *bus.Conn, lease time.Duration) *fleet {
@@ -52,7 +53,7 @@ func (f *fleet) beatChanged(c bus.Change[schemas.Beat]) {
 	w := schemas.WorkerID(c.Key)
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if !c.HadOld || c.Deleted || c.Old.Lost() != c.New.Lost() || c.Old.Host.CPUs != c.New.Host.CPUs || c.Old.Host.Memory != c.New.Host.Memory {
+	if !c.HadOld || c.Deleted || c.Old.Lost() != c.New.Lost() || c.Old.Host.CPUs != c.New.Host.CPUs || c.Old.Host.Memory != c.New.Host.Memory || c.Old.Host.GPUs != c.New.Host.GPUs {
 		f.hosts = nil
 		f.stale++
 	}
@@ -98,6 +99,7 @@ func (f *fleet) add(w schemas.WorkerID, r *schemas.Resources, sign int) {
 	s.tasks += sign
 	s.nano += int64(sign) * r.CPUs.Nano()
 	s.memory += int64(sign) * int64(r.Memory)
+	s.gpus += sign * r.GPUs
 	if s.tasks == 0 {
 		delete(f.sums, w)
 	}
@@ -147,8 +149,9 @@ func (f *fleet) misfit(spec schemas.Spec) *schemas.Error {
 		}
 	}
 	var largest, fastest schemas.Host
+	gpus := 0
 	for _, h := range hosts {
-		if h.CPUs >= need.CPUs && h.Memory >= need.Memory {
+		if h.CPUs >= need.CPUs && h.Memory >= need.Memory && h.GPUs >= need.GPUs {
 			return nil
 		}
 		if h.Memory > largest.Memory || h.Memory == largest.Memory && h.CPUs > largest.CPUs {
@@ -157,12 +160,19 @@ func (f *fleet) misfit(spec schemas.Spec) *schemas.Error {
 		if h.CPUs > fastest.CPUs {
 			fastest = h
 		}
+		gpus = max(gpus, h.GPUs)
 	}
 	switch {
 	case largest.Memory < need.Memory:
 		return refuse("resources.memory", "no worker has as much memory; the largest has %s", largest.Memory)
 	case fastest.CPUs < need.CPUs:
 		return refuse("resources.cpus", "no worker has as many CPUs; the largest has %s", fastest.CPUs)
+	case gpus == 0 && need.GPUs > 0:
+		return refuse("resources.gpus", "no worker has a GPU")
+	case gpus < need.GPUs:
+		return refuse("resources.gpus", "no worker has as many GPUs; the most that one has is %d", gpus)
+	case need.GPUs > 0:
+		return refuse("resources", "no worker has all of it at once: the memory, the CPUs and the GPUs")
 	}
 	return refuse("resources", "no worker has both; the one with the most memory has %s and %s CPUs", largest.Memory, largest.CPUs)
 }
@@ -202,8 +212,9 @@ func (f *fleet) worker(b schemas.Beat, now time.Time) schemas.Worker {
 		w.BeatAgo = schemas.Duration(now.Sub(seen).Round(time.Millisecond))
 	}
 	if s := f.sums[b.Worker]; s != nil {
-		w.Assigned = schemas.Allocation{Tasks: s.tasks, CPUs: schemas.CPUs(float64(s.nano) / 1e9), Memory: schemas.Size(s.memory)}
+		w.Assigned = schemas.Allocation{Tasks: s.tasks, CPUs: schemas.CPUs(float64(s.nano) / 1e9), Memory: schemas.Size(s.memory), GPUs: s.gpus}
 	}
+	w.Free = schemas.Allocation{Tasks: b.Host.Slots, CPUs: b.Host.CPUs, Memory: b.Host.Memory, GPUs: b.Host.GPUs}.Less(w.Assigned)
 	_, _, draining := f.drains.Get(string(b.Worker))
 	switch {
 	case b.Lost():

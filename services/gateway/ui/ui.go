@@ -60,6 +60,7 @@ type Frame struct {
 	Now   time.Time // all that is said to be so long ago or to come counts from here
 	// Events is the address of a stream of events, each of which may change the page.
 	Events string
+	Again  time.Duration // the browser asks again after so long, without scripts too; 0: it does not
 }
 
 // Tasks is the list.

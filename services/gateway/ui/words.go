@@ -58,11 +58,15 @@ func bars(w schemas.Worker) []bar {
 		return bar{string(w.ID) + "-" + strings.ToLower(name), name, part, whole, int(math.Round(min(100, 100*p/max(all, 1e-9))))}
 	}
 	a, h := w.Assigned, w.Host
-	return []bar{
+	list := []bar{
 		of("Tasks", strconv.Itoa(a.Tasks), strconv.Itoa(h.Slots), float64(a.Tasks), float64(h.Slots)),
 		of("CPU", a.CPUs.String(), h.CPUs.String(), float64(a.CPUs), float64(h.CPUs)),
 		of("Memory", a.Memory.String(), h.Memory.String(), float64(a.Memory), float64(h.Memory)),
 	}
+	if h.GPUs > 0 {
+		list = append(list, of("GPUs", strconv.Itoa(a.GPUs), strconv.Itoa(h.GPUs), float64(a.GPUs), float64(h.GPUs)))
+	}
+	return list
 }
 
 func command(s schemas.Spec) string {

@@ -21,6 +21,7 @@ async function draw() {
   stale = false;
   try {
     const answer = await fetch(location.href, { headers: { Accept: "text/html" } });
+    if (answer.status === 503) throw new Error("it is away"); // what is shown is better than nothing
     if (!answer.headers.get("Content-Type")?.startsWith("text/html")) throw new Error("not a page");
     const next = new DOMParser().parseFromString(await answer.text(), "text/html");
     await new Promise(requestAnimationFrame);
