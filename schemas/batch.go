@@ -105,6 +105,9 @@ const (
 
 var itemStates = [len(itemLetters)]State{Completed, Failed, Canceled, Expired, ItemGone}
 
+// ItemResults lists the states in which items end.
+func ItemResults() []State { return slices.Clone(itemStates[:]) }
+
 // ItemLetter is how a result stands in Results; a dot for one that is none.
 func ItemLetter(s State) byte {
 	if i := slices.Index(itemStates[:], s); i >= 0 {
@@ -252,6 +255,12 @@ func (b Batch) Item(index int, live func(index int) State) State {
 		return ItemPending
 	}
 	return live(index)
+}
+
+// BatchList is a page of batches, newest first.
+type BatchList struct {
+	Items      []BatchStatus `json:"items"`
+	NextCursor string        `json:"next_cursor,omitzero"`
 }
 
 // BatchItem is an item of a batch as the API shows it.
