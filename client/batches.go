@@ -5,8 +5,10 @@ import (
 	"crypto/rand"
 	"fmt"
 	"iter"
+	"maps"
 	"net/http"
 	"net/url"
+	"strconv"
 
 	"dayfly.dev/schemas"
 )
@@ -42,6 +44,86 @@ func (c *Client) CreateBatchRaw(ctx context.Context, body []byte, idempotencyKey
 func (c *Client) Batch(ctx context.Context, id schemas.BatchID) (s schemas.BatchStatus, err error) {
 	_, err = c.call(ctx, request{method: http.MethodGet, path: batchPath(id, ""), repeatable: true}, &s)
 	return s, err
+}
+
+// WatchBatch gives a batch as it is, and again whenever it has changed, until it is done
+// or the caller stops. It asks again and again, at the longest pause of WithBackoff. It
+// ends at the first error.
+func (c *Client) WatchBatch(ctx context.Context, id schemas.BatchID) iter.Seq2[schemas.BatchStatus, error] {
+	return func(yield func(schemas.BatchStatus, error) bool) {
+		b := backoff{first: c.backoffFirst, most: c.backoffMost}
+		var last schemas.BatchStatus
+		for {
+			s, err := c.Batch(ctx, id)
+			if err != nil {
+				yield(s, err)
+				return
+			}
+			done := s.State == schemas.BatchDone
+			if done || s.State != last.State || !maps.Equal(s.Counts, last.Counts) {
+				last = s
+				if !yield(s, nil) || done {
+					return
+				}
+			}
+			if err := sleep(ctx, b.next(nil)); err != nil {
+				yield(s, err)
+				return
+			}
+		}
+	}
+}
+
+// WaitBatch waits until every item of a batch has its result, however long that takes.
+func (c *Client) WaitBatch(ctx context.Context, id schemas.BatchID) (s schemas.BatchStatus, err error) {
+	for s, err = range c.WatchBatch(ctx, id) {
+		if err != nil {
+			return s, err
+		}
+	}
+	return s, nil
+}
+
+// BatchListOptions choose a page of batches.
+type BatchListOptions struct {
+	Limit  int    // of a page; the server's default if 0
+	Cursor string // of the page before
+}
+
+// Batches gives one page of batches, newest first. Only the last page has no NextCursor.
+func (c *Client) Batches(ctx context.Context, o BatchListOptions) (l schemas.BatchList, err error) {
+	q := url.Values{}
+	if o.Limit > 0 {
+		q.Set("limit", strconv.Itoa(o.Limit))
+	}
+	if o.Cursor != "" {
+		q.Set("cursor", o.Cursor)
+	}
+	_, err = c.call(ctx, request{method: http.MethodGet, path: "/v1/batches", query: q, repeatable: true}, &l)
+	return l, err
+}
+
+// AllBatches gives the batches of all pages, newest first, fetching a page when it is
+// needed. It ends at the first error.
+func (c *Client) AllBatches(ctx context.Context, o BatchListOptions) iter.Seq2[schemas.BatchStatus, error] {
+	return func(yield func(schemas.BatchStatus, error) bool) {
+		for {
+			l, err := c.Batches(ctx, o)
+			if err != nil {
+				yield(schemas.BatchStatus{}, err)
+				return
+			}
+			for _, b := range l.Items {
+				if !yield(b, nil) {
+					return
+				}
+			}
+			if l.NextCursor == "" || l.NextCursor == o.Cursor {
+				return
+			}
+			o.Cursor = l.NextCursor
+		}
+	}
 }
 
 // CancelBatch asks for the end of all tasks of a batch. It does not wait for the end.

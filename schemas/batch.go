@@ -105,6 +105,9 @@ const (
 
 var itemStates = [len(itemLetters)]State{Completed, Failed, Canceled, Expired, ItemGone}
 
+// ItemResults lists the states in which items end.
+func ItemResults() []State { return slices.Clone(itemStates[:]) }
+
 // ItemLetter is how a result stands in Results; a dot for one that is none.
 func ItemLetter(s State) byte {
 	if i := slices.Index(itemStates[:], s); i >= 0 {
@@ -207,10 +210,20 @@ func (b Batch) Headers() map[string][]string {
 	return nil
 }
 
+// BatchState says how far a batch is.
+type BatchState string
+
+// The states of a batch. The last one stays.
+const (
+	BatchRunning   BatchState = "running"
+	BatchCanceling BatchState = "canceling" // no item begins any more, and those that have are to end
+	BatchDone      BatchState = "done"      // every item has its result
+)
+
 // BatchStatus is a batch as the API shows it.
 type BatchStatus struct {
 	ID         BatchID           `json:"id"`
-	State      string            `json:"state"` // running, canceling, done
+	State      BatchState        `json:"state"`
 	Items      int               `json:"items"`
 	Counts     map[State]int     `json:"counts"` // of items, by state; those that are none are left out
 	Labels     map[string]string `json:"labels,omitzero"`
@@ -225,17 +238,17 @@ type BatchStatus struct {
 // result yet.
 func (b Batch) View(revision uint64, live func(index int) State) BatchStatus {
 	v := BatchStatus{
-		ID: b.ID, State: "running", Items: b.Items, Counts: map[State]int{}, Labels: b.Labels,
+		ID: b.ID, State: BatchRunning, Items: b.Items, Counts: map[State]int{}, Labels: b.Labels,
 		AcceptedAt: b.AcceptedAt, DoneAt: b.DoneAt, Revision: revision,
 	}
 	for i := range b.Items {
 		v.Counts[b.Item(i, live)]++
 	}
 	if b.Cancel != nil {
-		v.State, v.CanceledAt = "canceling", b.Cancel.At
+		v.State, v.CanceledAt = BatchCanceling, b.Cancel.At
 	}
 	if b.Done() {
-		v.State = "done"
+		v.State = BatchDone
 	}
 	if b.Callback != nil {
 		v.Callback = &CallbackStatus{URL: b.Callback.URL}
@@ -252,6 +265,12 @@ func (b Batch) Item(index int, live func(index int) State) State {
 		return ItemPending
 	}
 	return live(index)
+}
+
+// BatchList is a page of batches, newest first.
+type BatchList struct {
+	Items      []BatchStatus `json:"items"`
+	NextCursor string        `json:"next_cursor,omitzero"`
 }
 
 // BatchItem is an item of a batch as the API shows it.

@@ -187,6 +187,7 @@ func messages(t *testing.T) map[string]any {
 		"batch":             batch,
 		"batch_items":       schemas.BatchPart{jsontext.Value(`{"command":["echo","1"]}`), jsontext.Value(`{"name":"two"}`)},
 		"batch_status":      batch.View(3, func(int) schemas.State { return schemas.Running }),
+		"batch_list":        schemas.BatchList{Items: []schemas.BatchStatus{batch.View(3, nil)}, NextCursor: string(batchID)},
 		"batch_item_list":   schemas.BatchItemList{Items: []schemas.BatchItem{{Index: 3, Name: "d", Task: batchID.Task(3), State: schemas.Running}}, NextCursor: "4"},
 		"idempotency_batch": schemas.IdempotencyEntry{Fingerprint: "sha256:00", Batch: batchID, At: t0},
 		"task_event": schemas.TaskEvent{ID: 812, Task: taskID, At: second(2), State: schemas.Running, By: "reaper", Note: "worker reported", Attempt: 1, Worker: "w1",

@@ -9,6 +9,8 @@
 //	term:N               as hold, and ends by itself with code N when it is canceled
 //	echo …               writes the words after it
 //
+// A batch's items all become tasks at once.
+//
 // An image called "missing" does not exist. A task with constraints stays queued.
 package clienttest
 
@@ -40,6 +42,7 @@ type Server struct {
 	closed    bool
 	tasks     map[schemas.TaskID]*task
 	keys      map[string]schemas.TaskID
+	batches   map[schemas.BatchID]*batch
 	intercept func(http.ResponseWriter, *http.Request) bool
 	cuts      []int
 	requests  []string
@@ -57,7 +60,7 @@ type task struct {
 
 // Start serves until the test ends.
 func Start(t testing.TB) *Server {
-	s := &Server{changed: make(chan struct{}), tasks: map[schemas.TaskID]*task{}, keys: map[string]schemas.TaskID{}}
+	s := &Server{changed: make(chan struct{}), tasks: map[schemas.TaskID]*task{}, keys: map[string]schemas.TaskID{}, batches: map[schemas.BatchID]*batch{}}
 	h := httptest.NewUnstartedServer(s.handler())
 	h.Config.ErrorLog = nil
 	h.Start()
@@ -292,6 +295,11 @@ func (s *Server) handler() http.Handler {
 	m.HandleFunc("GET /v1/tasks/{id}/logs", s.log)
 	m.HandleFunc("GET /v1/events", s.events)
 	m.HandleFunc("GET /v1/tasks/{id}/events", s.events)
+	m.HandleFunc("POST /v1/batches", s.createBatch)
+	m.HandleFunc("GET /v1/batches", s.listBatches)
+	m.HandleFunc("GET /v1/batches/{id}", s.getBatch)
+	m.HandleFunc("GET /v1/batches/{id}/items", s.batchItems)
+	m.HandleFunc("DELETE /v1/batches/{id}", s.cancelBatch)
 	m.HandleFunc("GET /v1/workers", s.workers)
 	m.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		Fail(w, schemas.Error{Status: 404, Code: schemas.CodeNotFound, Detail: "no such path"})
@@ -409,10 +417,7 @@ func (s *Server) get(w http.ResponseWriter, r *http.Request) {
 
 func (s *Server) list(w http.ResponseWriter, r *http.Request) {
 	q := r.URL.Query()
-	limit := 100
-	if n, err := strconv.Atoi(q.Get("limit")); err == nil {
-		limit = n
-	}
+	limit := limitOf(r)
 	l := schemas.TaskList{Items: []schemas.Task{}}
 	for _, t := range s.Tasks() {
 		if c := q.Get("cursor"); c != "" && string(t.ID) >= c || len(q["state"]) > 0 && !slices.Contains(q["state"], string(t.State)) {

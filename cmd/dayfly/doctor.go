@@ -113,7 +113,7 @@ func (c *cli) report(d *diagnosis) error {
 		}
 	}
 	if failed {
-		return &exitError{code: 1}
+		return &exitError{code: exitAmiss}
 	}
 	return nil
 }

@@ -13,6 +13,7 @@ import (
 
 // Exit codes, besides a container's own.
 const (
+	exitAmiss   = 1 // doctor found something amiss, or an item of a batch did not complete
 	exitUsage   = 2
 	exitTimeout = 124 // wait's --timeout, or the task's time, was over
 	exitDayfly  = 125 // dayfly could not do it, or the task ended without an exit code

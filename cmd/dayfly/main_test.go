@@ -28,6 +28,7 @@ func TestMain(m *testing.M) { testscript.Main(m, map[string]func(){"dayfly": mai
 //	code N COMMAND…       runs the command, which must exit with N
 //	await STATE           waits until the newest task is in the state
 //	newest VAR            puts the newest task's id into $VAR, its first 12 characters into $VAR_SHORT
+//	newestbatch VAR       the same of the newest batch
 //	release, expire       let the newest task go on, or end as by its deadline
 //	seed ID STATE         puts a task there
 //	cutlogs N…            breaks log connections (see clienttest)
@@ -44,15 +45,17 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"code":    cmdCode,
-			"await":   cmdAwait,
-			"newest":  cmdNewest,
-			"release": func(ts *testscript.TestScript, _ bool, _ []string) { server(ts).Release(newest(ts).ID) },
-			"expire":  func(ts *testscript.TestScript, _ bool, _ []string) { server(ts).Expire(newest(ts).ID) },
-			"seed":    cmdSeed,
-			"cutlogs": func(ts *testscript.TestScript, _ bool, args []string) { server(ts).CutLogs(numbers(ts, args)...) },
-			"fail":    cmdFail,
-			"cmpspec": cmdSpec,
+			"code":   cmdCode,
+			"await":  cmdAwait,
+			"newest": cmdNewest,
+
+			"newestbatch": cmdNewestBatch,
+			"release":     func(ts *testscript.TestScript, _ bool, _ []string) { server(ts).Release(newest(ts).ID) },
+			"expire":      func(ts *testscript.TestScript, _ bool, _ []string) { server(ts).Expire(newest(ts).ID) },
+			"seed":        cmdSeed,
+			"cutlogs":     func(ts *testscript.TestScript, _ bool, args []string) { server(ts).CutLogs(numbers(ts, args)...) },
+			"fail":        cmdFail,
+			"cmpspec":     cmdSpec,
 		},
 	})
 }
@@ -109,6 +112,16 @@ func cmdAwait(ts *testscript.TestScript, _ bool, args []string) {
 
 func cmdNewest(ts *testscript.TestScript, _ bool, args []string) {
 	id := string(newest(ts).ID)
+	ts.Setenv(args[0], id)
+	ts.Setenv(args[0]+"_SHORT", id[:12])
+}
+
+func cmdNewestBatch(ts *testscript.TestScript, _ bool, args []string) {
+	l := server(ts).Batches()
+	if len(l) == 0 {
+		ts.Fatalf("there is no batch")
+	}
+	id := string(l[0].ID)
 	ts.Setenv(args[0], id)
 	ts.Setenv(args[0]+"_SHORT", id[:12])
 }
@@ -285,16 +298,13 @@ func TestRunSaysWhyItWaits(t *testing.T) {
 
 func TestShortIDs(t *testing.T) {
 	t.Parallel()
-	var l []schemas.Task
-	for _, id := range []string{"t-01jd0000000000000000000000", "t-01jd0000001000000000000000", "t-01jd9999990000000000000000"} {
-		l = append(l, schemas.Task{ID: schemas.TaskID(id)})
-	}
+	l := []schemas.TaskID{"t-01jd0000000000000000000000", "t-01jd0000001000000000000000", "t-01jd9999990000000000000000"}
 	l = append(l, l[2]) // the same twice is cut nowhere
 	got := shortIDs(l)
 	want := []string{"t-01jd0000000", "t-01jd0000001", "t-01jd9999990000000000000000"}
 	for i, w := range want {
-		if got[l[i].ID] != w {
-			t.Errorf("%s became %s, want %s", l[i].ID, got[l[i].ID], w)
+		if got[l[i]] != w {
+			t.Errorf("%s became %s, want %s", l[i], got[l[i]], w)
 		}
 	}
 }

@@ -102,7 +102,11 @@ func (c *cli) ps(ctx context.Context, cl *client.Client, o client.ListOptions, l
 // taskRows is the table of tasks.
 func taskRows(tasks []schemas.Task) [][]string {
 	now := time.Now()
-	short := shortIDs(tasks)
+	ids := make([]schemas.TaskID, len(tasks))
+	for i, t := range tasks {
+		ids[i] = t.ID
+	}
+	short := shortIDs(ids)
 	rows := [][]string{{"ID", "IMAGE", "STATE", "WORKER", "AGE", "LEFT", "NOTE"}}
 	for _, t := range tasks {
 		left := ""

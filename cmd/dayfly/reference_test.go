@@ -59,7 +59,7 @@ Made from the commands themselves. stdout is data, stderr is progress and advice
 |---|---|
 | the container's | of `+"`run` and `wait`"+`: what the task's process ended with |
 | 0 | it was done; `+"`run` and `wait`"+`: the task completed |
-| 1 | `+"`doctor`"+` found something amiss |
+| 1 | `+"`doctor`"+` found something amiss; an item of a batch did not complete |
 `)
 	for _, row := range []struct {
 		code  string

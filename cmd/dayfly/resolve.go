@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"iter"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -19,48 +20,72 @@ func (c *cli) resolve(ctx context.Context, cl *client.Client, arg string) (schem
 	if id, err := schemas.ParseTaskID(arg); err == nil {
 		return id, nil
 	}
+	id, err := byPrefix("t-", "task", "dayfly ps -a", arg, func(yield func(candidate, error) bool) {
+		for t, err := range cl.All(ctx, client.ListOptions{}) {
+			if !yield(candidate{string(t.ID), fmt.Sprintf("%s  %s", t.State, t.Spec.Image)}, err) {
+				return
+			}
+		}
+	})
+	return schemas.TaskID(id), err
+}
+
+// candidate is something that may be meant, and what tells a person so.
+type candidate struct{ id, about string }
+
+// byPrefix finds the one of all, which come newest first, whose id begins as arg does.
+// kind is what all ids begin with; where says how to see them.
+func byPrefix(kind, noun, where, arg string, all iter.Seq2[candidate, error]) (string, error) {
 	prefix := strings.ToLower(arg)
-	if !strings.HasPrefix(prefix, "t-") {
-		prefix = "t-" + prefix
+	if !strings.HasPrefix(prefix, kind) {
+		prefix = kind + prefix
 	}
-	if len(prefix) < len("t-")+leastPrefix {
+	if len(prefix) < len(kind)+leastPrefix {
 		return "", &hintError{fmt.Errorf("%q is too short for the beginning of an id", arg),
-			fmt.Sprintf("at least %d characters after t-; dayfly ps -a shows the ids", leastPrefix)}
+			fmt.Sprintf("at least %d characters after %s; %s shows the ids", leastPrefix, kind, where)}
 	}
-	var found []schemas.Task
-	for t, err := range cl.All(ctx, client.ListOptions{}) {
+	var found []candidate
+	for one, err := range all {
 		if err != nil {
 			return "", err
 		}
-		if strings.HasPrefix(string(t.ID), prefix) {
-			found = append(found, t)
-		} else if string(t.ID) < prefix {
+		if strings.HasPrefix(one.id, prefix) {
+			found = append(found, one)
+		} else if one.id < prefix {
 			break // newest first: all others are smaller
 		}
 	}
+	plural := noun + "s"
+	if strings.HasSuffix(noun, "h") {
+		plural = noun + "es"
+	}
 	switch len(found) {
 	case 0:
-		return "", &hintError{fmt.Errorf("no task has an id that begins with %s", prefix), "dayfly ps -a shows the tasks that there are"}
+		return "", &hintError{fmt.Errorf("no %s has an id that begins with %s", noun, prefix), fmt.Sprintf("%s shows the %s that there are", where, plural)}
 	case 1:
-		return found[0].ID, nil
+		return found[0].id, nil
 	}
 	var b strings.Builder
 	const most = 10
-	for i, t := range found {
+	for i, one := range found {
 		if i == most {
 			fmt.Fprintf(&b, "\n       … and %d more", len(found)-most)
 			break
 		}
-		fmt.Fprintf(&b, "\n       %s  %s  %s", t.ID, t.State, t.Spec.Image)
+		fmt.Fprintf(&b, "\n       %s  %s", one.id, one.about)
 	}
-	return "", &hintError{fmt.Errorf("%d tasks have an id that begins with %s:%s", len(found), prefix, b.String()), "more of the id"}
+	return "", &hintError{fmt.Errorf("%d %s have an id that begins with %s:%s", len(found), plural, prefix, b.String()), "more of the id"}
 }
 
 // resolveAll is resolve for several; it finds all before anything is done to one.
 func (c *cli) resolveAll(ctx context.Context, cl *client.Client, args []string) ([]schemas.TaskID, error) {
-	ids := make([]schemas.TaskID, 0, len(args))
+	return resolveEach(ctx, cl, args, c.resolve)
+}
+
+func resolveEach[ID any](ctx context.Context, cl *client.Client, args []string, one func(context.Context, *client.Client, string) (ID, error)) ([]ID, error) {
+	ids := make([]ID, 0, len(args))
 	for _, a := range args {
-		id, err := c.resolve(ctx, cl, a)
+		id, err := one(ctx, cl, a)
 		if err != nil {
 			return nil, err
 		}
@@ -127,23 +152,23 @@ func liveStates() []schemas.State {
 
 // shortIDs gives for each id the shortest beginning that tells it apart from the
 // others, and at least the part that holds its time.
-func shortIDs(tasks []schemas.Task) map[schemas.TaskID]string {
+func shortIDs[ID ~string](ids []ID) map[ID]string {
 	const least = len("t-") + 10
-	short := make(map[schemas.TaskID]string, len(tasks))
+	short := make(map[ID]string, len(ids))
 	count := map[string]int{}
-	open := tasks
+	open := ids
 	for n := least; len(open) > 0; n++ {
 		clear(count)
-		for _, t := range tasks {
-			count[cut(string(t.ID), n)]++
+		for _, id := range ids {
+			count[cut(string(id), n)]++
 		}
-		var next []schemas.Task
-		for _, t := range open {
-			s := cut(string(t.ID), n)
-			if count[s] == 1 || len(s) == len(t.ID) {
-				short[t.ID] = s
+		var next []ID
+		for _, id := range open {
+			s := cut(string(id), n)
+			if count[s] == 1 || len(s) == len(id) {
+				short[id] = s
 			} else {
-				next = append(next, t)
+				next = append(next, id)
 			}
 		}
 		open = next

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"dayfly.dev/bus"
 	"dayfly.dev/schemas"
 )
@@ -21,6 +23,7 @@ const (
 	uploadMost   = time.Minute
 	itemsDefault = 100
 	itemsMost    = 1000
+	readsAtOnce  = 16 // of batches that a list shows
 )
 
 // createBatch is POST /v1/batches. Its items are stored as they come, since there may
@@ -119,6 +122,7 @@ func (g *Gateway) createBatchOnce(ctx context.Context, key string, req schemas.B
 	case err == nil:
 		up.used = true
 		g.batches.observe(e)
+		g.metrics.batches.Inc()
 		g.log.Info().Str("batch", string(id)).Int("items", req.Items).Msg("batch accepted")
 	case errors.Is(err, bus.ErrConflict) && key != "": // somebody with the same key was quicker
 		e, err = g.batches.table.Get(ctx, string(id))
@@ -284,6 +288,71 @@ func (g *Gateway) batchView(ctx context.Context, e bus.Entry[schemas.Batch]) sch
 		}
 	}
 	return v
+}
+
+// listBatches is GET /v1/batches: newest first. The view knows which there are, and those
+// that are not done; the others are read.
+func (g *Gateway) listBatches(w *response, r *http.Request) error {
+	q, err := parseQuery(w, r)
+	if err != nil {
+		return err
+	}
+	limit, err := q.number("limit", listDefault, 1, listMax)
+	if err != nil {
+		return err
+	}
+	after := ""
+	if q.has("cursor") {
+		id, err := schemas.ParseBatchID(q.get("cursor"))
+		if err != nil {
+			return badQuery("cursor", "must be next_cursor of the page before")
+		}
+		after = string(id)
+	}
+	ctx, cancel := g.onBus(r)
+	defer cancel()
+	if err := g.upToDate(ctx); err != nil {
+		return err
+	}
+	ids := g.batches.all.before(after, limit+1)
+	page := schemas.BatchList{Items: []schemas.BatchStatus{}}
+	if len(ids) > limit {
+		ids = ids[:limit]
+		page.NextCursor = ids[limit-1]
+	}
+	shown := make([]schemas.BatchStatus, len(ids))
+	var reads errgroup.Group
+	reads.SetLimit(readsAtOnce)
+	for i, id := range ids {
+		reads.Go(func() error {
+			v, revision, ok := g.batches.view.Get(id)
+			if !ok {
+				return nil
+			}
+			if v == nil {
+				e, err := g.batches.table.Get(ctx, id)
+				if errors.Is(err, bus.ErrNotFound) {
+					return nil
+				}
+				if err != nil {
+					return readError(err)
+				}
+				v, revision = &e.Value, e.Revision
+			}
+			shown[i] = v.View(revision, g.live(v.ID))
+			shown[i].Callback = nil
+			return nil
+		})
+	}
+	if err := reads.Wait(); err != nil {
+		return err
+	}
+	for _, b := range shown {
+		if b.ID != "" { // else it went meanwhile
+			page.Items = append(page.Items, b)
+		}
+	}
+	return answer(w, http.StatusOK, page)
 }
 
 // getBatch is GET /v1/batches/{id}.

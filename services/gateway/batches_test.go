@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -260,6 +262,99 @@ func TestABatchIsCanceled(t *testing.T) {
 	}
 	until(t, "the items are no longer stored", func() bool { return w.stored() == 0 })
 	w.do("DELETE", "/v1/batches/b-01arz3ndektsv4rrffq69g5000", "").want(t, 404, schemas.CodeNotFound)
+}
+
+func TestBatchesAreListed(t *testing.T) {
+	cfg := gateway.Config{BatchAhead: 5}
+	w := newWorld(t, cfg)
+	page := func(a api, query string) (l schemas.BatchList) {
+		t.Helper()
+		r := a.get("/v1/batches" + query)
+		if err := schemas.Decode(r.body, &l); err != nil || r.status != 200 {
+			t.Fatalf("%d %v: %s", r.status, err, r.body)
+		}
+		return l
+	}
+	if l := page(w.api, ""); l.Items == nil || len(l.Items) > 0 || l.NextCursor != "" {
+		t.Errorf("%+v", l)
+	}
+	open := w.createBatch(batchBody(3, ""))
+	until(t, "all of it waits", func() bool {
+		l := page(w.api, "").Items
+		return len(l) == 1 && l[0].ID == open.ID && l[0].State == "running" && l[0].Counts[schemas.Queued] == 3
+	})
+	w.play()
+	w.batchDone(open.ID)
+	var ids []schemas.BatchID
+	for i := range 5 {
+		b := w.createBatch(batchBody(i+1, `,"labels":{"n":"x"},"callback":{"url":"http://a.example"}`))
+		w.batchDone(b.ID)
+		ids = append(ids, b.ID)
+	}
+	slices.Sort(ids)
+	slices.Reverse(ids)
+	other, _ := w.another(cfg)
+	until(t, "the other gateway knows all", func() bool { return len(page(other, "").Items) == 6 })
+	for _, a := range []api{w.api, other} {
+		var got []schemas.BatchID
+		for query := "?limit=2"; query != ""; {
+			l := page(a, query)
+			for _, b := range l.Items {
+				if one := a.batch(b.ID); b.State != one.State || !maps.Equal(b.Counts, one.Counts) || b.Labels["n"] != one.Labels["n"] || b.Callback != nil || b.Revision != one.Revision {
+					t.Errorf("%+v, but alone %+v", b, one)
+				}
+				got = append(got, b.ID)
+			}
+			if query = ""; l.NextCursor != "" {
+				query = "?limit=2&cursor=" + l.NextCursor
+			}
+		}
+		if !slices.Contains(got, open.ID) || len(got) != 6 || !slices.IsSortedFunc(got, func(a, b schemas.BatchID) int { return strings.Compare(string(b), string(a)) }) {
+			t.Errorf("%v", got)
+		}
+	}
+	// One whose time is over is no longer there, and the cursor that names it goes on.
+	table := bus.NewTable(w.conn, schemas.BucketBatches, bus.JSON[schemas.Batch](nil))
+	e, err := table.Get(deadline(t), string(ids[1]))
+	if err == nil {
+		err = table.Delete(deadline(t), e.Key, e.Revision)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	until(t, "it is gone", func() bool { return len(page(other, "").Items) == 5 })
+	if l := page(other, "?cursor="+string(ids[1])); len(l.Items) == 0 || l.Items[0].ID >= ids[1] {
+		t.Errorf("%+v", l)
+	}
+	for _, query := range []string{"?cursor=x", "?cursor=t-01arz3ndektsv4rrffq69g5fav", "?limit=0", "?limit=1001", "?state=done"} {
+		w.get("/v1/batches"+query).want(t, 400, schemas.CodeInvalidQuery)
+	}
+
+	count := map[string]float64{}
+	families, err := w.reg.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		for _, m := range f.GetMetric() {
+			switch f.GetName() {
+			case "dayfly_batches_accepted_total":
+				count["accepted"] = m.GetCounter().GetValue()
+			case "dayfly_batches_open":
+				count["open"] = m.GetGauge().GetValue()
+			case "dayfly_batch_items_total":
+				count[m.GetLabel()[0].GetValue()] = m.GetCounter().GetValue()
+			case "dayfly_batch_item_make_seconds":
+				count["made"] = float64(m.GetHistogram().GetSampleCount())
+			case "dayfly_batch_seconds":
+				count["done"] = float64(m.GetHistogram().GetSampleCount())
+			}
+		}
+	}
+	want := map[string]float64{"accepted": 6, "open": 0, "completed": 18, "failed": 0, "canceled": 0, "expired": 0, "gone": 0, "made": 18, "done": 6}
+	if !maps.Equal(count, want) {
+		t.Errorf("%v, want %v", count, want)
+	}
 }
 
 // Gateways come and go while a batch is made, and the server is restarted: each item

@@ -40,6 +40,7 @@ type batches struct {
 	lease    lease
 	wake     chan struct{}
 	working  atomic.Bool // there are works: changes of tasks matter
+	all      index       // ids of all batches
 
 	mu    sync.Mutex
 	open  map[schemas.BatchID]struct{} // under mu: not done
@@ -112,6 +113,11 @@ func (b *batches) observe(e bus.Entry[schemas.Batch]) {
 
 // changed is told of each change of a batch.
 func (b *batches) changed(c bus.Change[*schemas.Batch]) {
+	if c.Deleted {
+		b.all.remove(c.Key)
+	} else {
+		b.all.add(c.Key)
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if c.Deleted || c.New == nil {
@@ -409,9 +415,12 @@ func (b *batches) makeTasks(ctx context.Context, w *work) error {
 
 func (b *batches) makeTask(ctx context.Context, w *work, index int, spec schemas.Spec) error {
 	id := w.entry.Value.ID.Task(index)
+	began := time.Now()
 	e, err := b.g.accept(ctx, id, spec, w.entry.Value.ID)
 	state := schemas.Queued
 	switch {
+	case err == nil:
+		b.g.metrics.itemMade.Observe(time.Since(began).Seconds())
 	case errors.Is(err, bus.ErrConflict): // it was made before
 		if e, err = b.g.records.Get(ctx, string(id)); errors.Is(err, bus.ErrNotFound) {
 			return fmt.Errorf("%s came and went: %w", id, bus.ErrConflict)
@@ -554,7 +563,9 @@ func (b *batches) save(ctx context.Context, w *work, begun int) error {
 	if !due {
 		return nil
 	}
+	before := ""
 	e, err := b.table.UpdateFrom(ctx, w.entry, step.Op, func(e bus.Entry[schemas.Batch]) (schemas.Batch, []bus.WriteOption, error) {
+		before = e.Value.Results
 		v, err := e.Value.Next(step)
 		if v.Done() {
 			return v, []bus.WriteOption{bus.TTL(b.g.cfg.Retention)}, err
@@ -574,6 +585,7 @@ func (b *batches) save(ctx context.Context, w *work, begun int) error {
 	}
 	w.entry, w.saved = e, time.Now()
 	b.observe(e)
+	b.count(before, e.Value)
 	if v = e.Value; w.stored && (v.Made == v.Items || v.Done()) {
 		w.stored = false
 		b.dropItems(ctx, v.Upload, len(v.Parts))
@@ -582,6 +594,18 @@ func (b *batches) save(ctx context.Context, w *work, begun int) error {
 		b.g.log.Info().Str("batch", string(v.ID)).Int("items", v.Items).Msg("batch done")
 	}
 	return nil
+}
+
+// count takes a write into account: each result is counted by the write that brought it.
+func (b *batches) count(before string, v schemas.Batch) {
+	for i := range min(len(before), len(v.Results)) {
+		if before[i] != v.Results[i] {
+			b.g.metrics.batchItems.WithLabelValues(string(v.Item(i, nil))).Inc()
+		}
+	}
+	if v.Done() {
+		b.g.metrics.batchDone.Observe(v.DoneAt.Sub(v.AcceptedAt).Seconds())
+	}
 }
 
 // lease is by which one gateway works. Nobody compares clocks: it is taken over when it

@@ -159,7 +159,7 @@ func Run(ctx context.Context, deps Deps, cfg Config) error {
 func New(deps Deps, cfg Config) *Gateway {
 	cfg = cfg.withDefaults()
 	g := &Gateway{
-		cfg: cfg, conn: deps.Conn, log: deps.Logger, metrics: newMetrics(deps.Metrics),
+		cfg: cfg, conn: deps.Conn, log: deps.Logger,
 		records: bus.NewTable(deps.Conn, schemas.BucketTasks, bus.Codec[record]{
 			Encode: func(r record) ([]byte, nats.Header, error) { return r.raw, r.Headers(), nil },
 			Decode: openRecord,
@@ -178,6 +178,7 @@ func New(deps Deps, cfg Config) *Gateway {
 		tally:     tally{of: map[schemas.State]int{}},
 	}
 	g.batches = newBatches(g)
+	g.metrics = newMetrics(deps.Metrics, g.batches.unfinished)
 	g.tasks = bus.NewView(deps.Conn, schemas.BucketTasks, decodeItem, bus.ViewOptions[*item]{OnChange: g.taskChanged})
 	if deps.Health != nil {
 		deps.Health.Add("gateway: nats", func(context.Context) error {

@@ -19,7 +19,7 @@ import (
 
 func TestAPanicIsAnAnswerWithoutItsValue(t *testing.T) {
 	var log bytes.Buffer
-	g := &Gateway{log: zerolog.New(&log), metrics: newMetrics(nil), hosts: newHosts(nil)}
+	g := &Gateway{log: zerolog.New(&log), metrics: newMetrics(nil, nil), hosts: newHosts(nil)}
 	h := g.guard(g.route("/x", methods{"GET": {handle: func(*Gateway, *response, *http.Request) error { panic("hunter2") }}}))
 	rec := httptest.NewRecorder()
 	h.ServeHTTP(rec, httptest.NewRequest("GET", "http://localhost/x", nil))

@@ -4,6 +4,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"dayfly.dev/ops"
+	"dayfly.dev/schemas"
 )
 
 type metrics struct {
@@ -16,9 +17,16 @@ type metrics struct {
 	streams   *prometheus.GaugeVec
 	panics    prometheus.Counter
 	foreign   prometheus.Counter
+
+	batches    prometheus.Counter
+	batchItems *prometheus.CounterVec
+	itemMade   prometheus.Histogram
+	batchDone  prometheus.Histogram
+	batchOpen  prometheus.GaugeFunc
 }
 
-func newMetrics(reg prometheus.Registerer) *metrics {
+// newMetrics makes them; open gives the number of batches that are not done.
+func newMetrics(reg prometheus.Registerer, open func() int) *metrics {
 	m := &metrics{
 		requests: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "dayfly_http_request_duration_seconds",
 			Help: "Answered requests. Those that wait for a task have a route of their own; logs count when they end.", Buckets: ops.BucketsFast},
@@ -31,12 +39,23 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		streams:   prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "dayfly_streams_open", Help: "Answers that stay open, by kind."}, []string{"kind"}),
 		panics:    prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_http_panics_total", Help: "Requests that ended in a panic: each is a bug."}),
 		foreign:   prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_log_chunks_foreign_total", Help: "Log chunks of workers that did not hold the attempt."}),
+
+		batches:    prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_batches_accepted_total", Help: "Batches accepted."}),
+		batchItems: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_batch_items_total", Help: "Items of batches that got their result, by result."}, []string{"result"}),
+		itemMade:   prometheus.NewHistogram(prometheus.HistogramOpts{Name: "dayfly_batch_item_make_seconds", Help: "How long it took to make the task of a batch's item.", Buckets: ops.BucketsFast}),
+		batchDone:  prometheus.NewHistogram(prometheus.HistogramOpts{Name: "dayfly_batch_seconds", Help: "From a batch's acceptance to the result of its last item.", Buckets: ops.BucketsLife}),
+		batchOpen: prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "dayfly_batches_open", Help: "Batches that are not done, as every gateway knows them."},
+			func() float64 { return float64(open()) }),
+	}
+	for _, result := range schemas.ItemResults() {
+		m.batchItems.WithLabelValues(string(result))
 	}
 	for _, kind := range []string{"logs", "sse", "wait"} {
 		m.streams.WithLabelValues(kind)
 	}
 	if reg != nil {
-		reg.MustRegister(m.requests, m.inFlight, m.submitted, m.rejected, m.replays, m.streams, m.panics, m.foreign)
+		reg.MustRegister(m.requests, m.inFlight, m.submitted, m.rejected, m.replays, m.streams, m.panics, m.foreign,
+			m.batches, m.batchItems, m.itemMade, m.batchDone, m.batchOpen)
 	}
 	return m
 }

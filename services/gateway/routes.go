@@ -183,6 +183,11 @@ func operations() []operation {
 			answers: []reply{{status: 201, about: "The batch.", value: schemas.BatchStatus{}, header: []string{"Location"}}},
 			fails: fails(bodyFails, badHeaders, unknown, tooMany, failure{410, []schemas.Code{schemas.CodeKeyExpired}}, failure{422, []schemas.Code{
 				schemas.CodeInvalidValue, schemas.CodeNotAvailable, schemas.CodeNotAllowed, schemas.CodeKeyReused}})},
+		{method: "GET", path: "/v1/batches", name: "listBatches", handle: (*Gateway).listBatches,
+			about: "Lists batches, newest first, without what became of their callbacks. Batches that come meanwhile neither repeat nor skip others.",
+			params: []param{{name: "limit", in: "query", about: "How many at the most; 100 if not given.", schema: `{"type": "integer", "minimum": 1, "maximum": 1000}`},
+				{name: "cursor", in: "query", about: "next_cursor of the page before.", schema: `{"type": "string"}`}},
+			answers: []reply{{status: 200, about: "One page.", value: schemas.BatchList{}}}, fails: fails()},
 		{method: "GET", path: "/v1/batches/{id}", name: "getBatch", handle: (*Gateway).getBatch,
 			about:   "Shows a batch: how many of its tasks are in which state.",
 			answers: []reply{{status: 200, about: "The batch.", value: schemas.BatchStatus{}}}, fails: fails(ofOne)},

@@ -273,7 +273,8 @@ func (c *courier) judge(d schemas.Delivery, o outcome, since, now time.Time) (sc
 		d.Refusals = 0
 	}
 	pause := min(c.cfg.Most, c.cfg.First<<min(d.Tries-1, 20))
-	next := now.Add(pause/2 + mathrand.N(pause/2+1))
+	pause = pause/2 + mathrand.N(pause/2+1)
+	next := now.Add(max(pause, min(o.after, c.cfg.Most)))
 	switch {
 	case d.Refusals >= refusals:
 		d.State = schemas.DeliveryRefused

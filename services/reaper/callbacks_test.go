@@ -253,6 +253,33 @@ func TestCallbacksReachNoAddressOfTheInside(t *testing.T) {
 	}
 }
 
+func TestAReceiverIsLeftAloneForAsLongAsItAsks(t *testing.T) {
+	b, marks := newCallbackBench(t)
+	b.cfg.Callbacks.Most = time.Hour
+	r := newReceiver(t, func(w http.ResponseWriter, r *http.Request, _ int) {
+		w.Header().Set("Retry-After", "1800")
+		w.WriteHeader(503)
+	})
+	b.start()
+	id := b.finish(r.URL + "/x")
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		e, err := marks.Get(b.ctx(), string(id))
+		if err == nil && e.Value.LastStatus == 503 {
+			if d := e.Value; d.State != schemas.DeliveryPending || d.Tries != 1 || d.NextAt.Before(time.Now().Add(20*time.Minute)) {
+				t.Errorf("%+v", d)
+			}
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-b.ctx().Done():
+			t.Fatal(err)
+		}
+	}
+}
+
 // A reaper that is stopped in the middle of a try is followed by the next, and a
 // delivery is made although nobody was there when the task ended.
 func TestAnotherReaperGoesOn(t *testing.T) {

@@ -20,6 +20,7 @@ type outcome struct {
 	word   string // what went wrong, from a small set; "" after a 2xx
 	// refused: nothing speaks for another result the next time.
 	refused bool
+	after   time.Duration // for how long the receiver wants no other try; 0: it did not say
 }
 
 // poster sends callbacks to addresses that clients chose. It believes neither them nor
@@ -74,7 +75,7 @@ func (p *poster) post(ctx context.Context, url string, header http.Header, body 
 	}
 	defer resp.Body.Close()
 	_, _ = io.CopyN(io.Discard, resp.Body, readOfAnswer) // so that the connection can be used again
-	o := outcome{status: resp.StatusCode}
+	o := outcome{status: resp.StatusCode, after: retryAfterOf(resp.Header, time.Now())}
 	switch s := resp.StatusCode; {
 	case s/100 == 2:
 		return o
@@ -85,6 +86,23 @@ func (p *poster) post(ctx context.Context, url string, header http.Header, body 
 		o.refused = s/100 == 4 && s != http.StatusRequestTimeout && s != http.StatusTooManyRequests
 	}
 	return o
+}
+
+// retryAfterOf reads a Retry-After: seconds, or a date. A date is as far away as the
+// answer's own Date says, since the receiver's clock is not ours.
+func retryAfterOf(h http.Header, now time.Time) time.Duration {
+	given := h.Get("Retry-After")
+	if n, err := strconv.ParseUint(given, 10, 31); err == nil {
+		return time.Duration(n) * time.Second
+	}
+	at, err := http.ParseTime(given)
+	if err != nil {
+		return 0
+	}
+	if date, err := http.ParseTime(h.Get("Date")); err == nil {
+		now = date
+	}
+	return max(0, at.Sub(now))
 }
 
 // failed says in a word why there was no answer. The error itself names addresses of

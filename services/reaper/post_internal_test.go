@@ -2,9 +2,13 @@ package reaper
 
 import (
 	"fmt"
+	"net/http"
 	"net/netip"
 	"slices"
 	"testing"
+	"time"
+
+	"dayfly.dev/schemas"
 )
 
 func TestMayReach(t *testing.T) {
@@ -21,6 +25,55 @@ func TestMayReach(t *testing.T) {
 		if got := mayReach(netip.MustParseAddr(address), allow); got != want {
 			t.Errorf("%s: %v", address, got)
 		}
+	}
+}
+
+func TestRetryAfter(t *testing.T) {
+	now := time.Date(2026, 11, 21, 8, 0, 0, 0, time.UTC)
+	date := func(d time.Duration) string { return now.Add(d).Format(http.TimeFormat) }
+	for name, c := range map[string]struct {
+		after, date string
+		want        time.Duration
+	}{
+		"nothing":                     {"", "", 0},
+		"seconds":                     {"120", date(time.Hour), 2 * time.Minute},
+		"more seconds than fit":       {"99999999999999999999", "", 0},
+		"negative":                    {"-1", "", 0},
+		"a word":                      {"soon", "", 0},
+		"a date":                      {date(90 * time.Second), "", 90 * time.Second},
+		"a date of a clock that errs": {date(time.Hour + 90*time.Second), date(time.Hour), 90 * time.Second},
+		"a date that is past":         {date(-time.Hour), date(0), 0},
+		"an older form of date":       {now.Add(time.Minute).Format(time.RFC850), date(0), time.Minute},
+	} {
+		h := http.Header{"Retry-After": {c.after}, "Date": {c.date}}
+		if got := retryAfterOf(h, now); got != c.want {
+			t.Errorf("%s: %s, want %s", name, got, c.want)
+		}
+	}
+}
+
+// What the receiver asks for counts, up to the longest pause; no less than our own pause.
+func TestTheReceiverSaysWhenToTryAgain(t *testing.T) {
+	now := time.Date(2026, 11, 21, 8, 0, 0, 0, time.UTC)
+	c := courier{cfg: defaultCallbacks(), retention: 24 * time.Hour}
+	for name, test := range map[string]struct {
+		after       time.Duration
+		tries       int
+		least, most time.Duration
+	}{
+		"nothing said":            {0, 1, c.cfg.First / 2, c.cfg.First},
+		"two minutes":             {2 * time.Minute, 1, 2 * time.Minute, 2 * time.Minute},
+		"a week":                  {7 * 24 * time.Hour, 1, c.cfg.Most, c.cfg.Most},
+		"less than our own pause": {time.Second, 30, c.cfg.Most / 2, c.cfg.Most},
+	} {
+		d, word := c.judge(schemas.Delivery{State: schemas.DeliveryPending, Tries: test.tries}, outcome{status: 503, word: "status 503", after: test.after}, now, now)
+		if pause := d.NextAt.Sub(now); word != "retry" || pause < test.least || pause > test.most {
+			t.Errorf("%s: %s after %s", name, word, pause)
+		}
+	}
+	d, word := c.judge(schemas.Delivery{State: schemas.DeliveryPending, Tries: 1}, outcome{status: 503, word: "status 503", after: time.Hour}, now.Add(-c.cfg.For+time.Minute), now)
+	if d.State != schemas.DeliveryGaveUp || word != "gave_up" {
+		t.Errorf("a pause beyond the last moment: %+v", d)
 	}
 }
 

@@ -243,6 +243,8 @@ func TestEveryAnswerIsWhatTheDocumentPromises(t *testing.T) {
 	b := "/v1/batches/" + string(batch.ID)
 	s.want(422, "POST", "/v1/batches", `{"template":{"image":"any"},"items":[{"colour":"red"}]}`)
 	s.want(200, "GET", b, "")
+	s.want(200, "GET", "/v1/batches?limit=1", "")
+	s.want(400, "GET", "/v1/batches?cursor=x", "")
 	s.want(200, "GET", b+"/items?limit=1", "")
 	s.want(400, "GET", b+"/items?limit=0", "")
 	s.want(200, "DELETE", b, "")

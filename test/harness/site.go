@@ -26,6 +26,7 @@ type SiteOptions struct {
 	Sync                                string  // of NATS; "" is always
 	Host                                string  // address at which NATS listens; "" is the loopback one
 	AgentArgs, GatewayArgs, ServiceArgs []string
+	ReaperArgs                          []string
 }
 
 // Site is a dayfly of many processes on the loopback interface of this machine.
@@ -117,7 +118,7 @@ func (s *Site) Start(ctx context.Context) error {
 	}
 	s.Gateway = core("gateway", s.o.Gateways, s.o.GatewayArgs, "--http")
 	s.Placer = core("placer", s.o.Placers, nil)
-	s.Reaper = core("reaper", s.o.Reapers, nil)
+	s.Reaper = core("reaper", s.o.Reapers, s.o.ReaperArgs)
 	for i := range s.o.Agents {
 		p, err := s.NewAgent(ctx, fmt.Sprintf("w%d", i+1))
 		if err != nil {
