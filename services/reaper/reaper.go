@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -51,12 +52,29 @@ type Deps struct {
 // their number grows.
 type task struct {
 	holder string // "<worker> <epoch>", "" if none
-	raw    []byte // nil once final
+	body   *body  // nil once final
 
 	callback string // schemas.HeaderCallback: it is final, and that is to be announced
 }
 
-func (t task) record() (r schemas.Record, err error) { return r, schemas.Decode(t.raw, &r) }
+// body is an encoded record. A large one is kept until the first look at it, in which a
+// short task ends; after that it is read from the bucket when it is needed.
+type body struct{ raw atomic.Pointer[[]byte] }
+
+const largeRecord = 4 << 10
+
+func newBody(raw []byte) *body {
+	b := &body{}
+	b.raw.Store(&raw)
+	return b
+}
+
+// looked gives up the bytes of a large record.
+func (b *body) looked() {
+	if raw := b.raw.Load(); raw != nil && len(*raw) > largeRecord {
+		b.raw.Store(nil)
+	}
+}
 
 // Reaper is one replica.
 type Reaper struct {
@@ -130,7 +148,7 @@ func decodeTask(_ string, h nats.Header, data []byte) (task, error) {
 		}
 		return task{callback: callback}, nil
 	}
-	return task{holder: h.Get(schemas.HeaderHolder), raw: bytes.Clone(data)}, nil
+	return task{holder: h.Get(schemas.HeaderHolder), body: newBody(bytes.Clone(data))}, nil
 }
 
 func decodeBeat(_ string, _ nats.Header, data []byte) (b schemas.Beat, err error) {
@@ -142,7 +160,7 @@ func decodeBeat(_ string, _ nats.Header, data []byte) (b schemas.Beat, err error
 func (r *Reaper) taskChanged(c bus.Change[task]) {
 	id := schemas.TaskID(c.Key)
 	r.courier.changed(c.Key, c.Old.callback, c.New.callback)
-	if c.Deleted || c.New.raw == nil {
+	if c.Deleted || c.New.body == nil {
 		r.due.drop(id)
 		return
 	}
@@ -158,9 +176,12 @@ func (r *Reaper) meta() schemas.Meta {
 
 // entry gives a record that may still change, from the view if it is there.
 func (r *Reaper) entry(ctx context.Context, id schemas.TaskID) (bus.Entry[schemas.Record], error) {
-	if t, revision, ok := r.tasks.Get(string(id)); ok {
-		if rec, err := t.record(); err == nil {
-			return bus.Entry[schemas.Record]{Key: string(id), Value: rec, Revision: revision}, nil
+	if t, revision, ok := r.tasks.Get(string(id)); ok && t.body != nil {
+		if raw := t.body.raw.Load(); raw != nil {
+			e := bus.Entry[schemas.Record]{Key: string(id), Revision: revision}
+			if schemas.Decode(*raw, &e.Value) == nil {
+				return e, nil
+			}
 		}
 	}
 	return r.table.Get(ctx, string(id))
@@ -210,7 +231,7 @@ func (r *Reaper) observe(e bus.Entry[schemas.Record]) {
 	if err != nil {
 		return
 	}
-	r.tasks.Observe(e.Key, task{holder: h.Get(schemas.HeaderHolder), raw: raw}, e.Revision)
+	r.tasks.Observe(e.Key, task{holder: h.Get(schemas.HeaderHolder), body: newBody(raw)}, e.Revision)
 }
 
 // order sends the order that follows from a record to the worker of an assignment.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -296,6 +297,24 @@ func TestAQueuedTaskFailsWhenItsQueueTimeoutIsOver(t *testing.T) {
 	id := b.accept(func(s *schemas.Spec) { s.Timeouts.Queue = schemas.Duration(time.Second) })
 	if r := b.state(id, schemas.Failed); r.Reason != schemas.ReasonQueueTimeout {
 		t.Errorf("reason %s", r.Reason)
+	}
+}
+
+func TestALargeRecordIsSettledAndEndedAfterItsBytesWereGivenUp(t *testing.T) {
+	b := newBench(t)
+	b.cfg.Fence = time.Hour
+	b.start()
+	text := strings.Repeat("x", 20<<10)
+	large := func(s *schemas.Spec) { s.Stdin = text }
+	queued := b.accept(func(s *schemas.Spec) { large(s); s.Timeouts.Queue = schemas.Duration(1500 * time.Millisecond) })
+	a := b.assign(b.accept(large), "e1")
+	b.order(a.Task, func(o schemas.Order) bool { return o.Want == schemas.WantRun && o.Spec.Stdin == text }) // again, from the bucket
+	b.state(queued, schemas.Failed)
+	b.report(schemas.Report{Assignment: a, Phase: schemas.PhaseRunning, Ran: true})
+	b.state(a.Task, schemas.Running)
+	b.report(ended(a, schemas.EndedItself, 0))
+	if r := b.state(a.Task, schemas.Completed); r.Spec.Stdin != text {
+		t.Error("the spec has changed")
 	}
 }
 

@@ -55,7 +55,7 @@ func (r *Reaper) sweeps(ctx context.Context) error {
 func (r *Reaper) scan() {
 	now := time.Now()
 	r.tasks.Range(func(key string, t task, _ uint64) bool {
-		if t.raw != nil {
+		if t.body != nil {
 			r.due.add(schemas.TaskID(key), now)
 		}
 		return true
@@ -79,17 +79,20 @@ func (r *Reaper) lookAll(ctx context.Context, ids []schemas.TaskID) {
 
 // look does what the time asks for one task, and says when to look again.
 func (r *Reaper) look(ctx context.Context, id schemas.TaskID) error {
-	t, revision, ok := r.tasks.Get(string(id))
-	if !ok || t.raw == nil {
+	t, _, ok := r.tasks.Get(string(id))
+	if !ok || t.body == nil {
 		return nil
 	}
-	rec, err := t.record()
-	if err != nil {
+	e, err := r.entry(ctx, id)
+	switch {
+	case errors.Is(err, bus.ErrNotFound):
+		return nil
+	case err != nil:
 		return err
 	}
+	t.body.looked()
 	now := time.Now()
-	e := bus.Entry[schemas.Record]{Key: string(id), Value: rec, Revision: revision}
-	if at := rec.SweepAt(); !at.IsZero() && !now.Before(at) {
+	if at := e.Value.SweepAt(); !at.IsZero() && !now.Before(at) {
 		after, err := r.apply(ctx, e, func(m schemas.Meta) schemas.Event { return schemas.Sweep{Meta: m} })
 		if err != nil && !settled(err) {
 			return err
