@@ -404,7 +404,7 @@ func TestReportsFoldInAnyOrder(t *testing.T) {
 				}
 			}
 			// How it came there may differ, and how much was shown on the way.
-			r.History, r.LastOps, r.StartingAt, r.ReadyAt, r.Applied = nil, nil, time.Time{}, time.Time{}, 0
+			r.History, r.LastOps, r.StartingAt, r.ReadyAt, r.Applied, r.Extensions = nil, nil, time.Time{}, time.Time{}, 0, 0
 			return r
 		}
 		want := fold(r, reports)

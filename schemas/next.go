@@ -274,6 +274,11 @@ func (r *Record) settle(e Settle) error {
 	changed := false
 	ended := rep.Phase == PhaseEnded
 	ran := r.State == Running || rep.Phase == PhaseRunning || ended && rep.Ran
+	if rep.Phase == PhaseRunning && r.State != Running && (!r.ExpiresAt.IsZero() || r.Extensions > 0) {
+		// Its deadline was promised, and the worker has it off by as long as its order or this
+		// report was under way. So it hears it anew, as it does an extension.
+		r.Extensions++
+	}
 	if ran && r.RunningAt.IsZero() {
 		r.RunningAt = r.startedAt(rep.RanFor.Std(), e.At)
 		r.ExpiresAt = r.RunningAt.Add(r.TTL.Std())
@@ -345,6 +350,16 @@ func phaseOf(s State) Phase {
 		return PhaseRunning
 	}
 	return ""
+}
+
+// Heard says whether a worker that sent the report knows all that the record asks of it.
+// Of the orders of one task the bus keeps the one that came last, not the newest. on is
+// the record's revision when the report came.
+func (r *Record) Heard(rep Report, on uint64) bool {
+	if !r.State.Held() || rep.Assignment != r.Assignment() || rep.Phase == PhaseEnded {
+		return true
+	}
+	return rep.Applied >= r.Extensions && (r.Cancel == nil || rep.Revision >= on)
 }
 
 // startedAt is when the process was started, by our clock: the worker says how long

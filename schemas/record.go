@@ -94,7 +94,7 @@ type Record struct {
 
 	TTL        Duration `json:"ttl"`                 // effective: the spec's, or a longer one asked for before it ran
 	MaxTTL     Duration `json:"max_ttl"`             // the operator's limit when it was accepted
-	Extensions int      `json:"extensions,omitzero"` // how often the deadline was moved
+	Extensions int      `json:"extensions,omitzero"` // how often the deadline was moved, or is to be said anew
 	Applied    int      `json:"applied,omitzero"`    // how many of those the worker has carried out
 
 	Cancel       *CancelMark `json:"cancel,omitzero"`

@@ -180,9 +180,8 @@ func (g *Gateway) extend(w *response, r *http.Request) error {
 		return err
 	}
 
-	want := e.Value.Extensions
-	heard := func(rec schemas.Record) bool {
-		return !rec.State.Held() || rec.Applied >= want
+	heard := func(rec schemas.Record) bool { // the worker has the deadline that is shown
+		return !rec.State.Held() || rec.Applied >= rec.Extensions
 	}
 	if !heard(e.Value.Record) {
 		wait, done := context.WithTimeout(r.Context(), g.cfg.ExtendWait)

@@ -539,3 +539,67 @@ func TestARecordWithoutHistoryStopsNoReaper(t *testing.T) {
 	}
 	b.order(id, func(o schemas.Order) bool { return o.Want == schemas.WantRun })
 }
+
+// Of the orders of one task NATS keeps the one that came last, which is not always the
+// newest. The report that answers it says what its worker has not heard of.
+func TestWhatAWorkerHasNotHeardOfIsSaidAgainAtOnce(t *testing.T) {
+	b := newBench(t)
+	b.cfg.Redrive = time.Hour
+	b.start()
+	extended, canceled := b.accept(nil), b.accept(nil)
+	assigned := map[schemas.TaskID]schemas.Assignment{}
+	for _, id := range []schemas.TaskID{extended, canceled} {
+		assigned[id] = b.assign(id, "e1")
+		b.report(schemas.Report{Assignment: assigned[id], Phase: schemas.PhaseRunning, Ran: true})
+		b.state(id, schemas.Running)
+	}
+	extend := func(m schemas.Meta) schemas.Event { return schemas.AskExtend{Meta: m, TTL: schemas.Duration(2 * time.Hour)} }
+	b.next(extended, extend)
+	b.next(extended, extend)
+	b.next(canceled, extend)
+	b.next(canceled, func(m schemas.Meta) schemas.Event { return schemas.AskCancel{Meta: m} })
+	b.report(schemas.Report{Assignment: assigned[extended], Phase: schemas.PhaseRunning, Ran: true, Applied: 1})
+	b.report(schemas.Report{Assignment: assigned[canceled], Phase: schemas.PhaseRunning, Ran: true, Applied: 1})
+	if o := b.order(extended, func(o schemas.Order) bool { return o.Extensions == 2 }); o.Want != schemas.WantRun || !o.Counting {
+		t.Errorf("order %+v", o)
+	}
+	b.order(canceled, func(o schemas.Order) bool { return o.Want == schemas.WantStop })
+	b.report(schemas.Report{Assignment: assigned[extended], Phase: schemas.PhaseRunning, Ran: true, Applied: 2})
+	b.wait(extended, "applied", func(r schemas.Record) bool { return r.Applied == r.Extensions })
+}
+
+// A worker counts from the start of the process or from when its order came, and the
+// record from when the report came: where a deadline was promised, both shall mean the same.
+func TestAWorkerHearsTheDeadlineThatTheRecordShows(t *testing.T) {
+	b := newBench(t)
+	b.cfg.Redrive = time.Hour
+	b.start()
+	plain, lengthened := b.accept(nil), b.accept(nil)
+	b.next(lengthened, func(m schemas.Meta) schemas.Event { return schemas.AskExtend{Meta: m, TTL: schemas.Duration(2 * time.Hour)} })
+	run := func(id schemas.TaskID, applied int) schemas.Assignment {
+		t.Helper()
+		a := b.assign(id, "e1")
+		b.report(schemas.Report{Assignment: a, Phase: schemas.PhaseRunning, Ran: true, Applied: applied})
+		b.state(id, schemas.Running)
+		return a
+	}
+	run(lengthened, 1)
+	o := b.order(lengthened, func(o schemas.Order) bool { return o.Counting })
+	if o.Extensions != 2 || o.TimeLeft.Std() > 2*time.Hour || o.TimeLeft.Std() < 2*time.Hour-20*time.Second {
+		t.Errorf("order %+v", o)
+	}
+	first := run(plain, 0)
+	b.report(ended(first, schemas.EndedLost, 137))
+	b.state(plain, schemas.Queued)
+	second := run(plain, 0)
+	if o := b.order(plain, func(o schemas.Order) bool { return o.Assignment == second && o.Extensions == 1 }); !o.Counting {
+		t.Errorf("order %+v", o)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, o := range b.orders {
+		if o.Assignment == first && o.Want == schemas.WantRun {
+			t.Errorf("needless order %+v", o)
+		}
+	}
+}

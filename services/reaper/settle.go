@@ -130,6 +130,10 @@ func (r *Reaper) settle(ctx context.Context, rep schemas.Report) (string, error)
 	}
 	r.unknown.forget(rep.Assignment)
 	after, err := r.apply(ctx, e, func(m schemas.Meta) schemas.Event { return schemas.Settle{Meta: m, Report: rep} })
+	if (err == nil || settled(err)) && !after.Value.Heard(rep, e.Revision) {
+		r.metrics.redriven.Inc()
+		r.order(after.Value, after.Revision, rep.Assignment)
+	}
 	switch {
 	case err == nil:
 		return "settled", nil

@@ -437,11 +437,6 @@ func (c *checker) wishes(s *subject) {
 				c.broken(ExtendLost, s, e.T, "its deadline is %v before the acknowledged one", op.Seen.ExpiresAt.Sub(r.ExpiresAt))
 			}
 			promised := c.since(op.Seen.ExpiresAt)
-			if len(s.lives) > 0 && op.Seen.ExpiresAt.Equal(r.RunningAt.Add(r.TTL.Std())) {
-				// It was lengthened before it ran: it counts from the first report of the start, and
-				// that may have been under way for a while.
-				promised -= max(0, c.since(r.RunningAt)-s.lives[0].start)
-			}
 			for _, l := range s.lives {
 				if op.Status != 200 || l.by != schemas.EndedDeadline || l.end <= e.T || l.end >= promised-time.Second {
 					continue
