@@ -409,7 +409,7 @@ func (b *batches) makeTasks(ctx context.Context, w *work) error {
 
 func (b *batches) makeTask(ctx context.Context, w *work, index int, spec schemas.Spec) error {
 	id := w.entry.Value.ID.Task(index)
-	e, err := b.g.accept(ctx, id, spec, w.entry.Value.ID)
+	e, err := b.g.accept(ctx, id, spec, w.entry.Value.ID, "")
 	state := schemas.Queued
 	switch {
 	case errors.Is(err, bus.ErrConflict): // it was made before
