@@ -171,15 +171,20 @@ func (t *attempt) resume(found Attempt) {
 func (t *attempt) start(ctx context.Context, spec schemas.Spec) (Attempt, *schemas.End) {
 	pull, cancel := context.WithTimeoutCause(ctx, spec.Timeouts.Pull.Std(), &StartError{
 		Reason: schemas.ReasonPullTimeout, Message: fmt.Sprintf("the image was not pulled within %s", spec.Timeouts.Pull)})
-	began, how := time.Now(), imagePresent
+	began := time.Now()
+	var pulled atomic.Bool // word of a pull may come late, and from elsewhere
 	span := t.span("image", began)
 	image, err := t.agent.rt.Image(pull, spec, func(said string) {
-		how = imagePulled
+		pulled.Store(true)
 		t.progress(said)
 	})
 	err = because(pull, err)
 	cancel()
-	t.image = how
+	t.image = imagePresent
+	if pulled.Load() {
+		t.image = imagePulled
+	}
+	how := t.image
 	if err != nil {
 		how = imageFailed
 	}
