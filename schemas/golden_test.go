@@ -103,6 +103,7 @@ func messages(t *testing.T) map[string]any {
 	endedReport := schemas.Report{Phase: schemas.PhaseEnded, Revision: 5, Restarts: 1, Applied: 1, Ran: true, RanFor: schemas.Duration(time.Minute), End: end}
 
 	queued := schemas.NewRecord(taskID, spec, schemas.DefaultPolicy(), by(0, "gateway"))
+	queued.Trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 	assigned := must(t, queued, schemas.Choose{Meta: by(1, "placer"), Worker: "w1", Epoch: "e1"})
 	starting := settle(assigned, 2, acceptedReport)
 	running := settle(starting, 3, runningReport)

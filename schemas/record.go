@@ -67,6 +67,7 @@ type Record struct {
 	ID      TaskID  `json:"id"`
 	Batch   BatchID `json:"batch,omitzero"` // the batch that it is an item of
 	Spec    Spec    `json:"spec"`
+	Trace   string  `json:"trace,omitzero"` // W3C traceparent of the request that made it: what is done for the task belongs below it
 
 	State   State  `json:"state"`
 	Reason  Reason `json:"reason,omitzero"`

@@ -118,11 +118,12 @@ func (g *gatewayConfig) check(p *processConfig) error {
 }
 
 func (p *process) gateway(connect connector, ln net.Listener, g gatewayConfig, retention time.Duration) {
+	tracer := p.tracer("gateway")
 	p.health.Add("gateway: nats", notConnectedYet)
 	p.parts = append(p.parts, part{"gateway", "gateway: views", func(ctx context.Context) error {
 		policy := schemas.DefaultPolicy()
 		policy.MaxTTL = schemas.Duration(g.maxTTL)
-		return gateway.Run(ctx, gateway.Deps{Connect: connect, Listener: ln, Logger: p.logger("gateway"), Metrics: p.registry, Health: p.health},
+		return gateway.Run(ctx, gateway.Deps{Connect: connect, Listener: ln, Logger: p.logger("gateway"), Metrics: p.registry, Health: p.health, Tracer: tracer},
 			gateway.Config{Policy: policy, Hosts: g.hosts, Retention: retention, Lease: p.config.scaled(defaultLease)})
 	}})
 }
@@ -135,11 +136,12 @@ const leastLeadership = 500 * time.Millisecond
 
 // placer takes a fixed identity of a process that holds a lock, "" for any other.
 func (p *process) placer(connect connector, identity string) {
+	tracer := p.tracer("placer")
 	p.part("placer", "placer: views", connect, func(ctx context.Context, conn *bus.Conn) error {
 		cfg := placer.DefaultConfig()
 		cfg.Identity, cfg.Lease = identity, p.config.scaled(cfg.Lease)
 		cfg.Leadership = max(p.config.scaled(cfg.Leadership), leastLeadership)
-		return placer.Run(ctx, placer.Deps{Conn: conn, Logger: p.logger("placer"), Metrics: p.registry, Health: p.health}, cfg)
+		return placer.Run(ctx, placer.Deps{Conn: conn, Logger: p.logger("placer"), Metrics: p.registry, Health: p.health, Tracer: tracer}, cfg)
 	})
 }
 
@@ -166,11 +168,12 @@ func (r *reaperConfig) check() error {
 }
 
 func (p *process) reaper(connect connector, r reaperConfig, retention time.Duration) {
+	tracer := p.tracer("reaper")
 	p.part("reaper", "reaper: views", connect, func(ctx context.Context, conn *bus.Conn) error {
 		cfg := reaper.DefaultConfig()
 		cfg.Retention, cfg.Fence, cfg.Redrive = retention, p.config.scaled(cfg.Fence), p.config.scaled(cfg.Redrive)
 		cfg.Callbacks.Allow = r.allow
-		return reaper.Run(ctx, reaper.Deps{Conn: conn, Logger: p.logger("reaper"), Metrics: p.registry, Health: p.health}, cfg)
+		return reaper.Run(ctx, reaper.Deps{Conn: conn, Logger: p.logger("reaper"), Metrics: p.registry, Health: p.health, Tracer: tracer}, cfg)
 	})
 }
 
@@ -273,10 +276,11 @@ func (a *agentConfig) open(p *process) (agent.Runtime, error) {
 
 // agent takes over the runtime and closes it.
 func (p *process) agent(connect connector, rt agent.Runtime, a agentConfig) {
+	tracer := p.tracer("agent")
 	p.part("agent", "agent: lease", connect, func(ctx context.Context, conn *bus.Conn) error {
 		cfg := agent.DefaultConfig(schemas.WorkerID(a.worker), a.stateDir())
 		cfg.Version, cfg.Beat, cfg.Lease = version, p.config.scaled(cfg.Beat), p.config.scaled(cfg.Lease)
-		return agent.Run(ctx, agent.Deps{Conn: conn, Runtime: rt, Logger: p.logger("agent"), Metrics: p.registry, Health: p.health}, cfg)
+		return agent.Run(ctx, agent.Deps{Conn: conn, Runtime: rt, Logger: p.logger("agent"), Metrics: p.registry, Health: p.health, Tracer: tracer}, cfg)
 	})
 }
 

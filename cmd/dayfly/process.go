@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -16,6 +17,8 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"dayfly.dev/ops"
+	"dayfly.dev/ops/tracing"
+	"dayfly.dev/ops/tracing/otlp"
 )
 
 // processConfig is what every process that serves is told.
@@ -38,6 +41,9 @@ func (p *processConfig) flags(f *pflag.FlagSet, admin string) {
 
 func (p *processConfig) check() error {
 	if err := checkScale(p.scale); err != nil {
+		return err
+	}
+	if _, err := otlp.Wanted(); err != nil {
 		return err
 	}
 	return p.listens("--admin", p.admin)
@@ -99,6 +105,9 @@ type process struct {
 	health   *ops.Health
 	admin    net.Listener
 
+	traced  bool                          // spans are wanted
+	untrace []func(context.Context) error // send what is left of them
+
 	parts   []part                 // in the order in which they are stopped
 	address func(*addresses)       // fills in what else it listens on
 	up      func(addresses) string // says where it is, once it is ready
@@ -118,6 +127,7 @@ func (c *cli) start(name string, config processConfig) (p *process, stop func(),
 	if p.log, err = ops.NewLogger(c.err, config.logLevel, config.logFormat, name); err != nil {
 		return nil, nil, &usageError{err, "dayfly " + name}
 	}
+	p.traced, _ = otlp.Wanted() // check has asked too
 	p.logger = func(service string) zerolog.Logger {
 		l, _ := ops.NewLogger(c.err, config.logLevel, config.logFormat, service) // it went well above
 		return l
@@ -126,6 +136,20 @@ func (c *cli) start(name string, config processConfig) (p *process, stop func(),
 		return nil, nil, err
 	}
 	return p, func() { p.admin.Close() }, nil
+}
+
+// tracer gives that of a service, nil where the environment asks for none.
+func (p *process) tracer(service string) *tracing.Tracer {
+	if !p.traced {
+		return nil
+	}
+	t, flush, err := otlp.Open(context.Background(), service, version, p.log)
+	if err != nil { // tasks are worth more than their traces
+		p.log.Error().Err(err).Str("service", service).Msg("no spans")
+		return nil
+	}
+	p.untrace = append(p.untrace, flush)
+	return t
 }
 
 // listen takes a port. Whoever comes early waits in the listener.
@@ -148,6 +172,9 @@ func interruptedIsFine(ctx context.Context, err error) error {
 
 // stopAfter bounds how long one service may take to end.
 const stopAfter = 15 * time.Second
+
+// flushWithin bounds how long the spans that are left may take to be sent.
+const flushWithin = 3 * time.Second
 
 // run runs the parts, and the admin port after them, until ctx ends or one of them does.
 func (p *process) run(ctx context.Context) error {
@@ -203,7 +230,24 @@ func (p *process) run(ctx context.Context) error {
 		return nil
 	})
 	g.Go(func() error { return p.announce(gctx) })
-	return g.Wait()
+	err := g.Wait()
+	p.flush()
+	return err
+}
+
+// flush sends the spans that are left.
+func (p *process) flush() {
+	ctx, cancel := context.WithTimeout(context.Background(), flushWithin)
+	defer cancel()
+	var all sync.WaitGroup
+	for _, flush := range p.untrace {
+		all.Go(func() {
+			if err := flush(ctx); err != nil {
+				p.log.Warn().Err(err).Msg("spans not sent")
+			}
+		})
+	}
+	all.Wait()
 }
 
 // addresses is what --print-addrs writes.

@@ -120,7 +120,8 @@ func (c *cli) service(ctx context.Context, name string, k coreConfig, add func(*
 const serviceHelp = `
 
 It stays in the foreground; SIGTERM ends it in good order. It keeps nothing of its
-own, so any number of them may run and any of them may die.`
+own, so any number of them may run and any of them may die. Where
+OTEL_EXPORTER_OTLP_ENDPOINT is set it sends spans there.`
 
 func (c *cli) gatewayCommand() *cobra.Command {
 	var k coreConfig
@@ -198,7 +199,8 @@ func (c *cli) agentCommand() *cobra.Command {
 
 Ctrl-C or SIGTERM ends it in good order and leaves the tasks running: the next agent
 with the same data folder takes them back, if it comes within their lease. So may
-kill -9. Its name is that of its credentials.`,
+kill -9. Its name is that of its credentials. Where OTEL_EXPORTER_OTLP_ENDPOINT is set
+it sends spans there.`,
 		Example: `  dayfly agent --nats nats://10.0.0.1:4222,nats://10.0.0.2:4222 --credentials lab-3.json`,
 	}
 	f := cmd.Flags()

@@ -76,7 +76,9 @@ with the same data folder takes them back, if it comes within their lease. So ma
 kill -9.
 
 With --nats ADDR agents of other machines may join: dayfly credentials worker makes
-their credential from DATA/credentials.json.`,
+their credential from DATA/credentials.json.
+
+Where OTEL_EXPORTER_OTLP_ENDPOINT is set it sends spans there.`,
 		Example: `  dayfly up
   dayfly up --data /srv/dayfly --worker lab-3 --slots 20`,
 	}

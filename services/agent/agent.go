@@ -18,6 +18,7 @@ import (
 
 	"dayfly.dev/bus"
 	"dayfly.dev/ops"
+	"dayfly.dev/ops/tracing"
 	"dayfly.dev/schemas"
 )
 
@@ -58,6 +59,7 @@ type Deps struct {
 	Logger  zerolog.Logger
 	Metrics prometheus.Registerer
 	Health  *ops.Health
+	Tracer  *tracing.Tracer // may be nil
 }
 
 // Errors of Run.
@@ -124,6 +126,7 @@ type Agent struct {
 	rt      Runtime
 	log     zerolog.Logger
 	metrics *metrics
+	tracer  *tracing.Tracer
 	journal *journal
 	table   *bus.Table[schemas.Beat]
 	boot    string
@@ -161,7 +164,7 @@ func newAgent(deps Deps, cfg Config) (*Agent, error) {
 		return nil, err
 	}
 	a := &Agent{
-		cfg: cfg, conn: deps.Conn, rt: deps.Runtime, journal: j, boot: boot,
+		cfg: cfg, conn: deps.Conn, rt: deps.Runtime, tracer: deps.Tracer, journal: j, boot: boot,
 		log:     deps.Logger.With().Str("worker", string(cfg.Worker)).Logger(),
 		metrics: newMetrics(deps.Metrics),
 		table:   bus.NewTable(deps.Conn, schemas.BucketWorkers, beatCodec),
@@ -285,11 +288,15 @@ func (a *Agent) adopt(e entry, found Attempt) {
 // track makes the live attempt of a journal entry. It runs under a.mu.
 func (a *Agent) track(e entry) *attempt {
 	ctx, cancel := context.WithCancelCause(a.ctx)
+	log := a.log.With().Str("task", string(e.Task)).Int("attempt", e.Attempt)
+	if id := tracing.ID(e.Trace); id != "" {
+		log = log.Str("trace_id", id)
+	}
 	t := &attempt{
 		agent: a, Assignment: e.Assignment, noPermit: e.NoPermit, needs: e.Needs, health: e.Health, gpus: e.GPUs, ctx: ctx, cancel: cancel,
 		revision: e.Revision, applied: e.Applied, closed: make(chan struct{}), dead: make(chan struct{}), removed: make(chan struct{}),
 		safe: offsets{e.Stdout, e.Stderr}, reconnected: a.conn.Reconnected(),
-		log: a.log.With().Str("task", string(e.Task)).Int("attempt", e.Attempt).Logger(),
+		trace: e.Trace, log: log.Logger(),
 	}
 	a.live[e.Task] = t
 	return t

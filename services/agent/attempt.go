@@ -11,6 +11,7 @@ import (
 
 	"github.com/rs/zerolog"
 
+	"dayfly.dev/ops/tracing"
 	"dayfly.dev/schemas"
 )
 
@@ -30,6 +31,7 @@ type attempt struct {
 	health    *schemas.Health
 	gpus      []int // of the attempt's goroutine, with reserved
 	recovered bool
+	trace     string // W3C traceparent of the order
 	log       zerolog.Logger
 
 	ctx     context.Context // ends with the agent, or with cause errSuperseded
@@ -173,22 +175,25 @@ func (t *attempt) start(ctx context.Context, spec schemas.Spec) (Attempt, *schem
 	pull, cancel := context.WithTimeoutCause(ctx, spec.Timeouts.Pull.Std(), &StartError{
 		Reason: schemas.ReasonPullTimeout, Message: fmt.Sprintf("the image was not pulled within %s", spec.Timeouts.Pull)})
 	began := time.Now()
-	var pulled atomic.Bool // progress may still come when Image has returned
+	var pulled atomic.Bool // word of a pull may come late, and from elsewhere
+	span := t.span("image", began)
 	image, err := t.agent.rt.Image(pull, spec, func(said string) {
 		pulled.Store(true)
 		t.progress(said)
 	})
 	err = because(pull, err)
 	cancel()
-	how := imagePresent
+	t.image = imagePresent
 	if pulled.Load() {
-		how = imagePulled
+		t.image = imagePulled
 	}
-	t.image = how
+	how := t.image
 	if err != nil {
 		how = imageFailed
 	}
 	t.agent.metrics.image.WithLabelValues(how).Observe(time.Since(began).Seconds())
+	span.Set("dayfly.image", how)
+	span.End(err)
 	if err != nil {
 		return nil, t.unstarted(ctx, err)
 	}
@@ -207,14 +212,24 @@ func (t *attempt) start(ctx context.Context, spec schemas.Spec) (Attempt, *schem
 	start, cancel := context.WithTimeoutCause(ctx, spec.Timeouts.Start.Std(), &StartError{
 		Reason: schemas.ReasonStartTimeout, Message: fmt.Sprintf("the process was not started within %s", spec.Timeouts.Start)})
 	defer cancel()
-	found, err := t.agent.rt.Start(start, StartRequest{
+	span = t.span("start", time.Now())
+	found, err := t.agent.rt.Start(span.In(start), StartRequest{
 		Assignment: t.Assignment, Spec: spec, Image: image, TimeLeft: left, NoPermit: t.noPermit,
 		Grace: spec.Timeouts.Stop.Std(), LogLimit: t.agent.cfg.LogLimit, GPUs: t.gpus,
 	})
+	span.End(err)
 	if err != nil {
 		return nil, t.unstarted(ctx, because(start, err))
 	}
 	return found, nil
+}
+
+// span begins one of the attempt's, below the order that brought it.
+func (t *attempt) span(name string, at time.Time) tracing.Span {
+	s := t.agent.tracer.StartAt(t.trace, name, tracing.Inner, at)
+	s.Task(string(t.Task), t.Attempt)
+	s.Set("dayfly.worker", string(t.Worker))
+	return s
 }
 
 // because gives the cause of ctx's end where that is why err came.
@@ -319,6 +334,14 @@ func (t *attempt) gather(found Attempt) {
 // outcome is how an attempt ended whose process had been started.
 func (t *attempt) outcome(found Attempt, out Output) schemas.End {
 	o := found.Outcome()
+	// It is told at its end, so that it is whole whichever agent began it.
+	ran, _ := found.StartedFor()
+	span := t.span("run", time.Now().Add(-ran))
+	span.Set("dayfly.ended_by", string(o.By))
+	if o.Exit != nil {
+		span.SetInt("dayfly.exit_code", o.Exit.Code)
+	}
+	span.End(nil)
 	end := schemas.End{By: o.By, Reason: o.Reason, Message: text(o.Message, 1024), Exit: o.Exit, Usage: o.Usage,
 		Stdout: head(out, schemas.Stdout), Stderr: head(out, schemas.Stderr)}
 	t.mu.Lock()
@@ -516,7 +539,11 @@ func (t *attempt) send() {
 	again := min(repeatFirst<<min(t.repeats, 8), repeatMost)
 	t.repeats++
 	// The answer may come before PublishAsync returns, and so while t.mu is held.
-	t.agent.conn.PublishAsync(schemas.ReportSubject(t.Worker, t.Task), nil, body, func(err error) {
+	span := t.agent.tracer.Start(t.trace, "report", tracing.Producer)
+	span.Task(string(t.Task), t.Attempt)
+	span.Set("dayfly.phase", string(r.Phase))
+	t.agent.conn.PublishAsync(schemas.ReportSubject(t.Worker, t.Task), tracing.Header(span.Traceparent()), body, func(err error) {
+		span.End(err)
 		switch {
 		case err != nil:
 			time.AfterFunc(repeatFailed, func() { t.repeat(this) })

@@ -29,6 +29,7 @@ type entry struct {
 	Stdout   int64             `json:"stdout,omitzero"` // bytes of the log that are surely stored
 	Stderr   int64             `json:"stderr,omitzero"`
 	Closed   bool              `json:"closed,omitzero"`
+	Trace    string            `json:"trace,omitzero"` // W3C traceparent of the order that brought it
 	// At is when it was closed, by the runtime's clock, which nobody sets: a wall clock
 	// that is put forward would make the agent forget all, and start again what is over.
 	At schemas.Duration `json:"at,omitzero"`

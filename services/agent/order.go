@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"dayfly.dev/bus"
+	"dayfly.dev/ops/tracing"
 	"dayfly.dev/schemas"
 )
 
@@ -23,7 +24,7 @@ func (a *Agent) orders(ctx context.Context) error {
 		if m.Delivered > 1 {
 			a.metrics.again.Inc()
 		}
-		a.handle(o)
+		a.handle(o, tracing.Of(m.Header))
 		a.mu.Lock()
 		a.newest = m.Sequence
 		a.mu.Unlock()
@@ -33,8 +34,8 @@ func (a *Agent) orders(ctx context.Context) error {
 }
 
 // handle makes one order known: everything it needs is in the journal when it
-// returns. It never waits for Docker or the bus.
-func (a *Agent) handle(o schemas.Order) {
+// returns. It never waits for Docker or the bus. trace is the traceparent that came with it.
+func (a *Agent) handle(o schemas.Order, trace string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if o.Worker != a.cfg.Worker {
@@ -58,7 +59,7 @@ func (a *Agent) handle(o schemas.Order) {
 		delete(a.live, o.Task)
 		before.supersede()
 	}
-	t := entry{Assignment: o.Assignment, Revision: o.Revision, Applied: o.Extensions, At: schemas.Duration(a.rt.Now())}
+	t := entry{Assignment: o.Assignment, Revision: o.Revision, Applied: o.Extensions, Trace: trace, At: schemas.Duration(a.rt.Now())}
 	if o.Want == schemas.WantRun && o.Spec != nil {
 		t.NoPermit, t.Needs = o.Spec.OnLost == schemas.OnLostWait, o.Spec.Resources
 		t.Health = o.Spec.Health

@@ -416,7 +416,7 @@ func (b *batches) makeTasks(ctx context.Context, w *work) error {
 func (b *batches) makeTask(ctx context.Context, w *work, index int, spec schemas.Spec) error {
 	id := w.entry.Value.ID.Task(index)
 	began := time.Now()
-	e, err := b.g.accept(ctx, id, spec, w.entry.Value.ID)
+	e, err := b.g.accept(ctx, id, spec, w.entry.Value.ID, "")
 	state := schemas.Queued
 	switch {
 	case err == nil:

@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"dayfly.dev/bus"
+	"dayfly.dev/ops/tracing"
 	"dayfly.dev/schemas"
 )
 
@@ -52,7 +54,7 @@ func (g *Gateway) createTask(w *response, r *http.Request) error {
 		return err
 	}
 	ctx, cancel := g.onBus(r)
-	e, replayed, err := g.createOnce(ctx, key, spec)
+	e, replayed, err := g.createOnce(ctx, key, spec, w.trace)
 	cancel()
 	if err != nil {
 		return err
@@ -64,9 +66,11 @@ func (g *Gateway) createTask(w *response, r *http.Request) error {
 	if wait.until != "" {
 		w.route += "?wait"
 		// What was accepted is answered with 201 whatever happens while we wait.
+		span := g.tracer.Start(w.trace, "wait", tracing.Inner)
 		if later, err := g.await(r, schemas.TaskID(e.Key), wait); err == nil {
 			e = later
 		}
+		span.End(nil)
 	}
 	w.Header().Set("Location", "/v1/tasks/"+e.Key)
 	w.Header().Set("ETag", etag(e.Revision))
@@ -74,7 +78,7 @@ func (g *Gateway) createTask(w *response, r *http.Request) error {
 }
 
 // createOnce accepts a task, or gives the one that the key made before.
-func (g *Gateway) createOnce(ctx context.Context, key string, spec schemas.Spec) (e bus.Entry[record], replayed bool, err error) {
+func (g *Gateway) createOnce(ctx context.Context, key string, spec schemas.Spec, trace string) (e bus.Entry[record], replayed bool, err error) {
 	misfit := g.fleet.misfit(spec)
 	id, err := schemas.NewTaskID(time.Now(), rand.Reader)
 	if err != nil {
@@ -84,7 +88,7 @@ func (g *Gateway) createOnce(ctx context.Context, key string, spec schemas.Spec)
 		if misfit != nil {
 			return e, false, misfit
 		}
-		e, err = g.accept(ctx, id, spec, "")
+		e, err = g.accept(ctx, id, spec, "", trace)
 		return e, false, busError(err, id)
 	}
 
@@ -134,7 +138,7 @@ func (g *Gateway) createOnce(ctx context.Context, key string, spec schemas.Spec)
 				Detail: "the task of this key was never made, or is gone; use a new key"}
 		}
 	}
-	e, err = g.accept(ctx, id, spec, "")
+	e, err = g.accept(ctx, id, spec, "", trace)
 	if errors.Is(err, bus.ErrConflict) { // somebody with the same key was quicker
 		if e, err = g.records.Get(ctx, string(id)); err == nil {
 			g.fold(e)
@@ -149,22 +153,26 @@ func (g *Gateway) createOnce(ctx context.Context, key string, spec schemas.Spec)
 }
 
 // accept stores the record: from then on the task exists, and the placer's view of
-// the records brings it there. batch is whose item it is, or empty.
-func (g *Gateway) accept(ctx context.Context, id schemas.TaskID, spec schemas.Spec, batch schemas.BatchID) (bus.Entry[record], error) {
+// the records brings it there. batch is whose item it is, or empty; trace is the
+// traceparent of the request, empty for an item: each is a trace of its own.
+func (g *Gateway) accept(ctx context.Context, id schemas.TaskID, spec schemas.Spec, batch schemas.BatchID, trace string) (bus.Entry[record], error) {
 	m := meta("gateway")
 	r := schemas.NewRecord(id, spec, g.cfg.Policy, m)
-	r.Batch = batch
+	span := g.tracer.Start(trace, "accept", tracing.Inner)
+	span.Task(string(id), 0)
+	r.Batch, r.Trace = batch, cmp.Or(trace, span.Traceparent())
 	rec, err := sealRecord(r)
 	if err != nil {
 		return bus.Entry[record]{}, err
 	}
 	e, err := g.records.Create(ctx, string(id), rec, m.Op)
+	span.End(err)
 	if err != nil {
 		return e, err
 	}
 	g.fold(e)
 	g.metrics.submitted.Inc()
-	g.log.Info().Str("task", string(id)).Str("state", string(schemas.Queued)).Msg("task")
+	tracing.Log(g.log.Info(), r.Trace).Str("task", string(id)).Str("state", string(schemas.Queued)).Msg("task")
 	return e, nil
 }
 

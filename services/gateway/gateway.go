@@ -19,6 +19,7 @@ import (
 
 	"dayfly.dev/bus"
 	"dayfly.dev/ops"
+	"dayfly.dev/ops/tracing"
 	"dayfly.dev/schemas"
 	"dayfly.dev/services/gateway/ui"
 )
@@ -91,6 +92,7 @@ type Deps struct {
 	Logger   zerolog.Logger
 	Metrics  prometheus.Registerer // may be nil
 	Health   *ops.Health           // may be nil
+	Tracer   *tracing.Tracer       // may be nil
 	Listener net.Listener          // of Run
 }
 
@@ -100,6 +102,7 @@ type Gateway struct {
 	conn    *bus.Conn
 	log     zerolog.Logger
 	metrics *metrics
+	tracer  *tracing.Tracer
 
 	records *bus.Table[record]
 	keys    *bus.Table[schemas.IdempotencyEntry]
@@ -159,7 +162,7 @@ func Run(ctx context.Context, deps Deps, cfg Config) error {
 func New(deps Deps, cfg Config) *Gateway {
 	cfg = cfg.withDefaults()
 	g := &Gateway{
-		cfg: cfg, conn: deps.Conn, log: deps.Logger,
+		cfg: cfg, conn: deps.Conn, log: deps.Logger, tracer: deps.Tracer,
 		records: bus.NewTable(deps.Conn, schemas.BucketTasks, bus.Codec[record]{
 			Encode: func(r record) ([]byte, nats.Header, error) { return r.raw, r.Headers(), nil },
 			Decode: openRecord,

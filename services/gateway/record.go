@@ -10,6 +10,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"dayfly.dev/bus"
+	"dayfly.dev/ops/tracing"
 	"dayfly.dev/schemas"
 )
 
@@ -244,7 +245,7 @@ func (g *Gateway) change(ctx context.Context, id schemas.TaskID, takes precondit
 			if e.Value.State.Final() {
 				g.metrics.finished.WithLabelValues(string(e.Value.State), string(e.Value.Reason)).Inc()
 			}
-			g.log.Info().Str("task", string(id)).Str("from", string(before)).Str("state", string(e.Value.State)).
+			tracing.Log(g.log.Info(), e.Value.Trace).Str("task", string(id)).Str("from", string(before)).Str("state", string(e.Value.State)).
 				Str("reason", string(e.Value.Reason)).Msg("task")
 		}
 		return e, nil

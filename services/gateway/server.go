@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"dayfly.dev/ops/tracing"
 	"dayfly.dev/schemas"
 	"dayfly.dev/services/gateway/ui"
 )
@@ -25,6 +26,7 @@ type response struct {
 	id     string   // of the request
 	route  string   // for metrics: the pattern, never the path
 	names  []string // the parameters that the query may have
+	trace  string   // W3C traceparent: what is done for the request belongs below it
 	status int
 	wrote  bool
 }
@@ -157,6 +159,12 @@ func (g *Gateway) route(pattern string, m methods) http.Handler {
 	}
 	slices.Sort(allow)
 	allowed := strings.Join(allow, ", ")
+	spans := map[string]string{} // their names, by method
+	for method, o := range m {
+		if o.name != "" {
+			spans[method] = method + " " + pattern
+		}
+	}
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		w := rw.(*response)
 		w.route = pattern
@@ -171,6 +179,14 @@ func (g *Gateway) route(pattern string, m methods) http.Handler {
 			err = noPath()
 		case o != nil:
 			w.names = o.names()
+			if parent := r.Header.Get("Traceparent"); parent != "" && tracing.Valid(parent) {
+				w.trace = parent
+			}
+			if name := spans[method]; name != "" && g.tracer != nil {
+				span := g.tracer.Start(w.trace, name, tracing.Server)
+				w.trace = span.Traceparent()
+				defer func() { w.traced(span) }()
+			}
 			err = o.handle(g, w, r)
 		case method == http.MethodOptions:
 			w.Header().Set("Allow", allowed)
@@ -183,6 +199,17 @@ func (g *Gateway) route(pattern string, m methods) http.Handler {
 			g.fail(w, r, err)
 		}
 	})
+}
+
+// traced ends the span of a request. Its parameters are nobody's business.
+func (w *response) traced(span tracing.Span) {
+	span.Set("dayfly.request", w.id)
+	span.SetInt("http.response.status_code", w.status)
+	var err error
+	if w.status >= http.StatusInternalServerError {
+		err = errors.New(http.StatusText(w.status))
+	}
+	span.End(err)
 }
 
 // plainPath refuses what ServeMux would redirect: empty segments, "." and "..".

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"dayfly.dev/bus"
+	"dayfly.dev/ops/tracing"
 	"dayfly.dev/schemas"
 )
 
@@ -217,12 +218,17 @@ func (g *Gateway) order(e bus.Entry[record]) {
 	if !rec.State.Held() {
 		return
 	}
-	body, err := schemas.Encode(schemas.NewOrder(rec, e.Revision, rec.Assignment(), time.Now()))
+	o := schemas.NewOrder(rec, e.Revision, rec.Assignment(), time.Now())
+	body, err := schemas.Encode(o)
 	if err != nil {
 		g.log.Error().Err(err).Str("task", e.Key).Msg("encode order")
 		return
 	}
-	g.conn.PublishAsync(schemas.OrderSubject(rec.Worker, rec.ID), nil, body, func(err error) {
+	span := g.tracer.Start(rec.Trace, "order", tracing.Producer)
+	span.Task(e.Key, rec.Attempt)
+	span.Set("dayfly.want", string(o.Want))
+	g.conn.PublishAsync(schemas.OrderSubject(rec.Worker, rec.ID), tracing.Header(span.Traceparent()), body, func(err error) {
+		span.End(err)
 		if err != nil {
 			g.log.Debug().Err(err).Str("task", e.Key).Str("worker", string(rec.Worker)).Msg("order not sent; the reaper sends it again")
 		}

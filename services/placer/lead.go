@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"dayfly.dev/bus"
+	"dayfly.dev/ops/tracing"
 	"dayfly.dev/schemas"
 )
 
@@ -182,12 +183,16 @@ func (p *Placer) place(ctx context.Context, l *lease, d decision) {
 	var refused *schemas.TransitionError
 	switch {
 	case err == nil:
+		span := p.tracer.StartAt(rec.Trace, "queued", tracing.Inner, d.since)
+		span.Task(string(d.task), a.Attempt)
+		span.Set("dayfly.worker", string(d.worker))
+		span.End(nil)
 		p.order(e.Value, e.Revision, a)
 		p.observe(e)
 		p.wrote(d, written, e.Revision)
 		p.metrics.placements.WithLabelValues("placed").Inc()
 		p.metrics.placement.Observe(time.Since(d.since).Seconds())
-		p.log.Info().Str("task", string(d.task)).Int("attempt", a.Attempt).Str("worker", string(d.worker)).
+		tracing.Log(p.log.Info(), rec.Trace).Str("task", string(d.task)).Int("attempt", a.Attempt).Str("worker", string(d.worker)).
 			Str("state", string(schemas.Assigned)).Msg("task")
 	case errors.As(err, &refused), errors.Is(err, errMoved):
 		p.observe(e) // what was read instead
@@ -234,12 +239,17 @@ func (p *Placer) observe(e bus.Entry[schemas.Record]) {
 // order sends the order that follows from a record. It is not waited for; when it
 // cannot be stored it is sent again.
 func (p *Placer) order(r schemas.Record, revision uint64, a schemas.Assignment) {
-	body, err := schemas.Encode(schemas.NewOrder(r, revision, a, time.Now()))
+	o := schemas.NewOrder(r, revision, a, time.Now())
+	body, err := schemas.Encode(o)
 	if err != nil {
 		p.log.Error().Err(err).Str("task", string(a.Task)).Msg("encode order")
 		return
 	}
-	p.conn.PublishAsync(schemas.OrderSubject(a.Worker, a.Task), nil, body, func(err error) {
+	span := p.tracer.Start(r.Trace, "order", tracing.Producer)
+	span.Task(string(a.Task), a.Attempt)
+	span.Set("dayfly.want", string(o.Want))
+	p.conn.PublishAsync(schemas.OrderSubject(a.Worker, a.Task), tracing.Header(span.Traceparent()), body, func(err error) {
+		span.End(err)
 		if err == nil {
 			return
 		}

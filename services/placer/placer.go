@@ -17,6 +17,7 @@ import (
 
 	"dayfly.dev/bus"
 	"dayfly.dev/ops"
+	"dayfly.dev/ops/tracing"
 	"dayfly.dev/schemas"
 )
 
@@ -48,6 +49,7 @@ type Deps struct {
 	Logger  zerolog.Logger
 	Metrics prometheus.Registerer
 	Health  *ops.Health
+	Tracer  *tracing.Tracer // may be nil
 }
 
 // Placer is one replica.
@@ -56,6 +58,7 @@ type Placer struct {
 	conn    *bus.Conn
 	log     zerolog.Logger
 	metrics *metrics
+	tracer  *tracing.Tracer
 	elector *elector
 	table   *bus.Table[schemas.Record]
 	tasks   *bus.View[seen]
@@ -108,7 +111,7 @@ func newPlacer(deps Deps, cfg Config) (*Placer, error) {
 		cfg.Identity = op()
 	}
 	p := &Placer{
-		cfg: cfg, conn: deps.Conn, log: deps.Logger, book: newBook(cfg),
+		cfg: cfg, conn: deps.Conn, log: deps.Logger, tracer: deps.Tracer, book: newBook(cfg),
 		writers: make(chan struct{}, cfg.InFlight), wake: make(chan struct{}, 1), enroll: make(chan struct{}, 1),
 		newly: map[schemas.WorkerID]time.Time{},
 		table: bus.NewTable(deps.Conn, schemas.BucketTasks, bus.JSON(schemas.Record.Wrote)),

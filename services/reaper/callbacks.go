@@ -17,6 +17,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"dayfly.dev/bus"
+	"dayfly.dev/ops/tracing"
 	"dayfly.dev/schemas"
 )
 
@@ -63,6 +64,7 @@ type courier struct {
 	marks     *bus.View[schemas.Delivery]
 	log       zerolog.Logger
 	metrics   *metrics
+	tracer    *tracing.Tracer
 	due       *timers[string]
 	lanes     *lanes
 	poster    *poster
@@ -235,7 +237,16 @@ func (c *courier) deliver(ctx context.Context, id string) (again time.Time) {
 		}
 		return soon
 	}
-	o := c.poster.post(ctx, m.URL, m.header(time.Now()), m.body)
+	span := c.tracer.Start(m.trace, "callback", tracing.Client)
+	span.Set("dayfly.callback", id)
+	span.SetInt("dayfly.try", claim.Tries)
+	o := c.poster.post(ctx, m.URL, m.header(time.Now(), span.Traceparent()), m.body)
+	span.SetInt("http.response.status_code", o.status)
+	if o.word != "" {
+		span.End(errors.New(o.word))
+	} else {
+		span.End(nil)
+	}
 
 	result, word := c.judge(claim, o, a.since, time.Now().UTC())
 	if o.status == 0 && ctx.Err() != nil { // we are told to stop: any other reaper may try at once
@@ -244,7 +255,7 @@ func (c *courier) deliver(ctx context.Context, id string) (again time.Time) {
 	}
 	c.metrics.callbacks.WithLabelValues(word).Inc()
 	if result.Done() {
-		c.log.Info().Str("callback", id).Str("state", string(result.State)).Int("tries", result.Tries).Str("error", result.LastError).Msg("callback")
+		tracing.Log(c.log.Info(), m.trace).Str("callback", id).Str("state", string(result.State)).Int("tries", result.Tries).Str("error", result.LastError).Msg("callback")
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), claimSlack)
 	defer cancel()
@@ -313,6 +324,7 @@ type message struct {
 	schemas.Callback
 	fields map[string]string // headers
 	body   []byte
+	trace  string // W3C traceparent, empty if there is none
 }
 
 // compose makes the message of a final record: the same one each time.
@@ -327,7 +339,7 @@ func (c *courier) compose(ctx context.Context, id string) (m message, err error)
 	if e.Value.Spec.Callback == nil {
 		return m, bus.ErrNotFound
 	}
-	m.Callback = *e.Value.Spec.Callback
+	m.Callback, m.trace = *e.Value.Spec.Callback, e.Value.Trace
 	m.fields = map[string]string{
 		schemas.CallbackDelivery: "d-" + id, schemas.CallbackTask: id, schemas.CallbackAttempt: strconv.Itoa(e.Value.Attempt),
 	}
@@ -351,10 +363,13 @@ func (c *courier) composeBatch(ctx context.Context, id string) (m message, err e
 	return m, err
 }
 
-func (m message) header(now time.Time) http.Header {
+func (m message) header(now time.Time, trace string) http.Header {
 	h := http.Header{"Content-Type": {"application/json"}, "User-Agent": {"dayfly"}}
 	for name, v := range m.fields {
 		h.Set(name, v)
+	}
+	if trace != "" {
+		h.Set("Traceparent", trace)
 	}
 	if m.Secret != "" {
 		h.Set(schemas.CallbackSignature, m.Signature(now, m.body))

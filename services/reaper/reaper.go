@@ -17,6 +17,7 @@ import (
 
 	"dayfly.dev/bus"
 	"dayfly.dev/ops"
+	"dayfly.dev/ops/tracing"
 	"dayfly.dev/schemas"
 )
 
@@ -45,6 +46,7 @@ type Deps struct {
 	Logger  zerolog.Logger
 	Metrics prometheus.Registerer
 	Health  *ops.Health
+	Tracer  *tracing.Tracer // may be nil
 }
 
 // task is what the view keeps of a record that can still change. Of a final one it
@@ -82,6 +84,7 @@ type Reaper struct {
 	conn    *bus.Conn
 	log     zerolog.Logger
 	metrics *metrics
+	tracer  *tracing.Tracer
 	table   *bus.Table[schemas.Record]
 	workers *bus.Table[schemas.Beat]
 	tasks   *bus.View[task]
@@ -99,7 +102,7 @@ type Reaper struct {
 // Run runs the reaper until ctx ends.
 func Run(ctx context.Context, deps Deps, cfg Config) error {
 	r := &Reaper{
-		cfg: cfg, conn: deps.Conn, log: deps.Logger,
+		cfg: cfg, conn: deps.Conn, log: deps.Logger, tracer: deps.Tracer,
 		table: bus.NewTable(deps.Conn, schemas.BucketTasks, bus.JSON(schemas.Record.Wrote)),
 		workers: bus.NewTable(deps.Conn, schemas.BucketWorkers,
 			// A verdict of unknown outcome is told by the verdict itself: nobody takes it back
@@ -110,7 +113,7 @@ func Run(ctx context.Context, deps Deps, cfg Config) error {
 	}
 	r.courier = newCourier(deps.Conn, r.table, deps.Logger, cfg)
 	r.metrics = newMetrics(deps.Metrics, r.courier.oldest)
-	r.courier.metrics = r.metrics
+	r.courier.metrics, r.courier.tracer = r.metrics, r.tracer
 	r.tasks = bus.NewView(deps.Conn, schemas.BucketTasks, decodeTask, bus.ViewOptions[task]{OnChange: r.taskChanged})
 	r.beats = bus.NewView(deps.Conn, schemas.BucketWorkers, decodeBeat, bus.ViewOptions[schemas.Beat]{OnChange: r.beatChanged})
 
@@ -207,7 +210,7 @@ func (r *Reaper) apply(ctx context.Context, e bus.Entry[schemas.Record], event f
 	r.observe(after)
 	if before.State != rec.State {
 		r.metrics.transition(before, rec)
-		r.log.Info().Str("task", string(rec.ID)).Int("attempt", rec.Attempt).Str("from", string(before.State)).
+		tracing.Log(r.log.Info(), rec.Trace).Str("task", string(rec.ID)).Int("attempt", rec.Attempt).Str("from", string(before.State)).
 			Str("state", string(rec.State)).Str("reason", string(rec.Reason)).Msg("task")
 	}
 	if before.State.Held() && !rec.State.Held() {
@@ -247,7 +250,11 @@ func (r *Reaper) order(rec schemas.Record, revision uint64, a schemas.Assignment
 		r.log.Error().Err(err).Str("task", string(a.Task)).Msg("encode order")
 		return
 	}
-	r.conn.PublishAsync(schemas.OrderSubject(a.Worker, a.Task), nil, body, func(err error) {
+	span := r.tracer.Start(rec.Trace, "order", tracing.Producer)
+	span.Task(string(a.Task), a.Attempt)
+	span.Set("dayfly.want", string(o.Want))
+	r.conn.PublishAsync(schemas.OrderSubject(a.Worker, a.Task), tracing.Header(span.Traceparent()), body, func(err error) {
+		span.End(err)
 		if err != nil {
 			r.log.Debug().Err(err).Str("task", string(a.Task)).Msg("send order")
 		}

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"dayfly.dev/bus"
+	"dayfly.dev/ops/tracing"
 	"dayfly.dev/schemas"
 )
 
@@ -51,7 +52,12 @@ func (r *Reaper) reports(ctx context.Context) error {
 			_ = m.Ack()
 			return
 		}
+		span := r.tracer.Start(tracing.Of(m.Header), "settle", tracing.Consumer)
+		span.Task(string(rep.Task), rep.Attempt)
+		span.Set("dayfly.phase", string(rep.Phase))
 		result, err := r.settle(ctx, rep)
+		span.Set("dayfly.result", result)
+		span.End(err)
 		r.metrics.reports.WithLabelValues(result).Inc()
 		if err != nil {
 			r.log.Warn().Err(err).Str("task", string(rep.Task)).Msg("settle")

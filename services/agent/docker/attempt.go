@@ -204,7 +204,7 @@ func (r *Runtime) removeContainer(ctx context.Context, id string) error {
 		if cerrdefs.IsNotFound(err) {
 			err = nil
 		}
-		r.metrics.done("remove", began, err)
+		r.metrics.done(ctx, "remove", began, err)
 		if err == nil {
 			return nil
 		}

@@ -301,7 +301,7 @@ func (ps *pulls) run(ctx context.Context, r *Runtime, p *pull, key [2]string) {
 
 func (r *Runtime) pullImage(ctx context.Context, name, auth string, say func(string)) (err error) {
 	began := time.Now()
-	defer func() { r.metrics.done("pull", began, err) }()
+	defer func() { r.metrics.done(ctx, "pull", began, err) }()
 	short := name
 	if ref, err := reference.ParseNormalizedNamed(name); err == nil {
 		short = reference.FamiliarString(ref)

@@ -1,11 +1,13 @@
 package docker
 
 import (
+	"context"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"dayfly.dev/ops"
+	"dayfly.dev/ops/tracing"
 )
 
 type metrics struct {
@@ -28,8 +30,9 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	return m
 }
 
-// done records a request that began at start.
-func (m *metrics) done(op string, start time.Time, err error) {
+// done records a request that began at start, also below the span in ctx if there is one.
+func (m *metrics) done(ctx context.Context, op string, start time.Time, err error) {
+	tracing.Step(ctx, "docker "+op, start, err)
 	result := "ok"
 	if err != nil {
 		result = "error"

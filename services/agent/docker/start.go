@@ -151,12 +151,13 @@ func (r *Runtime) create(ctx context.Context, a *attempt, b *box) (answered <-ch
 		var failed error // to be read once done is closed
 		making := r.goDo(func() {
 			defer close(done)
+			of := ctx
 			// Not the caller's ctx: dockerd would go on making it, and we would not know.
 			ctx, cancel := context.WithTimeout(r.ctx, dockerWithin)
 			defer cancel()
 			began := time.Now()
 			created, err := r.docker.ContainerCreate(ctx, b.options())
-			r.metrics.done("create", began, err)
+			r.metrics.done(of, "create", began, err)
 			if failed = err; err == nil {
 				a.mu.Lock()
 				a.container = created.ID
@@ -232,12 +233,13 @@ func (r *Runtime) launch(ctx context.Context, a *attempt, b *box, req agent.Star
 	running := r.goDo(func() {
 		defer close(answered)
 		defer leave()
+		of := ctx
 		// Not the caller's ctx: dockerd would go on starting it, and we would not know.
 		ctx, cancel := context.WithTimeout(r.ctx, dockerWithin)
 		defer cancel()
 		began := time.Now()
 		_, err := r.docker.ContainerStart(ctx, a.containerID(), client.ContainerStartOptions{})
-		r.metrics.done("start", began, err)
+		r.metrics.done(of, "start", began, err)
 		started <- err
 	})
 	if !running {
