@@ -24,8 +24,9 @@ func TestCompose(t *testing.T) {
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
-		if err := errors.Join(harness.RemoveImage(ctx, image), harness.RemoveImage(ctx, task)); err != nil {
-			t.Error(err)
+		out, err := exec.CommandContext(ctx, "docker", "rmi", image).CombinedOutput() // with what lies under it
+		if err = errors.Join(err, harness.RemoveImage(ctx, task)); err != nil {
+			t.Errorf("%v\n%s", err, out)
 		}
 	})
 	context := t.TempDir()
