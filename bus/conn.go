@@ -52,6 +52,7 @@ type Conn struct {
 	mu           sync.Mutex
 	reconnected  chan struct{}
 	onDisconnect map[*func()]struct{}
+	views        map[*func() ViewStatus]struct{} // those that run
 }
 
 // Connect dials and waits for the server until ctx ends. Only a refused login is
@@ -60,7 +61,7 @@ func Connect(ctx context.Context, c Config) (*Conn, error) {
 	conn := &Conn{
 		log: c.Logger, apiPrefix: c.APIPrefix + ".", core: c.APIPrefix == "",
 		closed: make(chan struct{}), reconnected: make(chan struct{}),
-		onDisconnect: map[*func()]struct{}{},
+		onDisconnect: map[*func()]struct{}{}, views: map[*func() ViewStatus]struct{}{},
 	}
 	if conn.core {
 		conn.apiPrefix = jetstream.DefaultAPIPrefix

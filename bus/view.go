@@ -72,6 +72,8 @@ type View[V any] struct {
 	sessions  int
 	clustered func() bool // whether the server is one of several
 	rebuild   bool        // the next session starts from the first message
+	behind    time.Time   // since when it has not had all there is; zero: it has
+	waiting   uint64      // messages that were behind the last one
 	async     bool        // the stream is stored without waiting for the disk
 	replica   bool        // this session reads from a replica, which may be behind
 	whole     bool        // next decided that the session starts from the first message
@@ -152,6 +154,10 @@ func (v *View[V]) Run(ctx context.Context) error {
 		v.space.Broadcast()
 	})
 	defer func() { unblock(); stop(); teller.Wait() }()
+	v.mu.Lock()
+	v.behind = time.Now()
+	v.mu.Unlock()
+	defer v.c.track(v.status)()
 	f := &follower{c: v.c, stream: StreamOf(v.bucket), filter: v.filter(), next: v.next, started: v.started, handle: v.handle, side: v.watch}
 	return f.run(ctx)
 }
@@ -414,6 +420,7 @@ func (v *View[V]) pass(revision uint64, session int) {
 func (v *View[V]) next() uint64 {
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	v.lag(v.waiting, false)
 	v.whole = v.rebuild || !v.clustered() && (v.async || len(v.entries)+v.forgets <= smallView)
 	if v.whole {
 		return 1
@@ -437,6 +444,7 @@ func (v *View[V]) started(pending uint64) {
 	v.sure = v.sessions == 1 || v.whole // else the audit says whether it is still the same stream
 	v.passed, v.told = 0, false
 	v.pending, v.caughtUp = pending, false
+	v.lag(pending, false)
 	if pending == 0 && !v.replica {
 		v.catchUp()
 	}
@@ -449,6 +457,7 @@ func (v *View[V]) catchUp() {
 		return
 	}
 	v.caughtUp, v.floor = true, 0
+	v.lag(0, true)
 	v.exhume()
 	for key, e := range v.entries {
 		if e.gen < v.gen {
@@ -544,6 +553,7 @@ func (v *View[V]) handle(m jetstream.Msg, meta *jetstream.MsgMetadata) error {
 	if !v.replica && (v.pending == 0 || meta.NumPending == 0) {
 		v.catchUp()
 	}
+	v.lag(meta.NumPending, v.caughtUp && meta.NumPending == 0)
 	return nil
 }
 

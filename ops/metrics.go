@@ -89,3 +89,38 @@ func (m *BusMetrics) Observe(bucket, op string, d time.Duration, err error) {
 	}
 	m.ops.WithLabelValues(bucket, op, result).Observe(d.Seconds())
 }
+
+// EachView calls yield for each view of a service: how many keys it has, how many
+// messages are known to be still to come, and for how long it has not had all there is.
+type EachView func(yield func(bucket string, keys int, pending uint64, behind time.Duration))
+
+// NewViewMetrics registers what a service's views say of themselves at each scrape.
+func NewViewMetrics(reg prometheus.Registerer, service string, each EachView) {
+	desc := func(name, help string) *prometheus.Desc {
+		return prometheus.NewDesc(name, help, []string{"bucket"}, prometheus.Labels{"service": service})
+	}
+	reg.MustRegister(viewMetrics{each,
+		desc("dayfly_view_keys", "Keys of a bucket that a service has in memory."),
+		desc("dayfly_view_pending_messages", "Changes of a bucket that a service has not seen yet, as it last heard."),
+		desc("dayfly_view_behind_seconds", "For how long a service has not had all changes of a bucket; 0 while it has."),
+	})
+}
+
+type viewMetrics struct {
+	each                  EachView
+	keys, pending, behind *prometheus.Desc
+}
+
+func (m viewMetrics) Describe(ch chan<- *prometheus.Desc) {
+	ch <- m.keys
+	ch <- m.pending
+	ch <- m.behind
+}
+
+func (m viewMetrics) Collect(ch chan<- prometheus.Metric) {
+	m.each(func(bucket string, keys int, pending uint64, behind time.Duration) {
+		for desc, value := range map[*prometheus.Desc]float64{m.keys: float64(keys), m.pending: float64(pending), m.behind: behind.Seconds()} {
+			ch <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, value, bucket)
+		}
+	})
+}

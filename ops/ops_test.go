@@ -11,6 +11,7 @@ import (
 	"net/http/httptest"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
@@ -107,6 +108,9 @@ func TestMetricsPassTheLinter(t *testing.T) {
 	m := ops.NewBusMetrics(reg, "gateway", func() bool { return true }, func() uint64 { return 0 })
 	m.Observe("tasks", "get", 0, nil)
 	m.Observe("tasks", "conflict", 0, nil)
+	for _, service := range []string{"gateway", "placer"} {
+		ops.NewViewMetrics(reg, service, func(yield func(string, int, uint64, time.Duration)) { yield("tasks", 3, 1, time.Second) })
+	}
 	problems, err := testutil.GatherAndLint(reg)
 	if err != nil || len(problems) > 0 {
 		t.Error(problems, err)

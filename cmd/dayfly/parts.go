@@ -39,6 +39,11 @@ func (p *process) connect(ctx context.Context, c bus.Config) (*bus.Conn, error) 
 	}
 	conn.Observe = ops.NewBusMetrics(p.registry, c.Name, conn.Connected,
 		func() uint64 { return conn.NC.Stats().Reconnects }).Observe
+	ops.NewViewMetrics(p.registry, c.Name, func(yield func(string, int, uint64, time.Duration)) {
+		for _, v := range conn.Views() {
+			yield(v.Bucket, v.Keys, v.Pending, v.Behind)
+		}
+	})
 	p.watch(c.Name, conn)
 	return conn, nil
 }

@@ -131,6 +131,8 @@ func workers() Dashboard {
 			{Title: "Started", About: "Processes started.", Unit: perSecond, Queries: one(ofWorker("", "dayfly_agent_start_seconds_count"), "{{worker}}")},
 			{Title: "Ended", About: "By who ended them.", Unit: perSecond, Stack: true, Queries: one(ofWorker(", by", "dayfly_agent_attempts_ended_total"), "{{worker}} {{by}}")},
 			{Title: "Images that failed", About: "Attempts whose image could not be had.", Unit: perSecond, Alert: "DayflyStartFailures", Queries: one(ofWorker("", `dayfly_agent_image_seconds_count{result="failed"}`), "{{worker}}")},
+			{Title: "Images", About: "Sizes of the images on the worker, layers that several share counted for each. dayfly removes none.", Unit: bytes,
+				Queries: one(`dayfly_image_cache_bytes * on (job, instance) group_left (worker) dayfly_worker_info{worker=~"$worker"}`, "{{worker}}")},
 			{Title: "Docker errors", About: "Requests to the Docker Engine that failed.", Unit: perSecond, Alert: "DayflyStartFailures", Queries: one(ofWorker(", op", `dayfly_docker_op_seconds_count{result="error"}`), "{{worker}} {{op}}")},
 		}},
 		{"Agents", []Panel{
@@ -167,6 +169,17 @@ func reliability() Dashboard {
 				{`sum(dayfly_placer_leader)`, "leading"}, {`sum(changes(dayfly_placer_leader[` + RateInterval + `]))`, "changes"}}},
 			{Title: "Writes that lost", About: "Compare-and-set writes that met another. A few are usual.", Unit: perSecond, Queries: one(rate("service, bucket", "dayfly_kv_cas_conflicts_total"), "{{service}} {{bucket}}")},
 		}},
+		{"What services know", []Panel{
+			{Title: "Behind", About: "For how long a service has not had all changes of a bucket; moments under load, seconds after a restart.", Unit: seconds, Alert: "DayflyViewBehind",
+				Queries: one(`max by (service, bucket) (dayfly_view_behind_seconds)`, "{{service}} {{bucket}}")},
+			{Title: "Not seen yet", About: "Changes of a bucket that a service has still to take in.", Unit: count, Alert: "DayflyViewBehind",
+				Queries: one(`max by (service, bucket) (dayfly_view_pending_messages)`, "{{service}} {{bucket}}")},
+			{Title: "In memory", About: "Keys of a bucket that each service holds.", Unit: count, Queries: one(`max by (service, bucket) (dayfly_view_keys)`, "{{service}} {{bucket}}")},
+		}},
+		{"Callbacks", []Panel{
+			{Title: "Tries", About: "Tries to deliver a callback, by what came of them.", Unit: perSecond, Stack: true, Queries: one(rate("outcome", "dayfly_callbacks_total"), "{{outcome}}")},
+			{Title: "Oldest", About: "Age of the oldest callback that is not delivered yet. Each receiver is tried for a day.", Unit: seconds, Queries: one(`max(dayfly_callback_oldest_seconds)`, "oldest")},
+		}},
 		{"JetStream", []Panel{
 			{Title: "Bytes", About: "On the disk, by stream; of servers that dayfly runs.", Unit: bytes, Stack: true, Alert: "DayflyJetStreamFull", Queries: one(`max by (stream) (dayfly_jetstream_store_bytes)`, "{{stream}}")},
 			{Title: "Messages", About: "By stream.", Unit: count, Queries: one(`max by (stream) (dayfly_jetstream_messages)`, "{{stream}}")},
@@ -184,6 +197,14 @@ func api() Dashboard {
 			{Title: "Not answered well", About: "4xx are the clients', 5xx ours.", Unit: perSecond, Alert: "DayflyApiErrors", Queries: one(rate("code_class, route", requests+`_count{code_class=~"4xx|5xx"}`), "{{code_class}} {{route}}")},
 			{Title: "p95", About: "Of those that wait for nothing.", Unit: seconds, Alert: "DayflyApiErrors", Queries: one(quantile(0.95, "method, route", requests, `{route!~".*(wait|logs)"}`), "{{method}} {{route}}")},
 			{Title: "p99", About: "Of those that wait for nothing.", Unit: seconds, Alert: "DayflyApiErrors", Queries: one(quantile(0.99, "method, route", requests, `{route!~".*(wait|logs)"}`), "{{method}} {{route}}")},
+		}},
+		{"Batches", []Panel{
+			{Title: "Under way", About: "Batches that are not done; 64 at the most.", Unit: count, Queries: one(`max(dayfly_batches_open)`, "open")},
+			{Title: "Accepted", About: "Batches accepted.", Unit: perSecond, Queries: one(rate("", "dayfly_batches_accepted_total"), "accepted")},
+			{Title: "Items", About: "Items that became tasks, and that got their result.", Unit: perSecond, Queries: []Query{
+				{rate("", "dayfly_batch_item_make_seconds_count"), "made"}, {rate("result", "dayfly_batch_items_total"), "{{result}}"}}},
+			{Title: "Making a task", About: "How long it takes to make the task of an item.", Unit: seconds, Queries: quantiles("dayfly_batch_item_make_seconds", 0.5, 0.99)},
+			{Title: "From accepted to done", About: "How long batches take.", Unit: seconds, Queries: quantiles("dayfly_batch_seconds", 0.5, 0.95)},
 		}},
 		{"More", []Panel{
 			{Title: "Being answered", About: "Requests in flight, and answers that stay open, by kind.", Unit: count, Queries: []Query{

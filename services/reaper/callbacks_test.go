@@ -397,7 +397,7 @@ func TestCallbacksAreCounted(t *testing.T) {
 			}
 		}
 	}
-	if got["retry"] != 1 || got["delivered"] != 1 {
+	if got["retry"] != 1 || got["delivered"] != 1 || got["refused"] != 0 {
 		t.Error(got)
 	}
 }

@@ -46,6 +46,9 @@ func newMetrics(reg prometheus.Registerer, oldest func() float64) *metrics {
 	for _, reason := range []schemas.Reason{schemas.ReasonGaveBack, schemas.ReasonWorkerLost} {
 		m.requeued.WithLabelValues(string(reason))
 	}
+	for _, outcome := range []string{string(schemas.DeliveryDelivered), string(schemas.DeliveryRefused), string(schemas.DeliveryGaveUp), "retry", "interrupted"} {
+		m.callbacks.WithLabelValues(outcome)
+	}
 	m.finished.WithLabelValues(string(schemas.Completed), string(schemas.ReasonExit))
 	m.finished.WithLabelValues(string(schemas.Canceled), string(schemas.ReasonCanceled))
 	m.finished.WithLabelValues(string(schemas.Expired), string(schemas.ReasonExpired))

@@ -94,7 +94,7 @@ func start(t *testing.T, ctx context.Context) *site {
 	if err != nil {
 		t.Fatal(err)
 	}
-	up, err := harness.New(bin, "--nats", "127.0.0.1:0", "--scale", "0.1", "--worker-label", "metrics=docker")
+	up, err := harness.New(bin, "--nats", "127.0.0.1:0", "--scale", "0.1", "--worker-label", "metrics=docker", "--callback-allow", "127.0.0.1/32")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -171,6 +171,7 @@ func (s *site) load(ctx context.Context) {
 				}
 			})
 		}
+		all.Go(func() { s.batch(ctx) })
 		all.Go(func() {
 			_ = s.call(ctx, "POST", "/v1/tasks", "", `{"image": ""}`, nil)
 			_ = s.call(ctx, "GET", "/v1/tasks/none", "", nil, nil)
@@ -179,6 +180,24 @@ func (s *site) load(ctx context.Context) {
 		})
 		all.Wait()
 	}
+}
+
+// batch runs a small batch to its end. Its callback goes to the API itself, which
+// refuses it.
+func (s *site) batch(ctx context.Context) {
+	var b schemas.BatchStatus
+	body := fmt.Sprintf(`{"template": {"image": %q, "command": ["echo", "hi"], "constraints": {"metrics": "docker"}, "ttl": "1m"},
+		"items": [{}, {}], "callback": {"url": "%s/v1/none"}}`, s.image, s.up.URL)
+	if s.call(ctx, "POST", "/v1/batches", "", body, &b) != nil {
+		return
+	}
+	_ = harness.Poll(ctx, func() error {
+		err := s.call(ctx, "GET", "/v1/batches/"+string(b.ID), "", nil, &b)
+		if err == nil && b.State != schemas.BatchDone {
+			err = fmt.Errorf("the batch is %s", b.State)
+		}
+		return err
+	})
 }
 
 // contend lets several write one record at once.

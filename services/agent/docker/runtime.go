@@ -125,6 +125,9 @@ func New(cfg Config) (*Runtime, error) {
 		_ = r.Close()
 		return nil, err
 	}
+	if cfg.Metrics != nil {
+		cfg.Metrics.MustRegister(newImageMetrics(r.docker))
+	}
 	return r, nil
 }
 
