@@ -186,7 +186,7 @@ func TestAllReadsEveryPage(t *testing.T) {
 	}
 }
 
-func TestCancelAndExtend(t *testing.T) {
+func TestCancelExtendAndRestart(t *testing.T) {
 	t.Parallel()
 	_, c := start(t)
 	task := create(t, c, "hold")
@@ -199,6 +199,10 @@ func TestCancelAndExtend(t *testing.T) {
 	longer, err := c.Extend(t.Context(), task.ID, 3*time.Hour)
 	if err != nil || time.Until(longer.ExpiresAt) < 2*time.Hour {
 		t.Errorf("extended to %v: %v", longer.ExpiresAt, err)
+	}
+	again, err := c.Restart(t.Context(), task.ID, client.IfRevision(longer.Revision))
+	if err != nil || again.Restarts != 1 || !again.ExpiresAt.Equal(longer.ExpiresAt) {
+		t.Errorf("restarted %d times, expires at %v: %v", again.Restarts, again.ExpiresAt, err)
 	}
 	grace := time.Second
 	if _, err := c.Cancel(t.Context(), task.ID, &grace); err != nil {

@@ -251,6 +251,13 @@ func (c *Client) Extend(ctx context.Context, id schemas.TaskID, ttl time.Duratio
 	return c.change(ctx, request{method: http.MethodPost, path: taskPath(id, "/extend"), body: body, repeatable: true}, opts)
 }
 
+// Restart runs the command of a running task again in the same container. The task that
+// comes back may not have been restarted yet. Its answer lost, a second call may restart
+// it once more: IfRevision tells.
+func (c *Client) Restart(ctx context.Context, id schemas.TaskID, opts ...ChangeOption) (schemas.Task, error) {
+	return c.change(ctx, request{method: http.MethodPost, path: taskPath(id, "/restart"), body: []byte("{}")}, opts)
+}
+
 // Workers gives all workers, by name.
 func (c *Client) Workers(ctx context.Context) (schemas.WorkerList, error) {
 	var l schemas.WorkerList

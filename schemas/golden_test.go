@@ -108,6 +108,7 @@ func messages(t *testing.T) map[string]any {
 	starting := settle(assigned, 2, acceptedReport)
 	running := settle(starting, 3, runningReport)
 	extended := must(t, running, schemas.AskExtend{Meta: by(60, "gateway"), TTL: schemas.Duration(2 * time.Hour)})
+	restarting := must(t, running, schemas.AskRestart{Meta: by(60, "gateway")})
 	completed := settle(extended, 63, schemas.Report{Phase: schemas.PhaseEnded, Ran: true, Applied: 1, End: func() *schemas.End {
 		e := *end
 		e.Message, e.Exit = "", &schemas.Exit{}
@@ -164,11 +165,12 @@ func messages(t *testing.T) map[string]any {
 
 	return map[string]any{
 		"record_queued": queued, "record_assigned": assigned, "record_starting": starting, "record_running": running,
-		"record_running_extended": extended, "record_running_cancel_asked": marked, "record_running_worker_away": waiting,
+		"record_running_extended": extended, "record_running_cancel_asked": marked, "record_running_restart_asked": restarting, "record_running_worker_away": waiting,
 		"record_queued_given_back": gaveBack, "record_queued_lost": lost, "record_queued_of_a_newer_version": later,
 		"record_running_ready": ready, "record_completed": completed, "record_failed": failed, "record_canceled": canceled, "record_expired": expired,
 		"order_run": schemas.NewOrder(running, 4, a, second(10)), "order_run_first": schemas.NewOrder(assigned, 2, a, second(1)),
-		"order_stop": schemas.NewOrder(marked, 5, a, second(5)), "order_close": schemas.NewOrder(failed, 6, a, second(64)),
+		"order_run_again": schemas.NewOrder(restarting, 5, a, second(60)),
+		"order_stop":      schemas.NewOrder(marked, 5, a, second(5)), "order_close": schemas.NewOrder(failed, 6, a, second(64)),
 		"report_accepted": own(acceptedReport), "report_running": own(runningReport), "report_ended": own(endedReport), "report_ready": own(readyReport),
 		"report_gave_back": own(schemas.Report{Phase: schemas.PhaseEnded, Revision: 2, End: &schemas.End{By: schemas.EndedGaveBack, Message: "no room"}}),
 		"beat":             beat, "beat_lost": lostBeat,

@@ -18,7 +18,8 @@ type Order struct {
 	Assignment
 	Revision   uint64   `json:"revision"` // of the record that it was made from
 	Want       Want     `json:"want"`
-	Restarts   int      `json:"restarts,omitzero"`
+	Restarts   int      `json:"restarts,omitzero"`   // as the record has it
+	RestartTo  int      `json:"restart_to,omitzero"` // with run: while there were fewer restarts, the command runs again
 	Extensions int      `json:"extensions,omitzero"`
 	TimeLeft   Duration `json:"time_left,omitzero"` // until the deadline; clocks of two machines are never compared
 	Counting   bool     `json:"counting,omitzero"`  // the deadline stands: TimeLeft counts from now, not from the start of the process
@@ -37,7 +38,7 @@ func NewOrder(r Record, revision uint64, a Assignment, now time.Time) Order {
 	if a != r.Assignment() || !r.State.Held() {
 		return o
 	}
-	o.Restarts, o.Extensions = r.Restarts, r.Extensions
+	o.Restarts, o.RestartTo, o.Extensions = r.Restarts, r.RestartTo, r.Extensions
 	switch {
 	case r.Cancel != nil:
 		o.Want, o.Grace = WantStop, r.Cancel.Grace

@@ -89,6 +89,7 @@ func (w *world) actions() map[string]func(*rapid.T) {
 		"a client extends": func(t *rapid.T) {
 			w.next(t, schemas.AskExtend{Meta: w.meta(t), TTL: schemas.Duration(rapid.IntRange(-1, 400).Draw(t, "ttl")) * schemas.Duration(time.Second)})
 		},
+		"a client restarts":      func(t *rapid.T) { w.next(t, schemas.AskRestart{Meta: w.meta(t)}) },
 		"a worker goes on":       func(t *rapid.T) { w.work(t) },
 		"a worker goes on twice": func(t *rapid.T) { w.work(t); w.work(t) },
 		"a report comes": func(t *rapid.T) {
@@ -304,6 +305,7 @@ func invariants(t *rapid.T, r, n schemas.Record, e schemas.Event) {
 	must(n.Tries <= n.Spec.MaxAttempts && n.Tries <= n.Attempt && n.Tries >= 0, "tries")
 	must(n.State != schemas.Queued || n.Tries < n.Spec.MaxAttempts, "queued without a try left")
 	must(len(n.History) <= schemas.MaxHistory && len(n.LastOps) <= schemas.MaxLastOps && len(n.Holders) <= schemas.MaxHolders && len(n.Avoid) <= schemas.MaxHolders, "bounds")
+	must(n.RestartTo == r.RestartTo || n.RestartTo == r.Restarts+1 && n.State == schemas.Running || n.State == schemas.Queued, "restart_to")
 	must(n.Applied <= n.Extensions && n.Extensions >= r.Extensions && n.Applied >= 0, "extensions")
 	must(n.RunningAt.IsZero() == n.ExpiresAt.IsZero(), "a deadline without a start")
 	if !r.ExpiresAt.IsZero() {
@@ -316,7 +318,7 @@ func invariants(t *rapid.T, r, n schemas.Record, e schemas.Event) {
 	must(n.TTL >= r.TTL && n.TTL <= n.MaxTTL, "ttl")
 	must(r.Cancel == nil || reflect.DeepEqual(r.Cancel, n.Cancel), "the cancel mark changed")
 	must(r.Cancel == nil || n.State != schemas.Queued, "a canceled task was queued again")
-	must(n.State != schemas.Queued || n.Restarts == 0 && n.Progress == "" && n.WorkerLostAt.IsZero() && n.Exit == nil, "queued with rests")
+	must(n.State != schemas.Queued || n.Restarts == 0 && n.RestartTo == 0 && n.Progress == "" && n.WorkerLostAt.IsZero() && n.Exit == nil, "queued with rests")
 	must(n.State.Held() == (n.Worker != "" && n.Epoch != "") || n.State.Final(), "holder")
 	must(!n.State.Held() || n.HeldBy(n.Worker, n.Attempt), "holders")
 	must(n.State.Final() == !n.EndedAt.IsZero(), "ended_at")

@@ -50,6 +50,10 @@ type AskExtend struct {
 	TTL Duration
 }
 
+// AskRestart asks for another run of the command in the same container. While one that
+// was asked for has not been reported yet, asking again changes nothing.
+type AskRestart struct{ Meta }
+
 // Settle folds a worker's report into the record.
 type Settle struct {
 	Meta
@@ -169,6 +173,8 @@ func Next(r Record, event Event) (Record, error) {
 		case AskExtend:
 			e.Meta = m
 			err = n.extend(e)
+		case AskRestart:
+			err = n.restart(m)
 		case Settle:
 			e.Meta = m
 			err = n.settle(e)
@@ -258,6 +264,20 @@ func (r *Record) extend(e AskExtend) error {
 	}
 	r.Extensions++
 	r.note(e.Meta, "extended to "+r.ExpiresAt.Format(time.RFC3339))
+	return nil
+}
+
+func (r *Record) restart(m Meta) error {
+	switch {
+	case r.State != Running || r.Cancel != nil:
+		return ErrState
+	case !m.At.Before(r.ExpiresAt):
+		return ErrTooLate
+	case r.RestartTo > r.Restarts:
+		return ErrUnchanged
+	}
+	r.RestartTo = r.Restarts + 1
+	r.note(m, "restart asked")
 	return nil
 }
 
@@ -456,7 +476,7 @@ func (r *Record) lostAttempt(end End, m Meta) {
 
 func (r *Record) requeue(reason Reason, message string, after time.Duration, m Meta) {
 	r.enter(Queued, reason, message, m) // the history still names the worker
-	r.Worker, r.Epoch, r.Restarts, r.Progress = "", "", 0, ""
+	r.Worker, r.Epoch, r.Restarts, r.RestartTo, r.Progress = "", "", 0, 0, ""
 	r.QueuedAt, r.BackAt, r.NotBefore, r.ReadyAt = m.At, m.At, time.Time{}, time.Time{}
 	if after > 0 {
 		r.NotBefore = m.At.Add(after)

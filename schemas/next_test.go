@@ -302,6 +302,41 @@ func TestExtend(t *testing.T) {
 	}
 }
 
+func TestAskedRestart(t *testing.T) {
+	r := must(t, newRecord(schemas.OnLostRequeue), choose(t0))
+	ask := func(after time.Duration) schemas.AskRestart { return schemas.AskRestart{Meta: meta(t0.Add(after))} }
+	refused := func(r schemas.Record, after time.Duration, why error) {
+		t.Helper()
+		if _, err := schemas.Next(r, ask(after)); !errors.Is(err, why) {
+			t.Errorf("%v, want %v", err, why)
+		}
+	}
+	refused(newRecord(schemas.OnLostRequeue), 0, schemas.ErrState)
+	refused(r, 0, schemas.ErrState)
+	r = must(t, r, running(r, t0))
+	refused(must(t, r, schemas.AskCancel{Meta: meta(t0)}), time.Second, schemas.ErrState)
+	refused(r, r.TTL.Std(), schemas.ErrTooLate)
+
+	expires := r.ExpiresAt
+	r = must(t, r, ask(time.Second))
+	refused(r, 2*time.Second, schemas.ErrUnchanged) // the same restart
+	if o := schemas.NewOrder(r, 7, r.Assignment(), t0.Add(time.Second)); o.Want != schemas.WantRun || o.Restarts != 0 || o.RestartTo != 1 {
+		t.Errorf("order %+v", o)
+	}
+	r = must(t, r, report(r, t0.Add(3*time.Second), schemas.Report{Phase: schemas.PhaseRunning, Ran: true, Restarts: 1, Last: &schemas.Exit{Code: 143}}))
+	if last := r.History[len(r.History)-1]; r.Restarts != 1 || !r.ExpiresAt.Equal(expires) || last.Note != "restart 1 after exit code 143" {
+		t.Errorf("%d restarts, expires %s, %+v", r.Restarts, r.ExpiresAt, last)
+	}
+	r = must(t, r, ask(4*time.Second)) // another
+	if r.RestartTo != 2 {
+		t.Errorf("to %d", r.RestartTo)
+	}
+	r = must(t, r, schemas.Lose{Meta: meta(t0.Add(5 * time.Second)), Worker: r.Worker, Epoch: r.Epoch})
+	if r.State != schemas.Queued || r.RestartTo != 0 {
+		t.Errorf("%s, to %d", r.State, r.RestartTo)
+	}
+}
+
 // A worker is not trusted: what it says about time, counts and words stays in bounds.
 func TestReadyAndRestarts(t *testing.T) {
 	r := newRecord(schemas.OnLostRequeue)

@@ -79,8 +79,9 @@ type Record struct {
 	Worker  WorkerID `json:"worker,omitzero"`
 	Epoch   Epoch    `json:"epoch,omitzero"`
 
-	Restarts int    `json:"restarts,omitzero"`
-	Progress string `json:"progress,omitzero"` // while starting: what the worker is doing
+	Restarts  int    `json:"restarts,omitzero"`
+	RestartTo int    `json:"restart_to,omitzero"` // a client asked for a restart: so many there shall be at least
+	Progress  string `json:"progress,omitzero"`   // while starting: what the worker is doing
 
 	AcceptedAt time.Time `json:"accepted_at"`
 	QueuedAt   time.Time `json:"queued_at"`        // when it last began to wait; a give-back goes on waiting

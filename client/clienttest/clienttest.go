@@ -206,7 +206,7 @@ func meta(by string) schemas.Meta { return schemas.Meta{At: time.Now().UTC(), By
 func (s *Server) report(id schemas.TaskID, phase schemas.Phase, end *schemas.End) {
 	s.change(func() {
 		t := s.tasks[id]
-		r := schemas.Report{Assignment: t.record.Assignment(), Phase: phase, Ran: phase != schemas.PhaseAccepted, End: end}
+		r := schemas.Report{Assignment: t.record.Assignment(), Phase: phase, Restarts: t.record.Restarts, Ran: phase != schemas.PhaseAccepted, End: end}
 		if end != nil {
 			for _, l := range t.logs {
 				if l.Stream == schemas.Stdout {
@@ -292,6 +292,7 @@ func (s *Server) handler() http.Handler {
 	m.HandleFunc("GET /v1/tasks/{id}", s.get)
 	m.HandleFunc("DELETE /v1/tasks/{id}", s.cancel)
 	m.HandleFunc("POST /v1/tasks/{id}/extend", s.extend)
+	m.HandleFunc("POST /v1/tasks/{id}/restart", s.restart)
 	m.HandleFunc("GET /v1/tasks/{id}/logs", s.log)
 	m.HandleFunc("GET /v1/events", s.events)
 	m.HandleFunc("GET /v1/tasks/{id}/events", s.events)
@@ -548,6 +549,27 @@ func (s *Server) extend(w http.ResponseWriter, r *http.Request) {
 		fail(w, err)
 		return
 	}
+	s.ask(w, r, id, func(t *task) error { return t.next(schemas.AskExtend{Meta: meta("client"), TTL: req.TTL}) })
+}
+
+// restart is carried out at once.
+func (s *Server) restart(w http.ResponseWriter, r *http.Request) {
+	id, ok := s.known(w, r)
+	if !ok {
+		return
+	}
+	s.ask(w, r, id, func(t *task) error {
+		err := t.next(schemas.AskRestart{Meta: meta("client")})
+		if err == nil {
+			err = t.next(schemas.Settle{Meta: meta("reaper"), Report: schemas.Report{
+				Assignment: t.record.Assignment(), Phase: schemas.PhaseRunning, Ran: true, Restarts: t.record.RestartTo, Last: &schemas.Exit{Code: 143}}})
+		}
+		return err
+	})
+}
+
+// ask changes a task that may refuse it, and answers.
+func (s *Server) ask(w http.ResponseWriter, r *http.Request, id schemas.TaskID, change func(*task) error) {
 	var err error
 	var state schemas.State
 	refused := false
@@ -557,7 +579,7 @@ func (s *Server) extend(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 		state = t.record.State
-		err = t.next(schemas.AskExtend{Meta: meta("client"), TTL: req.TTL})
+		err = change(t)
 	})
 	if refused {
 		return

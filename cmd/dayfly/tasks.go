@@ -177,24 +177,30 @@ that has ended already stays as it is, which is no error.`,
 		if cmd.Flags().Changed("grace") {
 			g = &grace
 		}
-		var failed error
-		for _, id := range ids {
-			t, err := cl.Cancel(ctx, id, g)
-			if err != nil {
-				if failed != nil { // the last one is said at the end
-					message, _ := explain(failed)
-					c.tell("error: %s", message)
-				}
-				failed = fmt.Errorf("%s: %w", id, err)
-				continue
-			}
-			if err := c.printTask(t); err != nil {
-				return err
-			}
-		}
-		return failed
+		return c.changeAll(ids, func(id schemas.TaskID) (schemas.Task, error) { return cl.Cancel(ctx, id, g) })
 	})
 	return cmd
+}
+
+// changeAll changes tasks one after another, and prints them. What fails does not keep
+// the rest from being done.
+func (c *cli) changeAll(ids []schemas.TaskID, change func(schemas.TaskID) (schemas.Task, error)) error {
+	var failed error
+	for _, id := range ids {
+		t, err := change(id)
+		if err != nil {
+			if failed != nil { // the last one is said at the end
+				message, _ := explain(failed)
+				c.tell("error: %s", message)
+			}
+			failed = fmt.Errorf("%s: %w", id, err)
+			continue
+		}
+		if err := c.printTask(t); err != nil {
+			return err
+		}
+	}
+	return failed
 }
 
 // printTask prints a task that a command has changed.
@@ -242,6 +248,25 @@ the longest lifetime that the site allows.`,
 			}
 			_, err = fmt.Fprintf(c.out, "%s expires at %s, in %s\n", t.ID, when(t.ExpiresAt), brief(time.Duration(t.SecondsLeft)*time.Second))
 			return err
+		}),
+	}
+}
+
+func (c *cli) restartCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "restart ID…",
+		Short: "Run the commands of running tasks again, in their containers",
+		Long: `restart ends the processes of tasks, TERM and after the task's own grace KILL, and runs
+their commands again in the same containers: files and deadlines stay as they are, and
+the logs go on.`,
+		Args:              cobra.MinimumNArgs(1),
+		ValidArgsFunction: c.completeTasks(true),
+		RunE: c.command(func(ctx context.Context, cl *client.Client, args []string) error {
+			ids, err := c.resolveAll(ctx, cl, args)
+			if err != nil {
+				return err
+			}
+			return c.changeAll(ids, func(id schemas.TaskID) (schemas.Task, error) { return cl.Restart(ctx, id) })
 		}),
 	}
 }

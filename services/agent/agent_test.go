@@ -461,6 +461,31 @@ func TestAnExtensionMovesTheDeadline(t *testing.T) {
 	}
 }
 
+func TestARestartIsCarriedOutOnceHoweverOftenItIsOrdered(t *testing.T) {
+	b := newBench(t)
+	b.start()
+	a := assignment(b.registered("").Epoch, 1)
+	spec := schemas.DefaultSpec()
+	spec.Image, spec.Command = "fake", []string{"flaky", "0", "0", "1h"}
+	o := schemas.Order{Assignment: a, Want: schemas.WantRun, Spec: &spec, TimeLeft: schemas.Duration(time.Hour)}
+	b.order(o)
+	b.report(a, running)
+	for to := 1; to <= 2; to++ {
+		o.RestartTo = to
+		for range 3 {
+			b.order(o)
+		}
+		r := b.report(a, func(r schemas.Report) bool { return r.Restarts == to })
+		if r.Last == nil || r.Last.Code != 143 || r.Phase != schemas.PhaseRunning {
+			t.Errorf("%+v, %+v", r, r.Last)
+		}
+	}
+	b.order(schemas.Order{Assignment: a, Want: schemas.WantStop, Restarts: 2})
+	if r := b.end(a); r.Restarts != 2 || r.End.Stdout != "run 1\nready\nrun 2\nready\nrun 3\nready\n" {
+		t.Errorf("%d restarts, %q", r.Restarts, r.End.Stdout)
+	}
+}
+
 func TestTasksGoOnWhileTheBusIsAway(t *testing.T) {
 	b := newBench(t)
 	b.cfg.Lease = 20 * time.Second

@@ -59,6 +59,7 @@ type attempt struct {
 	revision  uint64                  // under mu: of the newest order handled
 	applied   int                     // under mu: extensions carried out
 	restarts  int                     // under mu: at least so many, as the record has it
+	restartTo int                     // under mu: a client asked for so many
 	readyRun  int                     // under mu: the run that is ready, counted from 1
 	unhealthy string                  // under mu: why a run was stopped
 	deadline  deadline                // under mu: as the newest order says it
@@ -260,6 +261,9 @@ func (t *attempt) watch(found Attempt, startTook time.Duration) {
 	if t.stop != nil {
 		found.Stop(*t.stop)
 	}
+	if t.restartTo > 0 {
+		found.Restart(t.restartTo)
+	}
 	if t.deadline != t.given { // an order moved it while the process was being started
 		_ = t.moveDeadline()
 	}
@@ -299,8 +303,9 @@ func (t *attempt) watch(found Attempt, startTook time.Duration) {
 		case <-changed:
 			t.gather(found)
 		case <-ranAgain:
-			_, ranAgain = found.Run()
-			t.ranAgain()
+			var run RunState
+			run, ranAgain = found.Run()
+			t.ranAgain(run)
 		case <-t.reconnected:
 		case <-found.Done():
 		case <-t.ctx.Done():
@@ -311,11 +316,16 @@ func (t *attempt) watch(found Attempt, startTook time.Duration) {
 	}
 }
 
-// ranAgain reports a restart, in a while: what restarts often shall not report as often.
-func (t *attempt) ranAgain() {
+// ranAgain reports a restart: at once if a client waits for it, else in a while, for what
+// restarts often shall not report as often.
+func (t *attempt) ranAgain(run RunState) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.report.Phase == schemas.PhaseRunning {
+	switch {
+	case t.report.Phase != schemas.PhaseRunning:
+	case run.Up && run.Restarts == t.restartTo:
+		t.send()
+	default:
 		t.tell(t.report, time.Second)
 	}
 }
@@ -588,6 +598,9 @@ func (t *attempt) extend(o schemas.Order) {
 		if err := t.agent.journal.change(t.Assignment, func(e *entry) { e.Applied = o.Extensions }); err != nil {
 			t.log.Error().Err(err).Msg("journal")
 		}
+	}
+	if t.restartTo = max(t.restartTo, o.RestartTo); t.restartTo > 0 && t.found != nil {
+		t.found.Restart(t.restartTo)
 	}
 	t.send() // the order came, or came again: its sender waits for this
 }

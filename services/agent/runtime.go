@@ -72,8 +72,8 @@ type StartRequest struct {
 }
 
 // Attempt is one container and what runs in it: the task's process with all that it
-// starts, and after it, where the restart policy says so, another. The runtime runs it
-// again without the agent's help.
+// starts, and after it, where the restart policy or a client says so, another. The runtime
+// obeys the policy without the agent's help.
 type Attempt interface {
 	Assignment() schemas.Assignment
 
@@ -89,6 +89,11 @@ type Attempt interface {
 	// with the grace of the start. It counts as a failure whatever its exit code is; if
 	// none follows it, the attempt has ended by itself, with the reason unhealthy.
 	Fail(restarts int)
+
+	// Restart runs the command again, whatever the restart policy says, unless there were
+	// so many restarts already: twice is as once. The present run ends with the grace of
+	// the start; between two runs the next one begins. It survives the agent.
+	Restart(to int)
 
 	// Dial connects to a port on the task's own loopback interface.
 	Dial(ctx context.Context, port int) (net.Conn, error)

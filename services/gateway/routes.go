@@ -157,6 +157,12 @@ func operations() []operation {
 				{status: 202, about: "The record has the new deadline; the worker has not confirmed it yet.", value: schemas.Task{}, header: page}},
 			fails: fails(bodyFails, ofOne, badHeaders, changed, unknown, failure{409, []schemas.Code{schemas.CodeStateConflict, schemas.CodeTooLate, schemas.CodeDraining}},
 				failure{422, []schemas.Code{schemas.CodeInvalidValue, schemas.CodeNotAllowed}})},
+		{method: "POST", path: "/v1/tasks/{id}/restart", name: "restartTask", handle: (*Gateway).restart,
+			about:  "Runs the command of a running task again in the same container: TERM to its processes, KILL after the spec's timeouts.stop. Its files and its deadline stay as they are, its log goes on, and restarts grows by one. While a restart is on its way, asking again asks for nothing more.",
+			params: params(ifMatch), body: struct{}{},
+			answers: []reply{{status: 200, about: "Done: the command runs again.", value: schemas.Task{}, header: page},
+				{status: 202, about: "The worker has not confirmed it yet.", value: schemas.Task{}, header: page}},
+			fails: fails(bodyFails, ofOne, badHeaders, changed, unknown, failure{409, []schemas.Code{schemas.CodeStateConflict, schemas.CodeTooLate}})},
 		{method: "GET", path: "/v1/tasks/{id}/logs", name: "readLogs", handle: (*Gateway).logs,
 			about: "Hands out what the task wrote, in order: as text, as NDJSON or as SSE (of LogLine), by Accept. An SSE id is a place from which reading goes on.",
 			params: []param{

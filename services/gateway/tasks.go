@@ -181,29 +181,88 @@ func (g *Gateway) extend(w *response, r *http.Request) error {
 		return err
 	}
 
-	heard := func(rec schemas.Record) bool { // the worker has the deadline that is shown
-		return !rec.State.Held() || rec.Applied >= rec.Extensions
-	}
-	if !heard(e.Value.Record) {
-		wait, done := context.WithTimeout(r.Context(), g.cfg.ExtendWait)
-		defer done()
-		_ = g.tasks.Wait(wait, string(id), func(it *item, revision uint64, exists bool) bool {
-			if !exists {
-				return true
-			}
-			if rec, ok := it.whole(); ok && revision > e.Revision {
-				e.Value, e.Revision = rec, revision
-			}
-			return heard(e.Value.Record)
-		})
-	}
+	heard := g.untilHeard(r.Context(), &e, func(rec schemas.Record) bool { return rec.Applied >= rec.Extensions }) // it has the deadline that is shown
 	switch {
 	case e.Value.State.Final():
 		return conflict(schemas.CodeStateConflict, "the task ended before its worker heard of the extension")
-	case !heard(e.Value.Record):
+	case !heard:
 		return show(w, http.StatusAccepted, e)
 	}
 	return show(w, http.StatusOK, e)
+}
+
+// restart is POST /v1/tasks/{id}/restart: 200 once the command runs again, 202 while the
+// worker has not said so, 409 where there is no run to follow.
+func (g *Gateway) restart(w *response, r *http.Request) error {
+	id, err := taskID(r)
+	if err != nil {
+		return err
+	}
+	if _, err := parseQuery(w, r); err != nil {
+		return err
+	}
+	takes, err := parsePrecondition(r.Header)
+	if err != nil {
+		return err
+	}
+	body, err := readBody(w, r)
+	if err != nil {
+		return err
+	}
+	if err := schemas.DecodeStrict(body, &struct{}{}); err != nil {
+		return err
+	}
+	ctx, cancel := g.onBus(r)
+	defer cancel()
+	e, err := g.change(ctx, id, takes, func(_ schemas.Record, m schemas.Meta) schemas.Event { return schemas.AskRestart{Meta: m} })
+	conflict := func(code schemas.Code, detail string) *schemas.Error {
+		return &schemas.Error{Status: http.StatusConflict, Code: code, Detail: detail, Task: id, State: e.Value.State}
+	}
+	switch {
+	case err == nil:
+		g.order(e)
+	case errors.Is(err, schemas.ErrUnchanged): // another that is under way is this one too
+	case errors.Is(err, schemas.ErrFinal):
+		return conflict(schemas.CodeStateConflict, "the task is over; create a new one")
+	case errors.Is(err, schemas.ErrState) && e.Value.Cancel != nil:
+		return conflict(schemas.CodeStateConflict, "the task is being canceled")
+	case errors.Is(err, schemas.ErrState):
+		return conflict(schemas.CodeStateConflict, "the task does not run yet")
+	case errors.Is(err, schemas.ErrTooLate):
+		return conflict(schemas.CodeTooLate, "its time is over; create a new task")
+	default:
+		return err
+	}
+	want, attempt := e.Value.RestartTo, e.Value.Attempt
+	heard := g.untilHeard(r.Context(), &e, func(rec schemas.Record) bool { return rec.Attempt == attempt && rec.Restarts >= want })
+	switch {
+	case e.Value.State.Final():
+		return conflict(schemas.CodeStateConflict, "the task ended before it was restarted")
+	case !heard:
+		return show(w, http.StatusAccepted, e)
+	}
+	return show(w, http.StatusOK, e)
+}
+
+// untilHeard waits, but not for long, until the worker has carried out what the entry
+// asks of it, or none holds the task any more.
+func (g *Gateway) untilHeard(ctx context.Context, e *bus.Entry[record], done func(schemas.Record) bool) bool {
+	heard := func() bool { return !e.Value.State.Held() || done(e.Value.Record) }
+	if heard() {
+		return true
+	}
+	ctx, cancel := context.WithTimeout(ctx, g.cfg.ExtendWait)
+	defer cancel()
+	_ = g.tasks.Wait(ctx, e.Key, func(it *item, revision uint64, exists bool) bool {
+		if !exists {
+			return true
+		}
+		if rec, ok := it.whole(); ok && revision > e.Revision {
+			e.Value, e.Revision = rec, revision
+		}
+		return heard()
+	})
+	return heard()
 }
 
 func show(w *response, status int, e bus.Entry[record]) error {

@@ -369,6 +369,83 @@ func TestExtend(t *testing.T) {
 	})
 }
 
+func TestRestart(t *testing.T) {
+	w := newWorld(t, gateway.Config{ExtendWait: 20 * time.Millisecond})
+	slow := newAPI(t, w.conn, gateway.Config{ExtendWait: 15 * time.Second})
+	path := func(id schemas.TaskID) string { return "/v1/tasks/" + string(id) + "/restart" }
+	running := func(w *world) schemas.TaskID {
+		id := w.create(spec).ID
+		w.run(id)
+		return id
+	}
+	t.Run("202 while the worker has not said so", func(t *testing.T) {
+		w := w.in(t)
+		id := running(w)
+		for range 2 { // the second is the same restart
+			if r := w.do("POST", path(id), "{}"); r.status != 202 || r.task(t).Restarts != 0 {
+				t.Errorf("%d %s", r.status, r.body)
+			}
+		}
+		var order schemas.Order
+		until(t, "the order is there", func() bool {
+			b := w.newest(schemas.WorkStream("w1"), schemas.OrderSubject("w1", id))
+			return b != nil && schemas.Decode(b, &order) == nil
+		})
+		if order.Want != schemas.WantRun || order.RestartTo != 1 {
+			t.Errorf("order %+v", order)
+		}
+	})
+	t.Run("200 once it has", func(t *testing.T) {
+		w := w.in(t)
+		id := running(w)
+		before := w.task(id).ExpiresAt
+		got := make(chan reply, 1)
+		go func() {
+			r, _ := slow.try("POST", path(id), "{}")
+			got <- r
+		}()
+		until(t, "the record has it", func() bool { return len(w.task(id).History) > 3 })
+		w.next(id, func(e bus.Entry[schemas.Record]) schemas.Event {
+			return schemas.Settle{Meta: meta("reaper"), Report: schemas.Report{Assignment: e.Value.Assignment(), Phase: schemas.PhaseRunning, Ran: true, Restarts: 1}}
+		})
+		if r := <-got; r.status != 200 || r.task(t).Restarts != 1 || !r.task(t).ExpiresAt.Equal(before) {
+			t.Errorf("%d %s", r.status, r.body)
+		}
+	})
+	t.Run("409 when it ends meanwhile", func(t *testing.T) {
+		w := w.in(t)
+		id := running(w)
+		got := make(chan reply, 1)
+		go func() {
+			r, _ := slow.try("POST", path(id), "{}")
+			got <- r
+		}()
+		until(t, "the record has it", func() bool { return len(w.task(id).History) > 3 })
+		w.report(id, schemas.PhaseEnded, ended(0, 0, 0))
+		if e := (<-got).want(t, 409, schemas.CodeStateConflict); e.State != schemas.Completed {
+			t.Error(e.State)
+		}
+	})
+	t.Run("refused", func(t *testing.T) {
+		w := w.in(t)
+		queued, canceled, final := w.create(spec).ID, running(w), running(w)
+		w.do("DELETE", "/v1/tasks/"+string(canceled), "")
+		w.report(final, schemas.PhaseEnded, ended(0, 0, 0))
+		late := w.create(`{"image":"busybox","ttl":"1s"}`).ID
+		w.run(late)
+		for id, state := range map[schemas.TaskID]schemas.State{queued: schemas.Queued, canceled: schemas.Running, final: schemas.Completed} {
+			if e := w.do("POST", path(id), "{}").want(t, 409, schemas.CodeStateConflict); e.State != state || e.Task != id {
+				t.Errorf("%+v", e)
+			}
+		}
+		until(t, "its time is over", func() bool { return !time.Now().Before(w.task(late).ExpiresAt) })
+		w.do("POST", path(late), "{}").want(t, 409, schemas.CodeTooLate)
+		w.do("POST", path(late), `{"now":true}`).want(t, 422, schemas.CodeUnknownField)
+		w.do("POST", path(late), "{}", "If-Match", `"1"`).want(t, 412, schemas.CodePrecondition)
+		w.do("POST", path("t-01jd0000000000000000000000"), "{}").want(t, 404, schemas.CodeNotFound)
+	})
+}
+
 func TestWhyIsAskedOfThePlacer(t *testing.T) {
 	w := newWorld(t, gateway.Config{})
 	id := w.create(spec).ID

@@ -329,6 +329,24 @@ func TestAnAssignedTaskWithoutReportIsOrderedAgain(t *testing.T) {
 	}
 }
 
+func TestARestartOfWhichNothingCameIsOrderedAgain(t *testing.T) {
+	b := newBench(t)
+	b.start()
+	id := b.accept(nil)
+	a := b.assign(id, "e1")
+	b.report(schemas.Report{Assignment: a, Phase: schemas.PhaseRunning, Ran: true})
+	b.state(id, schemas.Running)
+	b.next(id, func(m schemas.Meta) schemas.Event { return schemas.AskRestart{Meta: m} })
+	for range 2 {
+		b.order(id, func(o schemas.Order) bool { return o.Want == schemas.WantRun && o.RestartTo == 1 })
+		b.mu.Lock()
+		b.orders = nil
+		b.mu.Unlock()
+	}
+	b.report(schemas.Report{Assignment: a, Phase: schemas.PhaseRunning, Ran: true, Restarts: 1})
+	b.wait(id, "it was restarted", func(r schemas.Record) bool { return r.Restarts == 1 })
+}
+
 func TestACanceledOrOverdueTaskIsStoppedFromHere(t *testing.T) {
 	b := newBench(t)
 	b.cfg.Overdue = 0

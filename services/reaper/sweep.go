@@ -165,7 +165,7 @@ func (r *Reaper) orderDue(rec schemas.Record, last, now time.Time) time.Time {
 	switch {
 	case rec.Cancel != nil:
 		return later(r.past(rec.Cancel.At, now), last).Add(rec.Cancel.Grace.Std() + r.cfg.Redrive/3)
-	case rec.Applied < rec.Extensions:
+	case rec.Applied < rec.Extensions, rec.Restarts < rec.RestartTo:
 		return last.Add(r.cfg.Redrive / 3)
 	case !rec.WorkerLostAt.IsZero(): // its worker answers with a report once it is back
 		return last.Add(r.cfg.Redrive)

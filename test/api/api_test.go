@@ -210,6 +210,15 @@ func TestEveryAnswerIsWhatTheDocumentPromises(t *testing.T) {
 	s.want(422, "POST", path(running)+"/extend", `{"ttl":"0s"}`)
 	s.want(404, "POST", none+"/extend", `{"ttl":"20m"}`)
 
+	s.want(412, "POST", path(running)+"/restart", `{}`, "If-Match", `"1"`)
+	if res, answer := s.ask("POST", path(running)+"/restart", `{}`); res.StatusCode/100 != 2 { // 202 where the worker is slow
+		t.Errorf("%d %s", res.StatusCode, answer)
+	}
+	s.want(409, "POST", path(done)+"/restart", `{}`)
+	s.want(409, "POST", path(waiting)+"/restart", `{}`)
+	s.want(422, "POST", path(running)+"/restart", `{"ttl":"20m"}`)
+	s.want(404, "POST", none+"/restart", `{}`)
+
 	for _, accept := range []string{"text/plain", "application/x-ndjson", "text/event-stream"} {
 		s.want(200, "GET", path(done)+"/logs", "", "Accept", accept)
 	}

@@ -60,6 +60,7 @@ type attempt struct {
 	output    *os.File      // /task/output
 	current   agent.RunState
 	runs      chan struct{} // closed when current changes
+	restartTo int           // restarts that were asked for
 	oomBefore int64         // kills for want of memory in the runs before the present one
 	calls     map[uint64]chan answer
 	lastCall  uint64
@@ -306,15 +307,19 @@ func (a *attempt) read(conn *initproto.Conn) {
 }
 
 // runIsLocked takes init's word on the present run. An init that was taken over gains
-// nothing by a wrong count: it goes up only, and no further than the policy lets it.
+// nothing by a wrong count: it goes up only, and no further than the policy and the
+// restarts that were asked for let it.
 func (a *attempt) runIsLocked(m initproto.Reply, up bool) {
-	policy := a.meta.Again
-	n := min(m.Restarts, math.MaxInt32)
-	if policy != nil && policy.Max > 0 {
-		n = min(n, policy.Max)
+	most := math.MaxInt32
+	switch policy := a.meta.Again; {
+	case policy == nil:
+		most = a.restartTo
+	case policy.Max > 0:
+		most = a.restartTo + policy.Max
 	}
+	n := min(m.Restarts, most)
 	known := n == a.current.Restarts && up == a.current.Up && (a.current.Last != nil || m.Exit == nil)
-	if policy == nil || n < a.current.Restarts || known {
+	if n < a.current.Restarts || known {
 		return
 	}
 	if n > a.current.Restarts { // written first: what was reported must not be forgotten
@@ -342,6 +347,21 @@ func (a *attempt) setRunLocked(r agent.RunState) {
 // exitOf is the exit that init tells of, as far as it can be true.
 func exitOf(e initproto.Exit) *schemas.Exit {
 	return &schemas.Exit{Code: e.Code & 0xff, Signal: min(max(e.Signal, 0), 64)}
+}
+
+// Restart implements agent.Attempt. An init that is not there is told when it dials.
+func (a *attempt) Restart(to int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.finishing || to <= a.restartTo || to <= a.current.Restarts {
+		return
+	}
+	// The next agent must believe init that it was restarted so often.
+	if err := initproto.WriteInstant(filepath.Join(a.dir, "restart_to"), time.Duration(to)); err != nil {
+		a.log().Warn().Err(err).Msg("cannot note a restart")
+	}
+	a.restartTo = to
+	a.sendLocked(initproto.Request{Op: initproto.OpAgain, Restarts: to})
 }
 
 // Run implements agent.Attempt.
@@ -493,15 +513,15 @@ func (a *attempt) attach(g *greeting) bool {
 		_ = initproto.WriteInstant(filepath.Join(a.dir, "started"), a.startedAt)
 	}
 	a.asked = true
-	if g.hello.Phase == initproto.PhaseRunning && g.hello.Pid != 0 && a.meta.Again == nil {
-		a.setRunLocked(agent.RunState{Up: true})
-	}
 	if g.hello.Phase == initproto.PhaseRunning && g.hello.Restarts > 0 {
 		a.oomBefore, _ = a.cgroup.oomKills() // of which run they were is not known
 	}
 	a.runIsLocked(g.hello, g.hello.Phase == initproto.PhaseRunning && g.hello.Pid != 0)
 	if a.stopBy != 0 {
 		a.sendLocked(initproto.Request{Op: initproto.OpStop, Grace: max(0, a.stopBy-initproto.Now())})
+	}
+	if a.restartTo > a.current.Restarts {
+		a.sendLocked(initproto.Request{Op: initproto.OpAgain, Restarts: a.restartTo})
 	}
 	a.sendLocked(initproto.Request{Op: initproto.OpReread})
 	select {

@@ -140,6 +140,9 @@ func (r *Runtime) recoverOne(ctx context.Context, name string, c container.Summa
 	if n, err := initproto.ReadInstant(filepath.Join(a.dir, "restarts")); err == nil {
 		a.current.Restarts = int(n)
 	}
+	if n, err := initproto.ReadInstant(filepath.Join(a.dir, "restart_to")); err == nil {
+		a.restartTo = int(n)
+	}
 	a.stopBy, _ = initproto.ReadInstant(filepath.Join(a.dir, "stopped"))
 	a.deadline, _ = initproto.ReadInstant(filepath.Join(a.dir, "c", initproto.DeadlineName))
 

@@ -258,6 +258,8 @@ type attempt struct {
 	termCode int  // at TERM
 	termSig  int
 	stopping *agent.Outcome // who first asked for the end
+	again    bool           // the run ends to begin anew
+	asked    int            // restarts that were asked for
 
 	orphan     bool          // no attempt can be made of it: it gets no new permit
 	lastPermit time.Duration // of an orphan
@@ -413,12 +415,17 @@ func (a *attempt) is(run agent.RunState) {
 
 // rest is the end of a run that another follows.
 func (a *attempt) rest(at time.Duration, o agent.Outcome) bool {
+	if a.again && o.By == schemas.EndedItself {
+		a.again = false
+		a.restAsked(at, o.Exit)
+		return true
+	}
 	if !a.req.Spec.Restarts() {
 		return false
 	}
 	p := a.req.Spec.Restart
 	failed := o.Exit.Code != 0 || o.Reason == schemas.ReasonUnhealthy
-	if o.By != schemas.EndedItself || !failed && p.Policy != schemas.RestartAlways || p.Max > 0 && a.run.Restarts >= p.Max {
+	if o.By != schemas.EndedItself || !failed && p.Policy != schemas.RestartAlways || p.Max > 0 && a.run.Restarts-a.asked >= p.Max {
 		return false
 	}
 	if at-a.began >= schemas.RestartCalm*a.pause {
@@ -429,6 +436,17 @@ func (a *attempt) rest(at time.Duration, o agent.Outcome) bool {
 	a.is(agent.RunState{Restarts: a.run.Restarts, Last: o.Exit})
 	a.hangUp()
 	return true
+}
+
+// restAsked is the end of a run that another follows at once.
+func (a *attempt) restAsked(at time.Duration, last *schemas.Exit) {
+	a.asked++
+	if a.req.Spec.Restarts() {
+		a.pause = a.req.Spec.Restart.Backoff.Std()
+	}
+	a.lifeAt, a.killAt, a.stopping, a.resumeAt = never, never, nil, at
+	a.is(agent.RunState{Restarts: a.run.Restarts, Last: last})
+	a.hangUp()
 }
 
 func (a *attempt) hangUp() {
@@ -472,13 +490,18 @@ func (a *attempt) stop(now, grace time.Duration, o agent.Outcome) {
 	if a.ended {
 		return
 	}
-	if a.stopping == nil || a.stopping.By == schemas.EndedItself { // unhealthy
-		a.stopping = &o
+	if a.stopping == nil || a.stopping.By == schemas.EndedItself { // of this run alone
+		a.stopping, a.again = &o, false
 	}
 	if a.resumeAt != never {
 		a.end(now, o)
 		return
 	}
+	a.term(now, grace)
+}
+
+// term ends the run as stopping says.
+func (a *attempt) term(now, grace time.Duration) {
 	if !a.deaf && grace > 0 {
 		if a.termSig == 0 {
 			a.print("term\n") // as the guest does
@@ -541,6 +564,32 @@ func (a *attempt) Fail(restarts int) {
 
 func (a *attempt) fail(now time.Duration) {
 	a.stop(now, a.req.Grace, agent.Outcome{By: schemas.EndedItself, Reason: schemas.ReasonUnhealthy, Message: "its health check failed", Exit: &schemas.Exit{}})
+}
+
+// Restart implements agent.Attempt.
+func (a *attempt) Restart(to int) {
+	a.r.mu.Lock()
+	defer a.r.mu.Unlock()
+	now := a.r.Now()
+	a.catchUp(now)
+	if a.ended || to <= a.run.Restarts || a.again {
+		return
+	}
+	_ = a.r.journal.write(entry{At: now, Do: doRestart, Assignment: a.req.Assignment})
+	a.restart(now)
+	a.catchUp(now)
+}
+
+func (a *attempt) restart(now time.Duration) {
+	switch {
+	case a.resumeAt != never:
+		a.asked++
+		a.resumeAt = now
+	case a.stopping == nil || a.stopping.By == schemas.EndedItself:
+		a.again = true
+		a.stopping = &agent.Outcome{By: schemas.EndedItself, Exit: &schemas.Exit{}}
+		a.term(now, a.req.Grace)
+	}
 }
 
 // SetDeadline implements agent.Attempt.

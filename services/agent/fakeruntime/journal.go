@@ -28,6 +28,7 @@ const (
 	doStart    = "start"
 	doStop     = "stop"
 	doFail     = "fail" // unhealthy
+	doRestart  = "restart"
 	doDeadline = "deadline"
 	doEnd      = "end"
 	doRemove   = "remove"
@@ -112,6 +113,9 @@ func (r *Runtime) reopen() error {
 		case e.Do == doFail:
 			a.catchUp(e.At)
 			a.fail(e.At)
+		case e.Do == doRestart:
+			a.catchUp(e.At)
+			a.restart(e.At)
 		case e.Do == doStop:
 			a.catchUp(e.At)
 			a.stop(e.At, e.Until-e.At, agent.Outcome{By: schemas.EndedStop, Exit: &schemas.Exit{}})

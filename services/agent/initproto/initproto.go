@@ -14,7 +14,7 @@
 //	  │── stop grace ─────────────────────────────────▶│ TERM all, KILL after grace
 //	  │── exec {stdin stdout stderr}, dial port ──────▶│
 //	  │◀──────── started, exited; connected {socket} ──│
-//	  │◀──────── paused {exit}, started {restarts} ────│ the restart policy runs it again
+//	  │◀──────── paused {exit}, started {restarts} ────│ it runs again: its policy, or an again
 //	  │◀──────────── exited {code, by} ────────────────│ no process is left
 //	  │── taken (pipes drained, outcome kept) ────────▶│ exits with the same code
 //	  ╎                                                ╎
@@ -96,6 +96,7 @@ const (
 	OpReread Op = "reread" // the deadline or the permit was moved
 	OpTaken  Op = "taken"  // the exit is kept and the pipes are drained: init may go
 	OpFail   Op = "fail"   // the run number Restarts is unhealthy: end it, with the run's grace, as a failure
+	OpAgain  Op = "again"  // while there were fewer than Restarts: end the run, with its grace, and run the command again
 	OpExec   Op = "exec"   // with descriptors: stdin, stdout, stderr; ends with the task and with the connection
 	OpKill   Op = "kill"   // the exec of this id, and all in its process group
 	OpDial   Op = "dial"   // connect to a port of 127.0.0.1
@@ -113,17 +114,17 @@ type Request struct {
 	Grace time.Duration `json:"grace,omitempty"` // run: at the deadline, or unhealthy; stop: now
 
 	Again    *Again `json:"again,omitempty"`    // run: when to run it again
-	Restarts int    `json:"restarts,omitempty"` // fail
+	Restarts int    `json:"restarts,omitempty"` // fail, again
 	Port     int    `json:"port,omitempty"`     // dial
 }
 
-// Again says when the command runs again in the same container: after a failure,
-// which is any exit code but 0 and an unhealthy end, or after any end of its own. The
-// pause before it is Pause, then twice as long each time up to Most; it is Pause again
-// after a run that lasted Calm times the pause that would follow.
+// Again says when the command runs again in the same container without being asked to:
+// after a failure, which is any exit code but 0 and an unhealthy end, or after any end
+// of its own. The pause before it is Pause, then twice as long each time up to Most; it
+// is Pause again after a run that lasted Calm times the pause that would follow.
 type Again struct {
 	Always bool          `json:"always,omitempty"`
-	Max    int           `json:"max,omitempty"` // how often; 0 is without limit
+	Max    int           `json:"max,omitempty"` // how often, beside those that were asked for; 0 is without limit
 	Pause  time.Duration `json:"pause"`
 	Most   time.Duration `json:"most"`
 	Calm   int           `json:"calm"`
@@ -211,6 +212,7 @@ const (
 	ByDeadline By = "deadline"
 	ByPermit   By = "permit"
 	ByFail     By = "fail"    // it was unhealthy
+	ByAgain    By = "again"   // to run again: never the end of the task
 	ByOutside  By = "outside" // TERM to init: dockerd was told to stop it, or shuts down
 )
 

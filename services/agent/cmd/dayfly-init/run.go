@@ -26,11 +26,7 @@ func (s *supervisor) run(req initproto.Request, fds []int) {
 		s.send(initproto.Reply{ID: req.ID, Event: initproto.EventError, Fault: f.kind, Code: f.code, Message: f.message})
 		return
 	}
-	if s.again == nil {
-		initproto.CloseAll(fds[:3])
-	} else {
-		s.req, s.stdio = req, fds[:3]
-	}
+	s.req, s.stdio = req, fds[:3]
 	s.send(initproto.Reply{ID: req.ID, Event: initproto.EventStarted, Pid: s.pid, Started: s.started})
 }
 
@@ -61,8 +57,9 @@ func (s *supervisor) start(req initproto.Request, fds []int) *fault {
 	s.pid, s.phase, s.started = pid, initproto.PhaseRunning, initproto.Now()
 	s.key, s.grace = req.Key, req.Grace
 	s.stdout, s.stderr = fds[3], fds[4]
+	s.began = s.started
 	if s.again = req.Again; s.again != nil {
-		s.began, s.pause = s.started, s.again.Pause
+		s.pause = s.again.Pause
 	}
 	return nil
 }

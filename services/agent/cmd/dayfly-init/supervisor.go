@@ -57,10 +57,11 @@ type supervisor struct {
 	dials  int            // under way
 	dialed chan dialed
 
-	again    *initproto.Again // nil: the command runs once
+	again    *initproto.Again // nil: the command runs again only where that is asked for
 	req      initproto.Request
 	stdio    []int // kept for the runs to come
 	restarts int
+	asked    int           // of them
 	began    time.Duration // the present run
 	pause    time.Duration // before the next
 	resumeAt time.Duration // between two runs: when the next begins; else 0
@@ -215,6 +216,9 @@ func (s *supervisor) message(m message) {
 		if s.pid != 0 && m.req.Restarts == s.restarts && s.by == "" {
 			s.end(initproto.ByFail, s.grace)
 		}
+	case initproto.OpAgain:
+		s.reap() // it may have ended by itself before
+		s.runAgain(m.req.Restarts)
 	case initproto.OpRun:
 		s.run(m.req, m.fds)
 	case initproto.OpStop:
@@ -351,13 +355,13 @@ func (s *supervisor) code() int {
 }
 
 // end sends TERM to every process of the task, and KILL after grace. The first to
-// ask is the one who ended it; later ones only make it sooner. An unhealthy end is of
-// this run alone, and anybody else's goes before it.
+// ask is the one who ended it; later ones only make it sooner. The end of this run alone
+// gives way to any other: an unhealthy one to a restart, both to the end of the task.
 func (s *supervisor) end(by initproto.By, grace time.Duration) {
 	if s.phase == initproto.PhaseEnded {
 		return
 	}
-	first := s.by == "" || s.by == initproto.ByFail
+	first := s.runAlone() && s.by != by
 	if first {
 		s.by = by
 	}
@@ -377,6 +381,11 @@ func (s *supervisor) end(by initproto.By, grace time.Duration) {
 	}
 }
 
+// runAlone says whether nobody has asked for more than the end of the present run.
+func (s *supervisor) runAlone() bool {
+	return s.by == "" || s.by == initproto.ByFail || s.by == initproto.ByAgain
+}
+
 func (s *supervisor) kill() {
 	s.killed = true
 	_ = unix.Kill(-1, unix.SIGKILL)
@@ -389,7 +398,7 @@ func (s *supervisor) signal(sig os.Signal) {
 	}
 	// dockerd stops the container, and sends KILL itself when its patience ends. A task
 	// can send this too: it gains no more than to be given another of its own attempts.
-	if s.phase != initproto.PhaseEnded && (s.by == "" || s.by == initproto.ByFail) {
+	if s.phase != initproto.PhaseEnded && s.runAlone() {
 		s.by = initproto.ByOutside
 	}
 	_ = unix.Kill(-1, unix.SIGTERM)
