@@ -22,6 +22,9 @@ type Link struct {
 	refused bool     // under s.mu
 	held    bool     // under s.mu
 	waiting []func() // under s.mu: what came, in either direction, while it was held
+
+	slowMost  time.Duration // under s.mu: what a message takes at most
+	slowUntil time.Time     // under s.mu
 }
 
 // Link makes the way for one more client.
@@ -77,6 +80,13 @@ func (l *Link) Release() {
 	for _, do := range waiting {
 		do()
 	}
+}
+
+// Slow lets half of the messages, in both directions, take up to most, for a while.
+func (l *Link) Slow(most, long time.Duration) {
+	l.s.mu.Lock()
+	defer l.s.mu.Unlock()
+	l.slowMost, l.slowUntil = most, time.Now().Add(long)
 }
 
 // hangUp ends the connection; s.mu is held.
@@ -301,6 +311,9 @@ func (c *conn) give(b []byte) {
 func (s *Server) later(c *conn, lane laneKey, do func()) {
 	now := time.Now()
 	at := now.Add(s.delay())
+	if now.Before(c.l.slowUntil) && s.chance(0.5) {
+		at = at.Add(time.Duration(s.rng.Int64N(int64(c.l.slowMost))))
+	}
 	if last := c.lanes[lane]; !at.After(last) {
 		at = last.Add(1)
 	}

@@ -27,7 +27,7 @@ type wish struct {
 
 // wish makes up one task. There is none that every worker refuses and no queue timeout
 // ends.
-func (w *world) wish() wish {
+func (w *world) wish(span time.Duration) wish {
 	code := w.number(4) * w.number(2)
 	commands := []string{
 		fmt.Sprintf(`["exit","%d"]`, code), `["exit","0"]`, fmt.Sprintf(`["sleep","%s","%d"]`, w.between(200*time.Millisecond, 4*time.Second), code),
@@ -36,11 +36,12 @@ func (w *world) wish() wish {
 		`["fail","image"]`, `["fail","start"]`, `["refuse"]`,
 	}
 	weights := []int{3, 3, 4, 6, 3, 3, 2, 2, 2, 1, 1, 1, 1, 1}
+	lasts := []bool{4: true, 5: true, 6: true, 8: true, 13: true} // until somebody ends it
 	n, i := w.number(33), 0
 	for ; n >= weights[i]; i++ {
 		n -= weights[i]
 	}
-	x := wish{at: w.between(0, 100*time.Second), ttl: w.between(10*time.Second, 3*time.Minute)}
+	x := wish{at: w.between(0, span*5/6), ttl: w.between(10*time.Second, 3*time.Minute)}
 	if w.chance(0.5) { // many at once
 		x.at = x.at.Truncate(40*time.Second) + w.between(0, 20*time.Millisecond)
 	}
@@ -53,8 +54,12 @@ func (w *world) wish() wish {
 	if w.chance(0.3) {
 		x.extend = w.between(0, 40*time.Second)
 	}
-	x.spec = fmt.Sprintf(`{"image":"any","command":%s,"ttl":"%ds","max_attempts":%d,"timeouts":{"stop":"%s","queue":"2m"},
-		"resources":{"cpus":0.5,"memory":"64MiB"},"on_lost":"%s"}`, commands[i], 5+w.number(115), 1+w.number(4),
+	ttl := time.Duration(5+w.number(115)) * time.Second
+	if !lasts[i] && w.chance(0.3) { // then its time does not end what its own end should have
+		ttl = time.Hour
+	}
+	x.spec = fmt.Sprintf(`{"image":"any","command":%s,"ttl":"%s","max_attempts":%d,"timeouts":{"stop":"%s","queue":"2m"},
+		"resources":{"cpus":0.5,"memory":"64MiB"},"on_lost":"%s"}`, commands[i], ttl, 1+w.number(4),
 		w.between(100*time.Millisecond, 8*time.Second), []string{"requeue", "requeue", "requeue", "fail", "wait"}[w.number(5)])
 	return x
 }
@@ -68,15 +73,15 @@ type client struct {
 
 // runClients starts a gateway of which clients wish all that. It ends when they have
 // been answered.
-func (w *world) runClients(name string, wishes []wish) *process {
+func (w *world) runClients(name string, wishes []wish, sz size) *process {
 	return w.launch(name, "", func(ctx context.Context, _ *process, conn *bus.Conn, _ zerolog.Logger) error {
 		c := &client{w: w, conn: conn, table: bus.NewTable(conn, schemas.BucketTasks, bus.JSON(schemas.Record.Wrote))}
 		var each sync.WaitGroup
 		for _, x := range wishes {
 			each.Go(func() { c.serve(ctx, x) })
 		}
-		for range 5 {
-			each.Go(func() { c.meddle(ctx) })
+		for range sz.meddlers {
+			each.Go(func() { c.meddle(ctx, sz.span) })
 		}
 		each.Wait()
 		return nil
@@ -105,14 +110,11 @@ func (c *client) serve(ctx context.Context, x wish) {
 	}
 }
 
-// meddle asks for something about a task whose record has just changed, perhaps because
-// a client of another gateway asked.
-func (c *client) meddle(ctx context.Context) {
-	pause(ctx, c.w.between(0, 110*time.Second))
-	c.w.nextStored("$KV." + schemas.BucketTasks + ".")
-	c.w.mu.Lock()
-	id := c.w.latest
-	c.w.mu.Unlock()
+// meddle asks for something about a task of which something has just been said, perhaps
+// because a client of another gateway asked.
+func (c *client) meddle(ctx context.Context, span time.Duration) {
+	pause(ctx, c.w.between(0, span*11/12))
+	id := c.w.next([]moment{recordWritten, recordWritten, recordGiven, orderSent, reportSent, lastReportSent}[c.w.number(6)]).task
 	if id == "" || ctx.Err() != nil {
 		return
 	}
@@ -123,8 +125,11 @@ func (c *client) meddle(ctx context.Context) {
 	c.extend(ctx, id, c.w.between(20*time.Second, 3*time.Minute))
 }
 
+// clientName is who asked, in a record's history.
+const clientName = "client"
+
 func meta() schemas.Meta {
-	return schemas.Meta{At: time.Now().UTC(), By: "client", Op: rand.Text()}
+	return schemas.Meta{At: time.Now().UTC(), By: clientName, Op: rand.Text()}
 }
 
 func (c *client) create(ctx context.Context, x wish) (schemas.TaskID, bool) {
