@@ -30,7 +30,7 @@ type size struct {
 	within   time.Duration // how long after the last fault all tasks shall be final and all hosts empty
 	hosts    spread
 	wishes   spread // of each gateway
-	meddlers int    // of each gateway
+	meddlers int
 	faults   spread
 	weather  time.Duration // how long the network stays as it is; 0: for the whole run
 }
@@ -41,8 +41,8 @@ type spread struct{ least, most int }
 // A small run is over in an instant; a hard one goes on for longer, with more of
 // everything, so that what happens rarely happens in each.
 var (
-	small = size{span: 2 * time.Minute, within: 8 * time.Minute, hosts: spread{2, 3}, wishes: spread{2, 7}, meddlers: 5, faults: spread{0, 11}}
-	hard  = size{span: 12 * time.Minute, within: 12 * time.Minute, hosts: spread{3, 5}, wishes: spread{40, 100}, meddlers: 60, faults: spread{40, 90}, weather: time.Minute}
+	small = size{span: 2 * time.Minute, within: 8 * time.Minute, hosts: spread{2, 3}, wishes: spread{2, 7}, meddlers: 4, faults: spread{0, 11}}
+	hard  = size{span: 20 * time.Minute, within: 12 * time.Minute, hosts: spread{3, 5}, wishes: spread{100, 200}, meddlers: 250, faults: spread{80, 180}, weather: time.Minute}
 )
 
 // role is a process that is started again when it was killed.
@@ -103,17 +103,21 @@ func simulate(seed uint64, sz size, dir string) Outcome {
 		for range w.count(sz.wishes) {
 			wishes = append(wishes, w.wish(sz.span))
 		}
-		d.gateways = append(d.gateways, w.runClients(fmt.Sprintf("gateway%d", i+1), wishes, sz))
+		d.gateways = append(d.gateways, w.runClients(fmt.Sprintf("gateway%d", i+1), wishes))
 	}
 
 	if sz.weather > 0 {
 		d.all.Go(func() { w.weathers(sz) })
+	}
+	for range sz.meddlers {
+		d.all.Go(func() { w.meddle(sz.span) })
 	}
 	for range w.count(sz.faults) {
 		at := w.between(0, sz.span)
 		d.all.Go(func() { d.fault(at) })
 	}
 	d.all.Wait()
+	close(w.answered)
 	for _, g := range d.gateways {
 		<-g.ended
 	}
@@ -173,16 +177,18 @@ func (w *world) settle(within time.Duration) {
 }
 
 // moments are what a fault may wait for: those after which something is half done.
-var moments = []moment{recordWritten, recordGiven, recordGiven, recordLeft, recordMarked, orderSent, orderSent, reportSent, lastReportSent,
+var moments = []moment{recordWritten, recordGiven, recordGiven, recordRuns, recordLeft, recordMarked, orderSent, orderSent, reportSent, lastReportSent, lastReportSent, lastReportSent,
 	beatSent, registered, verdictWritten, leaderWritten}
 
 // fault makes one fault and heals it. Another may follow before it is healed.
 func (d *director) fault(at time.Duration) {
 	time.Sleep(at)
 	var s sight
+	kinds := []string{"kill", "kill", "stop", "cut", "cut", "hold", "hold", "slow", "server", "container", "gateway", "gateway"}
 	if d.chance(0.6) { // in the middle of something
 		s = d.next(moments[d.number(len(moments))])
-		time.Sleep(d.between(0, 1500*time.Microsecond))
+		time.Sleep(d.between(0, []time.Duration{500 * time.Microsecond, 1500 * time.Microsecond, 8 * time.Millisecond}[d.number(3)]))
+		kinds = append(kinds, "server", "server", "server") // the newest is what it has not written yet
 	}
 	if d.chance(0.2) {
 		soon := d.between(0, 50*time.Millisecond)
@@ -192,7 +198,7 @@ func (d *director) fault(at time.Duration) {
 		d.all.Go(func() { d.fault(soon) })
 	}
 	long := d.length()
-	kind := []string{"kill", "kill", "stop", "cut", "cut", "hold", "hold", "server", "container", "gateway"}[d.number(10)]
+	kind := kinds[d.number(len(kinds))]
 	victims := d.victims(s)
 	target := ""
 	for _, r := range victims {
@@ -200,7 +206,7 @@ func (d *director) fault(at time.Duration) {
 	}
 	switch kind {
 	case "server":
-		target, long = "nats", long/4
+		target, long = "nats", long/10
 	case "container":
 		target = "hosts"
 	case "gateway":
@@ -212,14 +218,14 @@ func (d *director) fault(at time.Duration) {
 	case "server":
 		d.server.Kill()
 		d.mu.Lock()
-		d.leader = schemas.Leadership{} // the newest renewal may be forgotten, though it was acknowledged
+		d.leader, d.forgot = schemas.Leadership{}, began
 		d.mu.Unlock()
 		time.Sleep(long)
 		d.server.Start()
 	case "container":
 		d.killContainer()
 	case "gateway":
-		d.hurtLink(d.gateways[d.number(len(d.gateways))].link, d.chance(0.5), long)
+		d.hurtLink([]string{"cut", "hold", "slow"}[d.number(3)], d.gateways[d.number(len(d.gateways))].link, long)
 	default:
 		var each sync.WaitGroup
 		for _, r := range victims {
@@ -233,11 +239,14 @@ func (d *director) fault(at time.Duration) {
 	d.trace = append(d.trace, line{d.now(), "director", kind + " " + target + " is over"})
 }
 
+// longest is how long a fault lasts at most.
+const longest = 130 * time.Second
+
 // length is how long a fault lasts: of each order of magnitude equally often, and one
 // in four long enough for a worker to be lost.
 func (d *director) length() time.Duration {
 	if d.chance(0.25) {
-		return d.between(50*time.Second, 130*time.Second)
+		return d.between(50*time.Second, longest)
 	}
 	decade := 50 * time.Millisecond
 	for range d.number(3) {
@@ -296,30 +305,35 @@ func (d *director) hurt(kind string, r *role, long time.Duration) {
 		r.now = r.start()
 		r.mu.Unlock()
 	default:
-		d.hurtLink(p.link, kind == "hold", long)
+		d.hurtLink(kind, p.link, long)
 	}
 }
 
-// hurtLink breaks a connection or holds it back. Afterwards it may be slow for a while.
-func (d *director) hurtLink(link *natssim.Link, hold bool, long time.Duration) {
+// hurtLink breaks a connection, holds it back, or makes it slow. After the first two it
+// may be slow for a while.
+func (d *director) hurtLink(kind string, link *natssim.Link, long time.Duration) {
 	slow := time.Duration(0)
 	if d.chance(0.3) {
 		slow = d.between(time.Second, 10*time.Second)
 	}
-	if hold || slow > 0 {
+	if kind != "cut" || slow > 0 {
 		d.lateUntil(long + slow)
 	}
-	if hold {
+	switch kind {
+	case "hold":
 		link.Hold()
 		time.Sleep(long)
 		link.Release()
-	} else {
+	case "cut":
 		link.Cut()
 		time.Sleep(long)
 		link.Heal()
+	case "slow":
+		slow = long
 	}
 	if slow > 0 {
 		link.Slow(d.between(50*time.Millisecond, 4*time.Second), slow)
+		time.Sleep(slow)
 	}
 }
 

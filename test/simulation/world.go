@@ -43,8 +43,12 @@ type world struct {
 	strays   []faults.Violation                // under mu: found on the way
 	leader   schemas.Leadership                // under mu: as last written
 	renewed  time.Duration                     // under mu: when
+	forgot   time.Duration                     // under mu: when the server was last killed
 	late     time.Duration                     // under mu: until when a placer's message may come later than it counts on
 	waiters  []*waiter                         // under mu
+	clients  []*client                         // under mu: of the gateways
+
+	answered chan struct{} // closed when nobody meddles any more
 }
 
 // line is one line of the trace.
@@ -55,7 +59,7 @@ type line struct {
 }
 
 func newWorld(seed uint64, sz size, dir string) *world {
-	w := &world{start: time.Now(), dir: dir, rng: rand.New(rand.NewPCG(seed, 2)),
+	w := &world{start: time.Now(), dir: dir, answered: make(chan struct{}), rng: rand.New(rand.NewPCG(seed, 2)),
 		records: map[schemas.TaskID]schemas.Record{}, assigned: map[schemas.Assignment]struct{}{}}
 	w.server = natssim.New(natssim.Config{Seed: seed, Alias: schemas.AgentAPIPrefix, Stored: w.stored})
 	w.weather(sz.weather)
@@ -69,6 +73,7 @@ func (w *world) weather(long time.Duration) {
 		w.server.SetFaults(natssim.Faults{})
 		return
 	}
+	often := func() float64 { return []float64{0.005, 0.02, 0.1}[w.number(3)] }
 	most := w.between(20*time.Millisecond, 4*time.Second)
 	if most > placer.DefaultConfig().WriteTimeout/2 {
 		if long == 0 {
@@ -76,7 +81,7 @@ func (w *world) weather(long time.Duration) {
 		}
 		w.lateUntil(long)
 	}
-	w.server.SetFaults(natssim.Faults{Slow: []float64{0.01, 0.03, 0.2}[w.number(3)], SlowMost: most, LostAnswer: 0.01, LostAck: 0.02, Spurious: 0.005})
+	w.server.SetFaults(natssim.Faults{Slow: 2 * often(), SlowMost: most, LostAnswer: often(), LostAck: 2 * often(), Spurious: often()})
 }
 
 // weathers lets the weather change until the span of the run is over.
@@ -141,8 +146,9 @@ type moment int
 const (
 	recordWritten moment = iota
 	recordGiven          // to a worker
-	recordLeft           // its worker: final, or queued again
-	recordMarked         // by a client
+	recordRuns
+	recordLeft   // its worker: final, or queued again
+	recordMarked // by a client
 	orderSent
 	reportSent
 	lastReportSent
@@ -198,10 +204,7 @@ func (w *world) stored(m natssim.Stored) {
 	switch {
 	case words[0] == "dayfly":
 		w.tell("bus", "%s %s", m.Subject[len("dayfly."):], m.Data)
-		if len(words) != 4 {
-			return
-		}
-		s := sight{schemas.WorkerID(words[2]), schemas.TaskID(words[3])}
+		s := sight{schemas.WorkerID(words[len(words)-2]), schemas.TaskID(words[len(words)-1])}
 		switch {
 		case words[1] == "work":
 			w.came(s, orderSent)
@@ -252,6 +255,8 @@ func (w *world) recorded(id schemas.TaskID, m natssim.Stored) {
 	switch s := (sight{r.Worker, id}); {
 	case r.State == schemas.Assigned && before.State == schemas.Queued:
 		w.came(s, recordWritten, recordGiven)
+	case r.State == schemas.Running && before.State != schemas.Running:
+		w.came(s, recordWritten, recordRuns)
 	case before.State.Held() && !r.State.Held():
 		w.came(sight{before.Worker, id}, recordWritten, recordLeft)
 	case last.By == clientName:
@@ -261,7 +266,9 @@ func (w *world) recorded(id schemas.TaskID, m natssim.Stored) {
 	}
 }
 
-// ledBy checks that a leader is followed by another only when its time is over.
+// ledBy checks that a leader is followed by another only when its time is over. A
+// server that was killed may have forgotten who leads: then two do, until one of them
+// renews.
 func (w *world) ledBy(data []byte) {
 	var l schemas.Leadership
 	if err := schemas.Decode(data, &l); err != nil {
@@ -270,7 +277,8 @@ func (w *world) ledBy(data []byte) {
 	now := w.now()
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if was := w.leader; was.Holder != "" && l.Holder != "" && was.Holder != l.Holder && now-w.renewed < was.Length.Std() {
+	if was := w.leader; was.Holder != "" && l.Holder != "" && was.Holder != l.Holder && now-w.renewed < was.Length.Std() &&
+		(w.forgot == 0 || now-w.forgot > 3*was.Length.Std()) {
 		w.strays = append(w.strays, faults.Violation{Rule: Usurped, At: now, What: fmt.Sprintf("%v after the old leader renewed", now-w.renewed)})
 	}
 	w.leader, w.renewed = l, now
@@ -359,12 +367,13 @@ type host struct {
 	w       *world
 	worker  schemas.WorkerID
 	slots   int
+	fails   float64 // of starts, for no fault of the task's
 	runtime *fakeruntime.Runtime
 	states  int // folders that its agents have had
 }
 
 func (w *world) newHost(i int) *host {
-	h := &host{w: w, worker: schemas.WorkerID(fmt.Sprintf("w%d", i+1)), slots: 1 + w.number(4)}
+	h := &host{w: w, worker: schemas.WorkerID(fmt.Sprintf("w%d", i+1)), slots: 1 + w.number(4), fails: []float64{0, 0, 0, 0.3}[w.number(4)]}
 	h.runtime = fakeruntime.New(fakeruntime.Config{
 		Host:       schemas.Host{OS: "linux", Arch: "amd64", CPUs: 4, Memory: 1 << 30, Slots: h.slots},
 		StartDelay: []time.Duration{0, 0, 100 * time.Millisecond, time.Second, 20 * time.Second}[w.number(5)],
@@ -442,6 +451,9 @@ func (h *handle) Recover(ctx context.Context) ([]agent.Attempt, error) {
 func (h *handle) Start(ctx context.Context, req agent.StartRequest) (agent.Attempt, error) {
 	if err := h.check(); err != nil {
 		return nil, err
+	}
+	if h.w.chance(h.fails) {
+		return nil, errors.New("the host is out of order")
 	}
 	a, err := h.runtime.Start(ctx, req)
 	if err != nil {
