@@ -124,6 +124,7 @@ func Check(history []Event) Result {
 		c.records(s)
 		c.living(s)
 		c.wishes(s)
+		c.applied(s)
 		c.ending(s)
 		c.reads(s)
 		c.logs(s)
@@ -436,12 +437,7 @@ func (c *checker) wishes(s *subject) {
 			if r.ExpiresAt.Before(op.Seen.ExpiresAt) {
 				c.broken(ExtendLost, s, e.T, "its deadline is %v before the acknowledged one", op.Seen.ExpiresAt.Sub(r.ExpiresAt))
 			}
-			promised := c.since(op.Seen.ExpiresAt)
-			if len(s.lives) > 0 && op.Seen.ExpiresAt.Equal(r.RunningAt.Add(r.TTL.Std())) {
-				// It was lengthened before it ran: it counts from the first report of the start, and
-				// that may have been under way for a while.
-				promised -= max(0, c.since(r.RunningAt)-s.lives[0].start)
-			}
+			promised := c.promised(s, op.Seen.ExpiresAt)
 			for _, l := range s.lives {
 				if op.Status != 200 || l.by != schemas.EndedDeadline || l.end <= e.T || l.end >= promised-time.Second {
 					continue
@@ -452,6 +448,41 @@ func (c *checker) wishes(s *subject) {
 					c.broken(ExtendLost, s, l.end, "attempt %d was ended %v before the acknowledged deadline", l.Attempt, promised-l.end)
 				}
 			}
+		}
+	}
+}
+
+// promised is until when a task may run if its record says so.
+func (c *checker) promised(s *subject, expires time.Time) time.Duration {
+	until := c.since(expires)
+	if r := s.last(); len(s.lives) > 0 && expires.Equal(r.RunningAt.Add(r.TTL.Std())) {
+		// It was lengthened before it ran: it counts from the first report of the start, and
+		// that may have been under way for a while.
+		until -= max(0, c.since(r.RunningAt)-s.lives[0].start)
+	}
+	return until
+}
+
+// applied checks that no attempt was ended before a deadline of which the record had
+// said that its worker keeps it.
+func (c *checker) applied(s *subject) {
+	for _, l := range s.lives {
+		if l.by != schemas.EndedDeadline {
+			continue
+		}
+		for i, rev := range s.revs {
+			r := rev.Record
+			if s.seenAt[i] >= l.end || r == nil || r.State != schemas.Running || r.Attempt != l.Attempt || r.Extensions == 0 || r.Applied < r.Extensions {
+				continue
+			}
+			if until := c.promised(s, r.ExpiresAt); l.end >= until-time.Second {
+				continue
+			} else if s.skewed {
+				c.ByClock["extended, yet ended before"]++
+			} else {
+				c.broken(ExtendLost, s, l.end, "attempt %d was ended %v before the deadline that it had at revision %d", l.Attempt, until-l.end, rev.Revision)
+			}
+			break
 		}
 	}
 }

@@ -36,9 +36,9 @@ func (w *world) wish(span time.Duration) wish {
 		fmt.Sprintf(`["ignore-term","%s"]`, w.between(0, 30*time.Second)), `["term-exit","0"]`, `["log","20000","1s"]`, `["oom"]`,
 		`["fail","image"]`, `["fail","start"]`, `["refuse"]`,
 	}
-	weights := []int{3, 3, 4, 6, 3, 3, 2, 2, 2, 1, 1, 1, 1, 1}
+	weights := []int{3, 3, 3, 5, 5, 5, 2, 2, 2, 1, 1, 1, 1, 1}
 	lasts := []bool{4: true, 5: true, 6: true, 8: true, 13: true} // until somebody ends it
-	n, i := w.number(33), 0
+	n, i := w.number(35), 0
 	for ; n >= weights[i]; i++ {
 		n -= weights[i]
 	}
@@ -46,7 +46,7 @@ func (w *world) wish(span time.Duration) wish {
 	if w.chance(0.5) { // many at once
 		x.at = x.at.Truncate(40*time.Second) + w.between(0, 20*time.Millisecond)
 	}
-	if w.chance(0.3) {
+	if w.chance(0.2) {
 		x.cancel = w.between(0, 20*time.Second)
 		if w.chance(0.5) {
 			x.cancel /= 200
@@ -140,7 +140,7 @@ func (w *world) meddle(span time.Duration) {
 		each.Go(func() {
 			c := clients[w.number(len(clients))]
 			time.Sleep(w.between(0, 10*time.Millisecond))
-			if w.chance(0.1) {
+			if w.chance(0.05) {
 				_ = c.cancel(context.Background(), id)
 				return
 			}

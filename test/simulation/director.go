@@ -225,7 +225,7 @@ func (d *director) fault(at time.Duration) {
 	case "container":
 		d.killContainer()
 	case "gateway":
-		d.hurtLink([]string{"cut", "hold", "slow"}[d.number(3)], d.gateways[d.number(len(d.gateways))].link, long)
+		d.hurtLink([]string{"cut", "hold", "slow", "slow"}[d.number(4)], d.gateways[d.number(len(d.gateways))].link, long)
 	default:
 		var each sync.WaitGroup
 		for _, r := range victims {
