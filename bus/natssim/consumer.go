@@ -23,8 +23,8 @@ type consumer struct {
 	seq     uint64 // deliveries
 	pulls   []*pull
 	pending map[uint64]*delivery // by the stream's sequence: not acknowledged
-	timer   *time.Timer
-	pulled  time.Time // last
+	pulled  time.Time            // last
+	alarm   time.Time            // when it is looked at next; zero: not planned
 }
 
 type pull struct {
@@ -45,7 +45,7 @@ func (s *Server) createConsumer(m *packet, st *stream) {
 		Config jetstream.ConsumerConfig `json:"config"`
 	}
 	if err := json.Unmarshal(m.data, &ask); err != nil {
-		s.refuse(m, 400, 10025, err.Error())
+		s.refuse(m, "api", apiError(400, 10025, err.Error()))
 		return
 	}
 	name := ask.Config.Durable
@@ -56,20 +56,13 @@ func (s *Server) createConsumer(m *packet, st *stream) {
 	if c == nil {
 		c = &consumer{st: st, name: name, created: time.Now().UTC(), next: max(1, ask.Config.OptStartSeq),
 			pending: map[uint64]*delivery{}, pulled: time.Now()}
-		c.timer = time.AfterFunc(time.Hour, func() {
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			if st.consumer(name) == c {
-				c.pump()
-			}
-		})
 		st.consumers = append(st.consumers, c)
 	}
 	c.cfg, c.filter = ask.Config, []string{">"}
 	if ask.Config.FilterSubject != "" {
 		c.filter = strings.Split(ask.Config.FilterSubject, ".")
 	}
-	s.answer(m, "api", c.info())
+	s.answer(m, c.info())
 	c.pump()
 }
 
@@ -88,16 +81,16 @@ func (s *Server) consumerAPI(m *packet, st *stream, verb, name string) {
 		if verb == "CONSUMER MSG NEXT" {
 			s.status(m.reply, "core", "503")
 		} else {
-			s.refuse(m, 404, 10014, "consumer not found")
+			s.refuse(m, "api", apiError(404, 10014, "consumer not found"))
 		}
 		return
 	}
 	switch verb {
 	case "CONSUMER INFO":
-		s.answer(m, "api", c.info())
+		s.answer(m, c.info())
 	case "CONSUMER DELETE":
 		c.remove()
-		s.answer(m, "api", map[string]any{"success": true})
+		s.answer(m, map[string]any{"success": true})
 	case "CONSUMER MSG NEXT":
 		var ask struct {
 			Batch   int           `json:"batch"`
@@ -128,7 +121,6 @@ func (c *consumer) left() (n int) {
 }
 
 func (c *consumer) remove() {
-	c.timer.Stop()
 	c.st.consumers = slices.DeleteFunc(c.st.consumers, func(other *consumer) bool { return other == c })
 	for _, p := range c.pulls {
 		c.st.s.status(p.inbox, c.name, "409 Consumer Deleted")
@@ -151,7 +143,7 @@ func (c *consumer) crash() {
 	c.pump()
 }
 
-// pump delivers what can be delivered, says what is due to the pulls, and sets the timer.
+// pump delivers what can be delivered, says what is due to the pulls, and plans the next look.
 func (c *consumer) pump() {
 	now := time.Now()
 	for {
@@ -192,7 +184,20 @@ func (c *consumer) pump() {
 		}
 		wake = c.pulled.Add(t)
 	}
-	c.timer.Reset(wake.Sub(now))
+	if c.alarm.IsZero() || wake.Before(c.alarm) {
+		c.wake(wake)
+	}
+}
+
+// wake plans the next look at the consumer.
+func (c *consumer) wake(at time.Time) {
+	c.alarm = at
+	c.st.s.at(at, func() {
+		if c.alarm.Equal(at) && c.st.consumer(c.name) == c {
+			c.alarm = time.Time{}
+			c.pump()
+		}
+	})
 }
 
 // asking is the first pull that somebody still waits for.

@@ -7,6 +7,7 @@ import (
 	"io"
 	"math"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -22,6 +23,9 @@ type Link struct {
 	refused bool     // under s.mu
 	held    bool     // under s.mu
 	waiting []func() // under s.mu: what came, in either direction, while it was held
+
+	slowMost  time.Duration // under s.mu: what a message takes at most
+	slowUntil time.Time     // under s.mu
 }
 
 // Link makes the way for one more client.
@@ -79,6 +83,13 @@ func (l *Link) Release() {
 	}
 }
 
+// Slow lets half of the messages, in both directions, take up to most, for a while.
+func (l *Link) Slow(most, long time.Duration) {
+	l.s.mu.Lock()
+	defer l.s.mu.Unlock()
+	l.slowMost, l.slowUntil = most, time.Now().Add(long)
+}
+
 // hangUp ends the connection; s.mu is held.
 func (l *Link) hangUp() {
 	c := l.conn
@@ -107,7 +118,7 @@ func (l *Link) arrive(do func()) {
 var forever = time.Unix(math.MaxInt32, 0)
 
 // conn is a connection, as the client sees it. The server's side of it needs no
-// goroutine: it acts in Write and in timers.
+// goroutine: it acts in Write and in events.
 type conn struct {
 	l *Link
 
@@ -127,11 +138,14 @@ type laneKey struct{ to, from string }
 type sub struct {
 	c       *conn
 	sid     string
-	pattern []string
+	pattern string
 }
 
 func (c *conn) end() {
 	c.ended = true
+	for _, x := range c.subs {
+		c.l.s.unsubscribe(x)
+	}
 	c.readable.Broadcast()
 	for i, other := range c.l.s.conns {
 		if other == c {
@@ -205,9 +219,9 @@ func (c *conn) command(b []byte) int {
 	case "PING":
 		c.l.arrive(func() { c.give([]byte("PONG\r\n")) })
 	case "SUB":
-		c.subs[args[len(args)-1]] = &sub{c: c, sid: args[len(args)-1], pattern: strings.Split(args[0], ".")}
+		c.l.s.subscribe(&sub{c: c, sid: args[len(args)-1], pattern: args[0]})
 	case "UNSUB":
-		delete(c.subs, args[0])
+		c.l.s.unsubscribe(c.subs[args[0]])
 	case "PUB", "HPUB":
 		header, total := 0, number(args[len(args)-1])
 		args = args[:len(args)-1]
@@ -301,25 +315,44 @@ func (c *conn) give(b []byte) {
 func (s *Server) later(c *conn, lane laneKey, do func()) {
 	now := time.Now()
 	at := now.Add(s.delay())
+	if now.Before(c.l.slowUntil) && s.chance(0.5) {
+		at = at.Add(time.Duration(s.rng.Int64N(int64(c.l.slowMost))))
+	}
 	if last := c.lanes[lane]; !at.After(last) {
 		at = last.Add(1)
 	}
 	c.lanes[lane] = at
-	time.AfterFunc(at.Sub(now), func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		do()
-	})
+	s.at(at, do)
+}
+
+// head is a subject or pattern without its last token. A client's patterns have
+// wildcards only in that.
+func head(subject string) string { return subject[:strings.LastIndexByte(subject, '.')+1] }
+
+func (s *Server) subscribe(x *sub) {
+	x.c.subs[x.sid] = x
+	h := head(x.pattern)
+	s.subs[h] = append(s.subs[h], x)
+}
+
+func (s *Server) unsubscribe(x *sub) {
+	if x == nil {
+		return
+	}
+	delete(x.c.subs, x.sid)
+	h := head(x.pattern)
+	s.subs[h] = slices.DeleteFunc(s.subs[h], func(other *sub) bool { return other == x })
+	if len(s.subs[h]) == 0 {
+		delete(s.subs, h)
+	}
 }
 
 // subscribed lists who listens to a subject.
 func (s *Server) subscribed(subject string) (list []*sub) {
-	tokens := strings.Split(subject, ".")
-	for _, c := range s.conns {
-		for _, sub := range c.subs {
-			if match(sub.pattern, tokens) {
-				list = append(list, sub)
-			}
+	h := head(subject)
+	for _, x := range s.subs[h] {
+		if last := x.pattern[len(h):]; last == "*" || last == subject[len(h):] {
+			list = append(list, x)
 		}
 	}
 	return list

@@ -1,5 +1,5 @@
 // Package natssim is a NATS server with JetStream in memory, for simulations: as much
-// of one as package bus uses, without goroutines and without clocks of its own, so that
+// of one as package bus uses, with one goroutine and without clocks of its own, so that
 // everything above it can run in virtual time (testing/synctest) at the speed of the
 // processor. Package bus and the client library run on it as they are.
 //
@@ -51,20 +51,29 @@ type Server struct {
 	alias  string
 	stored func(Stored)
 
+	timer *time.Timer // of run
+	ended chan struct{}
+
 	mu      sync.Mutex
-	rng     *rand.Rand // under mu
-	faults  Faults     // under mu
-	down    bool       // under mu
-	conns   []*conn    // under mu
-	streams []*stream  // under mu
+	rng     *rand.Rand        // under mu
+	faults  Faults            // under mu
+	down    bool              // under mu
+	stopped bool              // under mu
+	conns   []*conn           // under mu
+	subs    map[string][]*sub // under mu: by the pattern without its last token
+	streams []*stream         // under mu
+	queue   events            // under mu: what is to come
+	events  uint64            // under mu: how many there were
 }
 
-// New makes an empty server.
+// New makes an empty server. Stop ends it.
 func New(c Config) *Server {
-	s := &Server{alias: c.Alias, stored: c.Stored, rng: rand.New(rand.NewPCG(c.Seed, 1))}
+	s := &Server{alias: c.Alias, stored: c.Stored, rng: rand.New(rand.NewPCG(c.Seed, 1)),
+		subs: map[string][]*sub{}, timer: time.NewTimer(time.Hour), ended: make(chan struct{})}
 	if s.alias != "" {
 		s.alias += "."
 	}
+	go s.run()
 	return s
 }
 
@@ -101,12 +110,10 @@ func (s *Server) Start() {
 func (s *Server) Stop() {
 	s.Kill()
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, st := range s.streams {
-		for _, c := range slices.Clone(st.consumers) {
-			c.remove()
-		}
-	}
+	s.stopped = true
+	s.timer.Reset(0)
+	s.mu.Unlock()
+	<-s.ended
 }
 
 func (s *Server) chance(p float64) bool { return p > 0 && s.rng.Float64() < p }

@@ -2,6 +2,7 @@ package natssim
 
 import (
 	"bytes"
+	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -122,7 +123,7 @@ func (st *stream) drop(m *message) {
 
 // wrongSequence is the error of a lost compare-and-set.
 func wrongSequence(seq uint64) *jetstream.APIError {
-	return &jetstream.APIError{Code: 400, ErrorCode: 10071, Description: fmt.Sprintf("wrong last sequence: %d", seq)}
+	return apiError(400, 10071, fmt.Sprintf("wrong last sequence: %d", seq))
 }
 
 // store takes a message and gives its sequence.
@@ -143,7 +144,7 @@ func (st *stream) store(p *packet) (uint64, *jetstream.APIError) {
 			return 0, wrongSequence(is)
 		}
 		if st.s.chance(st.s.faults.Spurious) {
-			return 0, &jetstream.APIError{Code: 400, ErrorCode: 10164, Description: "expected last sequence not yet confirmed"}
+			return 0, apiError(400, 10164, "expected last sequence not yet confirmed")
 		}
 	}
 	st.last++
@@ -173,10 +174,10 @@ func (s *Server) take(m *packet, st *stream) {
 			return
 		}
 		if err != nil {
-			s.answer(m, st.name, map[string]any{"error": err, "stream": st.name})
+			s.refuse(m, st.name, err)
 			return
 		}
-		s.answer(m, st.name, map[string]any{"stream": st.name, "seq": seq})
+		s.reply(m, st.name, fmt.Appendf(nil, `{"stream":%q,"seq":%d}`, st.name, seq))
 	case api:
 		s.api(m, rest)
 	case strings.HasPrefix(m.subject, "$JS.ACK."):
@@ -201,18 +202,27 @@ func (s *Server) status(subject, source, status string, headers ...string) (hear
 	return heard
 }
 
-func (s *Server) answer(m *packet, source string, v any) {
+func (s *Server) answer(m *packet, v any) {
 	body, err := json.Marshal(v)
 	if err != nil {
 		panic(err)
 	}
+	s.reply(m, "api", body)
+}
+
+// reply answers with a body. Those that are sent often are not made by reflection.
+func (s *Server) reply(m *packet, source string, body []byte) {
 	for _, to := range s.subscribed(m.reply) {
 		s.deliver(to, source, &packet{subject: m.reply, data: body})
 	}
 }
 
-func (s *Server) refuse(m *packet, code int, number jetstream.ErrorCode, what string) {
-	s.answer(m, "api", map[string]any{"error": jetstream.APIError{Code: code, ErrorCode: number, Description: what}})
+func (s *Server) refuse(m *packet, source string, err *jetstream.APIError) {
+	s.reply(m, source, fmt.Appendf(nil, `{"error":{"code":%d,"err_code":%d,"description":%q}}`, err.Code, err.ErrorCode, err.Description))
+}
+
+func apiError(code int, number jetstream.ErrorCode, what string) *jetstream.APIError {
+	return &jetstream.APIError{Code: code, ErrorCode: number, Description: what}
 }
 
 // api answers a request to JetStream.
@@ -231,7 +241,7 @@ func (s *Server) api(m *packet, subject string) {
 	case "STREAM CREATE", "STREAM UPDATE":
 		var cfg jetstream.StreamConfig
 		if err := json.Unmarshal(m.data, &cfg); err != nil {
-			s.refuse(m, 400, 10025, err.Error())
+			s.refuse(m, "api", apiError(400, 10025, err.Error()))
 			return
 		}
 		if st == nil {
@@ -239,11 +249,11 @@ func (s *Server) api(m *packet, subject string) {
 			s.streams = append(s.streams, st)
 		}
 		st.configure(cfg)
-		s.answer(m, "api", st.info(nil))
+		s.answer(m, st.info(nil))
 		return
 	}
 	if st == nil {
-		s.refuse(m, 404, 10059, "stream not found")
+		s.refuse(m, "api", apiError(404, 10059, "stream not found"))
 		return
 	}
 	switch verb {
@@ -256,7 +266,7 @@ func (s *Server) api(m *packet, subject string) {
 		if ask.Filter != "" {
 			filter = strings.Split(ask.Filter, ".")
 		}
-		s.answer(m, "api", st.info(filter))
+		s.answer(m, st.info(filter))
 	case "STREAM MSG GET":
 		var ask struct {
 			Last string `json:"last_by_subj"`
@@ -264,11 +274,13 @@ func (s *Server) api(m *packet, subject string) {
 		_ = json.Unmarshal(m.data, &ask)
 		found := st.lastOf(strings.Split(ask.Last, "."))
 		if found == nil {
-			s.refuse(m, 404, 10037, "no message found")
+			s.refuse(m, "api", apiError(404, 10037, "no message found"))
 			return
 		}
-		s.answer(m, "api", map[string]any{"message": map[string]any{
-			"subject": found.subject, "seq": found.seq, "hdrs": found.header, "data": found.data, "time": found.at}})
+		body := fmt.Appendf(nil, `{"message":{"subject":%q,"seq":%d,"time":%q,"hdrs":"`, found.subject, found.seq, found.at.Format(time.RFC3339Nano))
+		body = append(base64.StdEncoding.AppendEncode(body, found.header), `","data":"`...)
+		body = append(base64.StdEncoding.AppendEncode(body, found.data), `"}}`...)
+		s.reply(m, "api", body)
 	case "CONSUMER CREATE":
 		s.createConsumer(m, st)
 	default:

@@ -124,6 +124,7 @@ func Check(history []Event) Result {
 		c.records(s)
 		c.living(s)
 		c.wishes(s)
+		c.applied(s)
 		c.ending(s)
 		c.reads(s)
 		c.logs(s)
@@ -451,6 +452,30 @@ func (c *checker) wishes(s *subject) {
 	}
 }
 
+// applied checks that no attempt was ended before a deadline of which the record had
+// said that its worker keeps it.
+func (c *checker) applied(s *subject) {
+	for _, l := range s.lives {
+		if l.by != schemas.EndedDeadline {
+			continue
+		}
+		for i, rev := range s.revs {
+			r := rev.Record
+			if s.seenAt[i] >= l.end || r == nil || r.State != schemas.Running || r.Attempt != l.Attempt || r.Extensions == 0 || r.Applied < r.Extensions {
+				continue
+			}
+			if until := c.since(r.ExpiresAt); l.end >= until-time.Second {
+				continue
+			} else if s.skewed {
+				c.ByClock["extended, yet ended before"]++
+			} else {
+				c.broken(ExtendLost, s, l.end, "attempt %d was ended %v before the deadline that it had at revision %d", l.Attempt, until-l.end, rev.Revision)
+			}
+			break
+		}
+	}
+}
+
 // script is what a task's command does by itself.
 type script struct {
 	life   time.Duration // -1: it never ends
@@ -538,7 +563,9 @@ func (c *checker) ending(s *subject) {
 			wrong("of its log there is %+v", l)
 		}
 	case r.State == schemas.Canceled:
-		if !slices.ContainsFunc(s.ops, func(e Event) bool { return e.Op.Name == "cancel" && e.Op.Began <= at }) {
+		// The end is stamped when it was heard of, and a cancel may have come between that and its write.
+		written := s.seenAt[len(s.seenAt)-1]
+		if !slices.ContainsFunc(s.ops, func(e Event) bool { return e.Op.Name == "cancel" && e.Op.Began <= written }) {
 			wrong("nobody asked")
 		}
 	case r.State == schemas.Expired:

@@ -23,11 +23,12 @@ type wish struct {
 	cancel time.Duration // after it was accepted; 0: never
 	extend time.Duration // the same
 	ttl    time.Duration // to extend to
+	surely bool          // the cancel is asked for until it is acknowledged
 }
 
 // wish makes up one task. There is none that every worker refuses and no queue timeout
 // ends.
-func (w *world) wish() wish {
+func (w *world) wish(span time.Duration) wish {
 	code := w.number(4) * w.number(2)
 	commands := []string{
 		fmt.Sprintf(`["exit","%d"]`, code), `["exit","0"]`, fmt.Sprintf(`["sleep","%s","%d"]`, w.between(200*time.Millisecond, 4*time.Second), code),
@@ -35,16 +36,17 @@ func (w *world) wish() wish {
 		fmt.Sprintf(`["ignore-term","%s"]`, w.between(0, 30*time.Second)), `["term-exit","0"]`, `["log","20000","1s"]`, `["oom"]`,
 		`["fail","image"]`, `["fail","start"]`, `["refuse"]`,
 	}
-	weights := []int{3, 3, 4, 6, 3, 3, 2, 2, 2, 1, 1, 1, 1, 1}
-	n, i := w.number(33), 0
+	weights := []int{3, 3, 3, 5, 5, 5, 2, 2, 2, 1, 1, 1, 1, 1}
+	lasts := []bool{4: true, 5: true, 6: true, 8: true, 13: true} // until somebody ends it
+	n, i := w.number(35), 0
 	for ; n >= weights[i]; i++ {
 		n -= weights[i]
 	}
-	x := wish{at: w.between(0, 100*time.Second), ttl: w.between(10*time.Second, 3*time.Minute)}
+	x := wish{at: w.between(0, span*5/6), ttl: w.between(10*time.Second, 3*time.Minute)}
 	if w.chance(0.5) { // many at once
 		x.at = x.at.Truncate(40*time.Second) + w.between(0, 20*time.Millisecond)
 	}
-	if w.chance(0.3) {
+	if w.chance(0.2) {
 		x.cancel = w.between(0, 20*time.Second)
 		if w.chance(0.5) {
 			x.cancel /= 200
@@ -53,8 +55,15 @@ func (w *world) wish() wish {
 	if w.chance(0.3) {
 		x.extend = w.between(0, 40*time.Second)
 	}
-	x.spec = fmt.Sprintf(`{"image":"any","command":%s,"ttl":"%ds","max_attempts":%d,"timeouts":{"stop":"%s","queue":"2m"},
-		"resources":{"cpus":0.5,"memory":"64MiB"},"on_lost":"%s"}`, commands[i], 5+w.number(115), 1+w.number(4),
+	ttl := time.Duration(5+w.number(115)) * time.Second
+	if w.chance(0.3) { // so that its time does not end what its own end or its cancel should have
+		ttl, x.surely = time.Hour, lasts[i]
+		if x.surely {
+			x.cancel = max(x.cancel, w.between(time.Millisecond, 2*time.Minute))
+		}
+	}
+	x.spec = fmt.Sprintf(`{"image":"any","command":%s,"ttl":"%s","max_attempts":%d,"timeouts":{"stop":"%s","queue":"2m"},
+		"resources":{"cpus":0.5,"memory":"64MiB"},"on_lost":"%s"}`, commands[i], ttl, 1+w.number(4),
 		w.between(100*time.Millisecond, 8*time.Second), []string{"requeue", "requeue", "requeue", "fail", "wait"}[w.number(5)])
 	return x
 }
@@ -67,26 +76,31 @@ type client struct {
 }
 
 // runClients starts a gateway of which clients wish all that. It ends when they have
-// been answered.
+// been answered, and nobody meddles any more.
 func (w *world) runClients(name string, wishes []wish) *process {
 	return w.launch(name, "", func(ctx context.Context, _ *process, conn *bus.Conn, _ zerolog.Logger) error {
 		c := &client{w: w, conn: conn, table: bus.NewTable(conn, schemas.BucketTasks, bus.JSON(schemas.Record.Wrote))}
+		w.mu.Lock()
+		w.clients = append(w.clients, c)
+		w.mu.Unlock()
 		var each sync.WaitGroup
 		for _, x := range wishes {
 			each.Go(func() { c.serve(ctx, x) })
 		}
-		for range 5 {
-			each.Go(func() { c.meddle(ctx) })
-		}
 		each.Wait()
+		select {
+		case <-w.answered:
+		case <-ctx.Done():
+		}
 		return nil
 	})
 }
 
 func (c *client) serve(ctx context.Context, x wish) {
 	pause(ctx, x.at)
-	id, ok := c.create(ctx, x)
-	if !ok {
+	began := time.Now()
+	id, outcome := c.create(ctx, x)
+	if outcome == faults.Failed || outcome == faults.Unknown && !x.surely {
 		return
 	}
 	var both sync.WaitGroup
@@ -94,7 +108,12 @@ func (c *client) serve(ctx context.Context, x wish) {
 	if x.cancel > 0 {
 		both.Go(func() {
 			pause(ctx, x.cancel)
-			c.cancel(ctx, id)
+			for err := c.cancel(ctx, id); err != nil && x.surely && ctx.Err() == nil; err = c.cancel(ctx, id) {
+				if errors.Is(err, bus.ErrNotFound) && time.Since(began) > longest+time.Minute {
+					return // it was not made after all
+				}
+				pause(ctx, 2*time.Second)
+			}
 		})
 	}
 	if x.extend > 0 {
@@ -105,29 +124,40 @@ func (c *client) serve(ctx context.Context, x wish) {
 	}
 }
 
-// meddle asks for something about a task whose record has just changed, perhaps because
-// a client of another gateway asked.
-func (c *client) meddle(ctx context.Context) {
-	pause(ctx, c.w.between(0, 110*time.Second))
-	c.w.nextStored("$KV." + schemas.BucketTasks + ".")
-	c.w.mu.Lock()
-	id := c.w.latest
-	c.w.mu.Unlock()
-	if id == "" || ctx.Err() != nil {
+// meddle lets clients ask for something about a task of which something has just been
+// said, perhaps several by different gateways.
+func (w *world) meddle(span time.Duration) {
+	time.Sleep(w.between(0, span*11/12))
+	id := w.next([]moment{recordRuns, recordRuns, recordWritten, recordGiven, orderSent, reportSent, lastReportSent}[w.number(7)]).task
+	w.mu.Lock()
+	clients := w.clients
+	w.mu.Unlock()
+	if id == "" || len(clients) == 0 {
 		return
 	}
-	if c.w.chance(0.3) {
-		c.cancel(ctx, id)
-		return
+	var each sync.WaitGroup
+	for range 1 + w.number(4) {
+		each.Go(func() {
+			c := clients[w.number(len(clients))]
+			time.Sleep(w.between(0, 10*time.Millisecond))
+			if w.chance(0.05) {
+				_ = c.cancel(context.Background(), id)
+				return
+			}
+			c.extend(context.Background(), id, w.between(10*time.Second, 2*time.Minute))
+		})
 	}
-	c.extend(ctx, id, c.w.between(20*time.Second, 3*time.Minute))
+	each.Wait()
 }
+
+// clientName is who asked, in a record's history.
+const clientName = "client"
 
 func meta() schemas.Meta {
-	return schemas.Meta{At: time.Now().UTC(), By: "client", Op: rand.Text()}
+	return schemas.Meta{At: time.Now().UTC(), By: clientName, Op: rand.Text()}
 }
 
-func (c *client) create(ctx context.Context, x wish) (schemas.TaskID, bool) {
+func (c *client) create(ctx context.Context, x wish) (schemas.TaskID, string) {
 	spec, err := schemas.ParseSpec([]byte(x.spec), schemas.DefaultPolicy())
 	if err != nil {
 		panic(err)
@@ -141,7 +171,7 @@ func (c *client) create(ctx context.Context, x wish) (schemas.TaskID, bool) {
 	c.w.tell("client", "%s creates %s", id, spec.Command)
 	e, err := c.table.Create(ctx, string(id), schemas.NewRecord(id, spec, schemas.DefaultPolicy(), m), m.Op)
 	c.answer(op, e, http.StatusCreated, err)
-	return id, err == nil
+	return id, op.Outcome
 }
 
 func (c *client) change(ctx context.Context, id schemas.TaskID, event func(schemas.Record, schemas.Meta) schemas.Event) (bus.Entry[schemas.Record], error) {
@@ -162,7 +192,7 @@ func (c *client) change(ctx context.Context, id schemas.TaskID, event func(schem
 	return e, err
 }
 
-func (c *client) cancel(ctx context.Context, id schemas.TaskID) {
+func (c *client) cancel(ctx context.Context, id schemas.TaskID) error {
 	op := &faults.Op{Name: "cancel", Task: id, Began: c.w.now()}
 	e, err := c.change(ctx, id, func(r schemas.Record, m schemas.Meta) schemas.Event {
 		return schemas.AskCancel{Meta: m, Grace: r.Spec.Timeouts.Stop}
@@ -171,6 +201,7 @@ func (c *client) cancel(ctx context.Context, id schemas.TaskID) {
 		err = nil
 	}
 	c.answer(op, e, http.StatusOK, err)
+	return err
 }
 
 func (c *client) extend(ctx context.Context, id schemas.TaskID, ttl time.Duration) {

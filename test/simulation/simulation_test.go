@@ -33,6 +33,10 @@ func TestSimulation(t *testing.T) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
 	defer debug.SetGCPercent(debug.SetGCPercent(400))
 	first, n, most := setting(t, "SEED", 1), setting(t, "SEEDS", 100), setting(t, "FAILURES", 5)
+	sz, name := small, ""
+	if os.Getenv("HARD") != "" {
+		sz, name = hard, "HARD=1 "
+	}
 	began, virtual, failed := time.Now(), time.Duration(0), uint64(0)
 	seen := map[string]int{}
 	for seed := first; seed < first+n && failed < most; seed++ {
@@ -42,7 +46,7 @@ func TestSimulation(t *testing.T) {
 		// The client library pools its timers, and one of another bubble must not be used.
 		runtime.GC()
 		runtime.GC()
-		synctest.Test(t, func(*testing.T) { o = simulate(seed, dir) })
+		synctest.Test(t, func(*testing.T) { o = simulate(seed, sz, dir) })
 		if err := os.RemoveAll(dir); err != nil {
 			t.Fatal(err)
 		}
@@ -50,7 +54,7 @@ func TestSimulation(t *testing.T) {
 		o.count(seen)
 		if len(o.Violations) > 0 {
 			failed++
-			t.Error(o.report(seed))
+			t.Error(o.report(name, seed))
 		}
 	}
 	took := time.Since(began)
@@ -77,9 +81,9 @@ func (o Outcome) count(seen map[string]int) {
 }
 
 // report says what is wrong, and what happened to the tasks that it is about.
-func (o Outcome) report(seed uint64) string {
+func (o Outcome) report(name string, seed uint64) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "make simulate SEED=%d SEEDS=1\n", seed)
+	fmt.Fprintf(&b, "make simulate %sSEED=%d SEEDS=1\n", name, seed)
 	about := map[string]bool{}
 	for _, v := range o.Violations {
 		fmt.Fprintln(&b, v)

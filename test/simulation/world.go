@@ -41,11 +41,14 @@ type world struct {
 	records  map[schemas.TaskID]schemas.Record // under mu
 	assigned map[schemas.Assignment]struct{}   // under mu: what any record has said
 	strays   []faults.Violation                // under mu: found on the way
-	latest   schemas.TaskID                    // under mu: whose record changed last
 	leader   schemas.Leadership                // under mu: as last written
 	renewed  time.Duration                     // under mu: when
-	late     bool                              // under mu: a placer's message may come later than it counts on
+	forgot   time.Duration                     // under mu: when the server was last killed
+	late     time.Duration                     // under mu: until when a placer's message may come later than it counts on
 	waiters  []*waiter                         // under mu
+	clients  []*client                         // under mu: of the gateways
+
+	answered chan struct{} // closed when nobody meddles any more
 }
 
 // line is one line of the trace.
@@ -55,17 +58,49 @@ type line struct {
 	text string
 }
 
-func newWorld(seed uint64, dir string) *world {
-	w := &world{start: time.Now(), dir: dir, rng: rand.New(rand.NewPCG(seed, 2)),
+func newWorld(seed uint64, sz size, dir string) *world {
+	w := &world{start: time.Now(), dir: dir, answered: make(chan struct{}), rng: rand.New(rand.NewPCG(seed, 2)),
 		records: map[schemas.TaskID]schemas.Record{}, assigned: map[schemas.Assignment]struct{}{}}
 	w.server = natssim.New(natssim.Config{Seed: seed, Alias: schemas.AgentAPIPrefix, Stored: w.stored})
-	if w.chance(0.7) {
-		most := w.between(20*time.Millisecond, 4*time.Second)
-		w.late = most > placer.DefaultConfig().WriteTimeout/2
-		w.server.SetFaults(natssim.Faults{Slow: []float64{0.01, 0.03, 0.2}[w.number(3)], SlowMost: most, LostAnswer: 0.01, LostAck: 0.02, Spurious: 0.005})
-	}
+	w.weather(sz.weather)
 	w.add(faults.Event{Run: &faults.Run{Seed: seed, Lease: agent.DefaultConfig("", "").Lease, Fence: reaper.DefaultConfig().Fence, Epoch: w.start}})
 	return w
+}
+
+// weather is how well the network does from now on, for so long, or for the whole run.
+func (w *world) weather(long time.Duration) {
+	if !w.chance(0.7) {
+		w.server.SetFaults(natssim.Faults{})
+		return
+	}
+	often := func() float64 { return []float64{0.005, 0.02, 0.1}[w.number(3)] }
+	most := w.between(20*time.Millisecond, 4*time.Second)
+	if most > placer.DefaultConfig().WriteTimeout/2 {
+		if long == 0 {
+			long = 1 << 62
+		}
+		w.lateUntil(long)
+	}
+	w.server.SetFaults(natssim.Faults{Slow: 2 * often(), SlowMost: most, LostAnswer: often(), LostAck: 2 * often(), Spurious: often()})
+}
+
+// weathers lets the weather change until the span of the run is over.
+func (w *world) weathers(sz size) {
+	for w.now() < sz.span {
+		long := w.between(sz.weather/4, 2*sz.weather)
+		w.weather(long)
+		time.Sleep(long)
+	}
+}
+
+// lateUntil takes note that what a placer sends in the time to come may be late.
+func (w *world) lateUntil(long time.Duration) {
+	const after = 10 * time.Second // a write is tried again
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if end := time.Since(w.start) + long; end > w.late-after {
+		w.late = end + after
+	}
 }
 
 // now is the time of the history.
@@ -82,6 +117,8 @@ func (w *world) number(n int) int {
 	defer w.mu.Unlock()
 	return w.rng.IntN(n)
 }
+
+func (w *world) count(s spread) int { return s.least + w.number(s.most-s.least+1) }
 
 func (w *world) between(least, most time.Duration) time.Duration {
 	w.mu.Lock()
@@ -103,47 +140,99 @@ func (w *world) tell(who, format string, args ...any) {
 	w.trace = append(w.trace, l)
 }
 
-// nextStored waits, but not for long, until the server takes a message whose subject
-// begins so.
-func (w *world) nextStored(prefix string) {
-	x := &waiter{prefix, make(chan struct{})}
-	w.mu.Lock()
-	w.waiters = append(w.waiters, x)
-	w.mu.Unlock()
-	select {
-	case <-x.came:
-	case <-time.After(20 * time.Second):
-	}
+// moment is a kind of message that the server has just taken.
+type moment int
+
+const (
+	recordWritten moment = iota
+	recordGiven          // to a worker
+	recordRuns
+	recordLeft   // its worker: final, or queued again
+	recordMarked // by a client
+	orderSent
+	reportSent
+	lastReportSent
+	beatSent
+	registered // a worker's first beat, or the first after it was lost
+	verdictWritten
+	leaderWritten
+)
+
+// sight is what a message is about, as far as it says.
+type sight struct {
+	worker schemas.WorkerID
+	task   schemas.TaskID
 }
 
 type waiter struct {
-	prefix string
-	came   chan struct{}
+	moment moment
+	came   chan sight
+}
+
+// next waits, but not for long, for a moment.
+func (w *world) next(m moment) sight {
+	x := &waiter{m, make(chan sight, 1)}
+	w.mu.Lock()
+	w.waiters = append(w.waiters, x)
+	w.mu.Unlock()
+	timer := time.NewTimer(20 * time.Second)
+	defer timer.Stop()
+	select {
+	case s := <-x.came:
+		return s
+	case <-timer.C:
+		return sight{}
+	}
+}
+
+// came tells those who wait for a moment that it has come.
+func (w *world) came(s sight, moments ...moment) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.waiters = slices.DeleteFunc(w.waiters, func(x *waiter) bool {
+		came := slices.Contains(moments, x.moment)
+		if came {
+			x.came <- s
+		}
+		return came
+	})
 }
 
 // stored sees each message that the server takes.
 func (w *world) stored(m natssim.Stored) {
-	w.mu.Lock()
-	w.waiters = slices.DeleteFunc(w.waiters, func(x *waiter) bool {
-		came := strings.HasPrefix(m.Subject, x.prefix)
-		if came {
-			close(x.came)
+	words := strings.Split(m.Subject, ".")
+	switch {
+	case words[0] == "dayfly":
+		w.tell("bus", "%s %s", m.Subject[len("dayfly."):], m.Data)
+		s := sight{schemas.WorkerID(words[len(words)-2]), schemas.TaskID(words[len(words)-1])}
+		switch {
+		case words[1] == "work":
+			w.came(s, orderSent)
+		case words[1] == "reports" && bytes.Contains(m.Data, []byte(`"phase":"ended"`)):
+			w.came(s, reportSent, lastReportSent)
+		case words[1] == "reports":
+			w.came(s, reportSent)
 		}
-		return came
-	})
-	w.mu.Unlock()
-	if word, short := strings.CutPrefix(m.Subject, "dayfly."); short {
-		w.tell("bus", "%s %s", word, m.Data)
-		return
-	}
-	if strings.HasPrefix(m.Subject, "$KV."+schemas.BucketLeaders+".") {
+	case words[1] == schemas.BucketLeaders:
 		w.ledBy(m.Data)
+		w.came(sight{}, leaderWritten)
+	case words[1] == schemas.BucketWorkers:
+		s := sight{worker: schemas.WorkerID(words[2])}
+		switch {
+		case bytes.Contains(m.Data, []byte(`"lost_at":`)):
+			w.came(s, verdictWritten)
+		case bytes.Contains(m.Data, []byte(`"sequence":1,`)):
+			w.came(s, beatSent, registered)
+		default:
+			w.came(s, beatSent)
+		}
+	case words[1] == schemas.BucketTasks:
+		w.recorded(schemas.TaskID(words[2]), m)
 	}
-	key, ok := strings.CutPrefix(m.Subject, "$KV."+schemas.BucketTasks+".")
-	if !ok {
-		return
-	}
-	id := schemas.TaskID(key)
+}
+
+// recorded sees each revision of a record.
+func (w *world) recorded(id schemas.TaskID, m natssim.Stored) {
 	var r schemas.Record
 	if err := schemas.Decode(m.Data, &r); err != nil {
 		w.add(faults.Event{Rev: &faults.Rev{Task: id, Revision: m.Sequence, Deleted: true}})
@@ -154,7 +243,8 @@ func (w *world) stored(m natssim.Stored) {
 	}
 	w.add(faults.Event{Rev: &faults.Rev{Task: id, Revision: m.Sequence, Record: &r}})
 	w.mu.Lock()
-	w.records[id], w.latest = r, id
+	before := w.records[id]
+	w.records[id] = r
 	if r.State.Held() {
 		w.assigned[r.Assignment()] = struct{}{}
 		w.promised(r)
@@ -162,9 +252,23 @@ func (w *world) stored(m natssim.Stored) {
 	w.mu.Unlock()
 	last := r.History[len(r.History)-1]
 	w.tell("record", "%s r%d %s attempt %d on %s by %s: %s %s", id, m.Sequence, r.State, r.Attempt, r.Worker, last.By, last.Note, r.Message)
+	switch s := (sight{r.Worker, id}); {
+	case r.State == schemas.Assigned && before.State == schemas.Queued:
+		w.came(s, recordWritten, recordGiven)
+	case r.State == schemas.Running && before.State != schemas.Running:
+		w.came(s, recordWritten, recordRuns)
+	case before.State.Held() && !r.State.Held():
+		w.came(sight{before.Worker, id}, recordWritten, recordLeft)
+	case last.By == clientName:
+		w.came(s, recordWritten, recordMarked)
+	default:
+		w.came(s, recordWritten)
+	}
 }
 
-// ledBy checks that a leader is followed by another only when its time is over.
+// ledBy checks that a leader is followed by another only when its time is over. A
+// server that was killed may have forgotten who leads: then two do, until one of them
+// renews.
 func (w *world) ledBy(data []byte) {
 	var l schemas.Leadership
 	if err := schemas.Decode(data, &l); err != nil {
@@ -173,7 +277,8 @@ func (w *world) ledBy(data []byte) {
 	now := w.now()
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if was := w.leader; was.Holder != "" && l.Holder != "" && was.Holder != l.Holder && now-w.renewed < was.Length.Std() {
+	if was := w.leader; was.Holder != "" && l.Holder != "" && was.Holder != l.Holder && now-w.renewed < was.Length.Std() &&
+		(w.forgot == 0 || now-w.forgot > 3*was.Length.Std()) {
 		w.strays = append(w.strays, faults.Violation{Rule: Usurped, At: now, What: fmt.Sprintf("%v after the old leader renewed", now-w.renewed)})
 	}
 	w.leader, w.renewed = l, now
@@ -183,7 +288,7 @@ func (w *world) ledBy(data []byte) {
 // A new leader counts on what the old one sent having arrived within a write's timeout;
 // where the network does not keep that, the agent is the judge of its room.
 func (w *world) promised(r schemas.Record) {
-	if w.late {
+	if time.Since(w.start) < w.late {
 		return
 	}
 	held := 0
@@ -262,12 +367,13 @@ type host struct {
 	w       *world
 	worker  schemas.WorkerID
 	slots   int
+	fails   float64 // of starts, for no fault of the task's
 	runtime *fakeruntime.Runtime
 	states  int // folders that its agents have had
 }
 
 func (w *world) newHost(i int) *host {
-	h := &host{w: w, worker: schemas.WorkerID(fmt.Sprintf("w%d", i+1)), slots: 1 + w.number(4)}
+	h := &host{w: w, worker: schemas.WorkerID(fmt.Sprintf("w%d", i+1)), slots: 1 + w.number(4), fails: []float64{0, 0, 0, 0.3}[w.number(4)]}
 	h.runtime = fakeruntime.New(fakeruntime.Config{
 		Host:       schemas.Host{OS: "linux", Arch: "amd64", CPUs: 4, Memory: 1 << 30, Slots: h.slots},
 		StartDelay: []time.Duration{0, 0, 100 * time.Millisecond, time.Second, 20 * time.Second}[w.number(5)],
@@ -345,6 +451,9 @@ func (h *handle) Recover(ctx context.Context) ([]agent.Attempt, error) {
 func (h *handle) Start(ctx context.Context, req agent.StartRequest) (agent.Attempt, error) {
 	if err := h.check(); err != nil {
 		return nil, err
+	}
+	if h.w.chance(h.fails) {
+		return nil, errors.New("the host is out of order")
 	}
 	a, err := h.runtime.Start(ctx, req)
 	if err != nil {
