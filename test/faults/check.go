@@ -463,8 +463,8 @@ func (c *checker) promised(s *subject, expires time.Time) time.Duration {
 	return until
 }
 
-// applied checks that no attempt was ended before a deadline of which the record had
-// said that its worker keeps it.
+// applied checks that no attempt was ended before a deadline that its record had shown
+// as carried out.
 func (c *checker) applied(s *subject) {
 	for _, l := range s.lives {
 		if l.by != schemas.EndedDeadline {

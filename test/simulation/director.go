@@ -237,7 +237,7 @@ func (d *director) fault(at time.Duration) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.history = append(d.history, faults.Event{T: began, Fault: &faults.Fault{Kind: kind, Target: target, Until: d.now(), Effect: "as told"}})
-	d.trace = append(d.trace, line{d.now(), "director", kind + " " + target + " is over"})
+	d.trace = append(d.trace, line{d.now(), "director", kind + " " + target + " is over", nil})
 }
 
 // longest is how long a fault lasts at most.

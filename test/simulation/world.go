@@ -57,7 +57,10 @@ type line struct {
 	at   time.Duration
 	who  string
 	text string
+	data []byte // more of it
 }
+
+func (l line) String() string { return l.text + " " + string(l.data) }
 
 func newWorld(seed uint64, sz size, dir string) *world {
 	w := &world{start: time.Now(), dir: dir, answered: make(chan struct{}), rng: rand.New(rand.NewPCG(seed, 2)),
@@ -135,7 +138,12 @@ func (w *world) add(e faults.Event) {
 }
 
 func (w *world) tell(who, format string, args ...any) {
-	l := line{w.now(), who, fmt.Sprintf(format, args...)}
+	w.noted(who, fmt.Sprintf(format, args...), nil)
+}
+
+// noted is tell without formatting: most lines are never read. data must not change.
+func (w *world) noted(who, text string, data []byte) {
+	l := line{w.now(), who, text, data}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.trace = append(w.trace, l)
@@ -204,7 +212,7 @@ func (w *world) stored(m natssim.Stored) {
 	words := strings.Split(m.Subject, ".")
 	switch {
 	case words[0] == "dayfly":
-		w.tell("bus", "%s %s", m.Subject[len("dayfly."):], m.Data)
+		w.noted("bus", m.Subject[len("dayfly."):], m.Data)
 		s := sight{schemas.WorkerID(words[len(words)-2]), schemas.TaskID(words[len(words)-1])}
 		switch {
 		case words[1] == "work":
@@ -363,7 +371,7 @@ func (w *world) launch(name string, worker schemas.WorkerID, run func(context.Co
 // Write takes the process's log.
 func (p *process) Write(b []byte) (int, error) {
 	if !p.dead.Load() {
-		p.w.tell(p.name, "%s", bytes.TrimSuffix(b, []byte("\n")))
+		p.w.noted(p.name, string(bytes.TrimSuffix(b, []byte("\n"))), nil)
 	}
 	return len(b), nil
 }
