@@ -452,8 +452,8 @@ func (c *checker) wishes(s *subject) {
 	}
 }
 
-// applied checks that no attempt was ended before a deadline of which the record had
-// said that its worker keeps it.
+// applied checks that no attempt was ended before a deadline that its record had shown
+// as carried out.
 func (c *checker) applied(s *subject) {
 	for _, l := range s.lives {
 		if l.by != schemas.EndedDeadline {

@@ -405,6 +405,14 @@ func TestBrokenHistories(t *testing.T) {
 			s.end(19.3, schemas.EndedItself, 0)
 			return s
 		}},
+		"the record shows the new deadline, yet ended": {ExtendLost, func() *story {
+			s := running(func(s *schemas.Spec) { s.Command = []string{"sleep"} })
+			s.next(10, schemas.AskExtend{Meta: s.meta(10, "gateway"), TTL: schemas.Duration(at(20))})
+			s.next(10.2, schemas.Settle{Meta: s.meta(10.2, "reaper"), Report: schemas.Report{Assignment: s.rec.Assignment(), Phase: schemas.PhaseRunning, Ran: true, Applied: 1}})
+			s.die(23, schemas.EndedDeadline, 143)
+			s.end(30.1, schemas.EndedDeadline, 143)
+			return s
+		}},
 		"extended, yet ended": {ExtendLost, func() *story {
 			s := running(func(s *schemas.Spec) { s.Command = []string{"sleep"} })
 			s.next(10, schemas.AskExtend{Meta: s.meta(10, "gateway"), TTL: schemas.Duration(at(20))})

@@ -56,6 +56,9 @@ func (w *world) wish(span time.Duration) wish {
 		x.extend = w.between(0, 40*time.Second)
 	}
 	ttl := time.Duration(5+w.number(115)) * time.Second
+	if w.chance(0.4) {
+		ttl *= 3
+	}
 	if w.chance(0.3) { // so that its time does not end what its own end or its cancel should have
 		ttl, x.surely = time.Hour, lasts[i]
 		if x.surely {
@@ -64,7 +67,7 @@ func (w *world) wish(span time.Duration) wish {
 	}
 	x.spec = fmt.Sprintf(`{"image":"any","command":%s,"ttl":"%s","max_attempts":%d,"timeouts":{"stop":"%s","queue":"2m"},
 		"resources":{"cpus":0.5,"memory":"64MiB"},"on_lost":"%s"}`, commands[i], ttl, 1+w.number(4),
-		w.between(100*time.Millisecond, 8*time.Second), []string{"requeue", "requeue", "requeue", "fail", "wait"}[w.number(5)])
+		w.between(100*time.Millisecond, 8*time.Second), []string{"requeue", "requeue", "requeue", "fail", "wait", "wait"}[w.number(6)])
 	return x
 }
 

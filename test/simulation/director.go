@@ -21,6 +21,7 @@ const (
 	Unassigned faults.Rule = "unassigned"  // an attempt was started that no record has ever named
 	Overfull   faults.Rule = "overfull"    // a worker was given more tasks than it has room for
 	Usurped    faults.Rule = "usurped"     // a placer led while another did
+	Hasty      faults.Rule = "hasty"       // a worker was declared lost while its permit was not over
 	Left       faults.Rule = "left behind" // a host keeps a container that no record needs
 )
 
@@ -42,7 +43,7 @@ type spread struct{ least, most int }
 // everything, so that what happens rarely happens in each.
 var (
 	small = size{span: 2 * time.Minute, within: 8 * time.Minute, hosts: spread{2, 3}, wishes: spread{2, 7}, meddlers: 4, faults: spread{0, 11}}
-	hard  = size{span: 20 * time.Minute, within: 12 * time.Minute, hosts: spread{3, 5}, wishes: spread{100, 200}, meddlers: 250, faults: spread{80, 180}, weather: time.Minute}
+	hard  = size{span: 30 * time.Minute, within: 12 * time.Minute, hosts: spread{3, 5}, wishes: spread{150, 250}, meddlers: 350, faults: spread{100, 200}, weather: time.Minute}
 )
 
 // role is a process that is started again when it was killed.
@@ -236,17 +237,17 @@ func (d *director) fault(at time.Duration) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.history = append(d.history, faults.Event{T: began, Fault: &faults.Fault{Kind: kind, Target: target, Until: d.now(), Effect: "as told"}})
-	d.trace = append(d.trace, line{d.now(), "director", kind + " " + target + " is over"})
+	d.trace = append(d.trace, line{d.now(), "director", kind + " " + target + " is over", nil})
 }
 
 // longest is how long a fault lasts at most.
 const longest = 130 * time.Second
 
-// length is how long a fault lasts: of each order of magnitude equally often, and one
-// in four long enough for a worker to be lost.
+// length is how long a fault lasts: of each order of magnitude equally often, and more
+// than one in three long enough for a worker to be lost.
 func (d *director) length() time.Duration {
-	if d.chance(0.25) {
-		return d.between(50*time.Second, longest)
+	if d.chance(0.4) {
+		return d.between(60*time.Second, longest)
 	}
 	decade := 50 * time.Millisecond
 	for range d.number(3) {
@@ -313,7 +314,7 @@ func (d *director) hurt(kind string, r *role, long time.Duration) {
 // may be slow for a while.
 func (d *director) hurtLink(kind string, link *natssim.Link, long time.Duration) {
 	slow := time.Duration(0)
-	if d.chance(0.3) {
+	if d.chance(0.5) {
 		slow = d.between(time.Second, 10*time.Second)
 	}
 	if kind != "cut" || slow > 0 {

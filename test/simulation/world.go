@@ -35,18 +35,19 @@ type world struct {
 	all    sync.WaitGroup // everything that was started
 
 	mu       sync.Mutex
-	rng      *rand.Rand                        // under mu: of the director
-	history  []faults.Event                    // under mu
-	trace    []line                            // under mu
-	records  map[schemas.TaskID]schemas.Record // under mu
-	assigned map[schemas.Assignment]struct{}   // under mu: what any record has said
-	strays   []faults.Violation                // under mu: found on the way
-	leader   schemas.Leadership                // under mu: as last written
-	renewed  time.Duration                     // under mu: when
-	forgot   time.Duration                     // under mu: when the server was last killed
-	late     time.Duration                     // under mu: until when a placer's message may come later than it counts on
-	waiters  []*waiter                         // under mu
-	clients  []*client                         // under mu: of the gateways
+	rng      *rand.Rand                         // under mu: of the director
+	history  []faults.Event                     // under mu
+	trace    []line                             // under mu
+	records  map[schemas.TaskID]schemas.Record  // under mu
+	assigned map[schemas.Assignment]struct{}    // under mu: what any record has said
+	strays   []faults.Violation                 // under mu: found on the way
+	beats    map[schemas.WorkerID]time.Duration // under mu: the last of each worker
+	leader   schemas.Leadership                 // under mu: as last written
+	renewed  time.Duration                      // under mu: when
+	forgot   time.Duration                      // under mu: when the server was last killed
+	late     time.Duration                      // under mu: until when a placer's message may come later than it counts on
+	waiters  []*waiter                          // under mu
+	clients  []*client                          // under mu: of the gateways
 
 	answered chan struct{} // closed when nobody meddles any more
 }
@@ -56,11 +57,14 @@ type line struct {
 	at   time.Duration
 	who  string
 	text string
+	data []byte // more of it
 }
+
+func (l line) String() string { return l.text + " " + string(l.data) }
 
 func newWorld(seed uint64, sz size, dir string) *world {
 	w := &world{start: time.Now(), dir: dir, answered: make(chan struct{}), rng: rand.New(rand.NewPCG(seed, 2)),
-		records: map[schemas.TaskID]schemas.Record{}, assigned: map[schemas.Assignment]struct{}{}}
+		records: map[schemas.TaskID]schemas.Record{}, assigned: map[schemas.Assignment]struct{}{}, beats: map[schemas.WorkerID]time.Duration{}}
 	w.server = natssim.New(natssim.Config{Seed: seed, Alias: schemas.AgentAPIPrefix, Stored: w.stored})
 	w.weather(sz.weather)
 	w.add(faults.Event{Run: &faults.Run{Seed: seed, Lease: agent.DefaultConfig("", "").Lease, Fence: reaper.DefaultConfig().Fence, Epoch: w.start}})
@@ -134,7 +138,12 @@ func (w *world) add(e faults.Event) {
 }
 
 func (w *world) tell(who, format string, args ...any) {
-	l := line{w.now(), who, fmt.Sprintf(format, args...)}
+	w.noted(who, fmt.Sprintf(format, args...), nil)
+}
+
+// noted is tell without formatting: most lines are never read. data must not change.
+func (w *world) noted(who, text string, data []byte) {
+	l := line{w.now(), who, text, data}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.trace = append(w.trace, l)
@@ -203,7 +212,7 @@ func (w *world) stored(m natssim.Stored) {
 	words := strings.Split(m.Subject, ".")
 	switch {
 	case words[0] == "dayfly":
-		w.tell("bus", "%s %s", m.Subject[len("dayfly."):], m.Data)
+		w.noted("bus", m.Subject[len("dayfly."):], m.Data)
 		s := sight{schemas.WorkerID(words[len(words)-2]), schemas.TaskID(words[len(words)-1])}
 		switch {
 		case words[1] == "work":
@@ -220,10 +229,13 @@ func (w *world) stored(m natssim.Stored) {
 		s := sight{worker: schemas.WorkerID(words[2])}
 		switch {
 		case bytes.Contains(m.Data, []byte(`"lost_at":`)):
+			w.condemned(s.worker)
 			w.came(s, verdictWritten)
 		case bytes.Contains(m.Data, []byte(`"sequence":1,`)):
+			w.beat(s.worker)
 			w.came(s, beatSent, registered)
 		default:
+			w.beat(s.worker)
 			w.came(s, beatSent)
 		}
 	case words[1] == schemas.BucketTasks:
@@ -263,6 +275,23 @@ func (w *world) recorded(id schemas.TaskID, m natssim.Stored) {
 		w.came(s, recordWritten, recordMarked)
 	default:
 		w.came(s, recordWritten)
+	}
+}
+
+func (w *world) beat(worker schemas.WorkerID) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.beats[worker] = time.Since(w.start)
+}
+
+// condemned checks that a worker that is declared lost has long been silent: nothing of
+// it may run any more.
+func (w *world) condemned(worker schemas.WorkerID) {
+	now := w.now()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if last := w.beats[worker]; now-last < agent.DefaultConfig("", "").Lease {
+		w.strays = append(w.strays, faults.Violation{Rule: Hasty, At: now, What: fmt.Sprintf("%s was declared lost %v after its beat", worker, now-last)})
 	}
 }
 
@@ -342,7 +371,7 @@ func (w *world) launch(name string, worker schemas.WorkerID, run func(context.Co
 // Write takes the process's log.
 func (p *process) Write(b []byte) (int, error) {
 	if !p.dead.Load() {
-		p.w.tell(p.name, "%s", bytes.TrimSuffix(b, []byte("\n")))
+		p.w.noted(p.name, string(bytes.TrimSuffix(b, []byte("\n"))), nil)
 	}
 	return len(b), nil
 }
@@ -373,7 +402,7 @@ type host struct {
 }
 
 func (w *world) newHost(i int) *host {
-	h := &host{w: w, worker: schemas.WorkerID(fmt.Sprintf("w%d", i+1)), slots: 1 + w.number(4), fails: []float64{0, 0, 0, 0.3}[w.number(4)]}
+	h := &host{w: w, worker: schemas.WorkerID(fmt.Sprintf("w%d", i+1)), slots: 1 + w.number(4), fails: []float64{0, 0, 0.2, 0.4}[w.number(4)]}
 	h.runtime = fakeruntime.New(fakeruntime.Config{
 		Host:       schemas.Host{OS: "linux", Arch: "amd64", CPUs: 4, Memory: 1 << 30, Slots: h.slots},
 		StartDelay: []time.Duration{0, 0, 100 * time.Millisecond, time.Second, 20 * time.Second}[w.number(5)],
