@@ -534,7 +534,9 @@ func TestWhatAWorkerHasNotHeardOfIsSaidAgainAtOnce(t *testing.T) {
 		b.report(schemas.Report{Assignment: assigned[id], Phase: schemas.PhaseRunning, Ran: true})
 		b.state(id, schemas.Running)
 	}
-	extend := func(m schemas.Meta) schemas.Event { return schemas.AskExtend{Meta: m, TTL: schemas.Duration(2 * time.Hour)} }
+	extend := func(m schemas.Meta) schemas.Event {
+		return schemas.AskExtend{Meta: m, TTL: schemas.Duration(2 * time.Hour)}
+	}
 	b.next(extended, extend)
 	b.next(extended, extend)
 	b.next(canceled, extend)
@@ -556,7 +558,9 @@ func TestAWorkerHearsTheDeadlineThatTheRecordShows(t *testing.T) {
 	b.cfg.Redrive = time.Hour
 	b.start()
 	plain, lengthened := b.accept(nil), b.accept(nil)
-	b.next(lengthened, func(m schemas.Meta) schemas.Event { return schemas.AskExtend{Meta: m, TTL: schemas.Duration(2 * time.Hour)} })
+	b.next(lengthened, func(m schemas.Meta) schemas.Event {
+		return schemas.AskExtend{Meta: m, TTL: schemas.Duration(2 * time.Hour)}
+	})
 	run := func(id schemas.TaskID, applied int) schemas.Assignment {
 		t.Helper()
 		a := b.assign(id, "e1")
