@@ -219,7 +219,7 @@ func TestAgentIsDeniedTheRest(t *testing.T) {
 		schemas.AgentAPIPrefix + ".CONSUMER.MSG.NEXT." + schemas.WorkStream("w2") + "." + schemas.WorkConsumer("w2"),
 		schemas.AgentAPIPrefix + ".CONSUMER.INFO." + schemas.WorkStream("w2") + "." + schemas.WorkConsumer("w2"),
 		"$JS.ACK." + schemas.WorkStream("w2") + "." + schemas.WorkConsumer("w2") + ".1.1.1.1.1",
-		"$SYS.REQ.SERVER.PING", "_INBOX.x.y", schemas.PlacerWhySubject,
+		"$SYS.REQ.SERVER.PING", "_INBOX.x.y", schemas.PlacerWhySubject, schemas.PlacerDrainedSubject,
 	} {
 		_, err := agent.Publish(ctx, subject, nil, []byte("x"))
 		if !errors.Is(err, nats.ErrPermissionViolation) {

@@ -86,6 +86,12 @@ func LogSubject(w WorkerID, t TaskID) string    { return fmt.Sprintf("dayfly.log
 // why a queued task waits: the body is the task's id, the answer a Why.
 const PlacerWhySubject = "dayfly.placer.why"
 
+// PlacerDrainedSubject is the core request by which a gateway asks the leading placer
+// to say when it gives a worker nothing more: the body is the worker's name, the answer
+// the same, once every mark of a drain that is stored has been seen and no assignment to
+// that worker is being written.
+const PlacerDrainedSubject = "dayfly.placer.drained"
+
 // How long things are kept.
 const (
 	ReportAge      = 24 * time.Hour

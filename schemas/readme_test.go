@@ -96,6 +96,7 @@ func TestReadmeNamesEveryAsset(t *testing.T) {
 		}
 	}
 	row("| request `"+schemas.PlacerWhySubject+"` |", schemas.PlacerWhySubject)
+	row("| request `"+schemas.PlacerDrainedSubject+"` |", schemas.PlacerDrainedSubject)
 }
 
 // What an agent publishes ends up in a stream or bucket of ours, and nowhere else.

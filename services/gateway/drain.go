@@ -15,7 +15,8 @@ func noWorker() *schemas.Error {
 }
 
 // drain is POST /v1/workers/{id}/drain: the worker takes nothing new, what it has goes
-// on to its end. It stays drained until undrain, over restarts too.
+// on to its end. It stays drained until undrain, over restarts too. 200 once the placers
+// give it nothing more, 202 while none has said so.
 func (g *Gateway) drain(w *response, r *http.Request) error {
 	return g.setDrain(w, r, true, func(ctx context.Context, key string) error {
 		m := meta("client")
@@ -72,12 +73,43 @@ func (g *Gateway) setDrain(w *response, r *http.Request, draining bool, change f
 		return unavailable()
 	}
 	g.log.Info().Str("worker", string(id)).Bool("draining", draining).Msg("worker drain")
+	status := http.StatusOK
+	if draining && !g.drained(r.Context(), id) {
+		status = http.StatusAccepted
+	}
 	b, _, ok := g.fleet.beats.Get(string(id))
 	if !ok {
 		return noWorker()
 	}
 	b.Worker = id
-	return answer(w, http.StatusOK, g.fleet.worker(b, time.Now()))
+	return answer(w, status, g.fleet.worker(b, time.Now()))
+}
+
+const (
+	// drainWait is how long a drain waits for the placers to know of it.
+	drainWait = 2 * time.Second
+	// drainAgain is the pause before it asks again.
+	drainAgain = 50 * time.Millisecond
+)
+
+// drained says whether the leading placer gives the worker nothing more. While none
+// leads nobody gives it anything, but the write of one that led may still arrive.
+func (g *Gateway) drained(ctx context.Context, id schemas.WorkerID) bool {
+	ctx, cancel := context.WithTimeout(ctx, drainWait)
+	defer cancel()
+	for {
+		try, done := context.WithTimeout(ctx, drainWait/4) // who was asked may just have been deposed
+		m, err := g.conn.NC.RequestWithContext(try, schemas.PlacerDrainedSubject, []byte(id))
+		done()
+		if err == nil && string(m.Data) == string(id) {
+			return true
+		}
+		select {
+		case <-time.After(drainAgain):
+		case <-ctx.Done():
+			return false
+		}
+	}
 }
 
 // stays refuses more time to a task that keeps a draining worker busy. It asks the

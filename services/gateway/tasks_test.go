@@ -645,6 +645,15 @@ func TestDrain(t *testing.T) {
 	until(t, "both gateways know the worker", func() bool {
 		return w.get("/v1/workers/w1").status == 200 && other.get("/v1/workers/w1").status == 200
 	})
+	// While no placer says that it knows, the worker may still be given a task.
+	if r := drain(w.api, "w1", "drain"); r.status != 202 {
+		t.Errorf("drained without a placer: %d %s", r.status, r.body)
+	}
+	sub, err := w.conn.NC.Subscribe(schemas.PlacerDrainedSubject, func(m *nats.Msg) { _ = m.Respond(m.Data) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sub.Unsubscribe()
 	for range 2 { // twice is as once
 		if s := state(drain(w.api, "w1", "drain")); s != "draining" {
 			t.Errorf("drained, it is %s", s)

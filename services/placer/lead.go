@@ -42,6 +42,12 @@ func (p *Placer) reign(ctx context.Context, l *lease) error {
 			return fmt.Errorf("listen to %s: %w", schemas.PlacerWhySubject, err)
 		}
 		defer func() { _ = why.Unsubscribe() }()
+		asked := make(chan *nats.Msg, 64)
+		drained, err := p.conn.NC.ChanSubscribe(schemas.PlacerDrainedSubject, asked)
+		if err != nil {
+			return fmt.Errorf("listen to %s: %w", schemas.PlacerDrainedSubject, err)
+		}
+		defer func() { _ = drained.Unsubscribe() }()
 		p.leading.Store(true)
 		defer p.leading.Store(false)
 		p.log.Info().Uint64("term", l.Held().Term).Msg("leading")
@@ -49,6 +55,7 @@ func (p *Placer) reign(ctx context.Context, l *lease) error {
 		leader.Go(func() error { return p.decide(leaderCtx, l) })
 		leader.Go(func() error { return p.resend(leaderCtx, l) })
 		leader.Go(func() error { return p.makeQueues(leaderCtx) })
+		leader.Go(func() error { return p.answerDrained(leaderCtx, l, asked) })
 		return leader.Wait()
 	})
 	err := g.Wait()
@@ -112,6 +119,9 @@ func (p *Placer) decide(ctx context.Context, l *lease) error {
 			}
 			p.mu.Lock()
 			d, ok := p.book.next(time.Now(), p.refused)
+			if ok {
+				p.writing[d.worker]++
+			}
 			p.mu.Unlock()
 			if !ok {
 				<-p.writers
@@ -209,8 +219,22 @@ func (p *Placer) wrote(d decision, o outcome, revision uint64) {
 	p.mu.Lock()
 	p.book.wrote(d, o, revision, time.Now())
 	p.mu.Unlock()
+	if o == failed { // it may still arrive
+		time.AfterFunc(p.cfg.WriteTimeout, func() { p.arrived(d.worker) })
+	} else {
+		p.arrived(d.worker)
+	}
 	if o != written {
 		p.nudge()
+	}
+}
+
+// arrived says that nothing is on its way any more of one assignment to a worker.
+func (p *Placer) arrived(w schemas.WorkerID) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.writing[w]--; p.writing[w] == 0 {
+		delete(p.writing, w)
 	}
 }
 
@@ -410,6 +434,51 @@ func (p *Placer) answerWhy(m *nats.Msg) {
 		return
 	}
 	_ = m.Respond(body)
+}
+
+// answerDrained answers each who asks whether a worker is given nothing more, once that
+// is so. What is not answered is asked again.
+func (p *Placer) answerDrained(ctx context.Context, l *lease, asked <-chan *nats.Msg) error {
+	for {
+		var m *nats.Msg
+		select {
+		case <-ctx.Done():
+			return nil
+		case m = <-asked:
+		}
+		w, err := schemas.ParseWorkerID(string(m.Data))
+		if err != nil || m.Reply == "" {
+			continue
+		}
+		try, cancel := context.WithTimeout(ctx, 2*p.cfg.WriteTimeout)
+		if p.drained(try, w) == nil && l.Valid() {
+			_ = m.Respond(m.Data)
+		}
+		cancel()
+	}
+}
+
+// drained waits until this placer has seen every drain that is stored, and has written
+// what it had chosen for the worker before.
+func (p *Placer) drained(ctx context.Context, w schemas.WorkerID) error {
+	last, err := p.lastSequence(ctx, bus.StreamOf(schemas.BucketDrains))
+	if err != nil {
+		return err
+	}
+	if err := p.drains.CaughtUp(ctx, last); err != nil {
+		return err
+	}
+	for {
+		p.mu.Lock()
+		writing := p.writing[w]
+		p.mu.Unlock()
+		if writing == 0 {
+			return nil
+		}
+		if !sleep(ctx, 5*time.Millisecond) {
+			return ctx.Err()
+		}
+	}
 }
 
 func earlier(a, b time.Time) time.Time {

@@ -73,6 +73,8 @@ type Placer struct {
 	mu    sync.Mutex
 	book  *book                          // under mu
 	newly map[schemas.WorkerID]time.Time // under mu: workers whose queue is to be made, from when on
+	// writing counts the assignments that are being written, or may still arrive. Under mu.
+	writing map[schemas.WorkerID]int
 }
 
 // Run runs the placer until ctx ends.
@@ -113,7 +115,7 @@ func newPlacer(deps Deps, cfg Config) (*Placer, error) {
 	p := &Placer{
 		cfg: cfg, conn: deps.Conn, log: deps.Logger, tracer: deps.Tracer, book: newBook(cfg),
 		writers: make(chan struct{}, cfg.InFlight), wake: make(chan struct{}, 1), enroll: make(chan struct{}, 1),
-		newly: map[schemas.WorkerID]time.Time{},
+		newly: map[schemas.WorkerID]time.Time{}, writing: map[schemas.WorkerID]int{},
 		table: bus.NewTable(deps.Conn, schemas.BucketTasks, bus.JSON(schemas.Record.Wrote)),
 		elector: &elector{
 			leaders:  bus.NewTable(deps.Conn, schemas.BucketLeaders, bus.JSON[schemas.Leadership](nil)),

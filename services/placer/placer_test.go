@@ -387,6 +387,57 @@ func TestDrainedWorkersTakeNothingNew(t *testing.T) {
 	w.allPlaced(1, 2, 1)
 }
 
+// Once the leader has said that a worker is drained, no task is given to it any more,
+// though many wait and assignments are being written all the time.
+func TestADrainThatIsAnsweredIsTrue(t *testing.T) {
+	w := newWorld(t)
+	w.placer(quick("a"))
+	w.beat("w1", host(1000, 1000*gib, 0))
+	w.beat("w2", host(1000, 1000*gib, 0))
+	w.posts(0, 50)
+	w.allPlaced(0, 50, 1)
+	drains := bus.NewTable(w.conn, schemas.BucketDrains, bus.JSON[schemas.Drain](nil))
+	stream, err := w.conn.JS.Stream(t.Context(), bus.StreamOf(schemas.BucketTasks))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for round := range 5 {
+		from, to := 50+300*round, 350+300*round
+		var posting sync.WaitGroup
+		posting.Go(func() { w.posts(from, to) })
+		eventually(t, "tasks are being placed", func() bool { return len(w.ordersOf(taskID(from+50))) > 0 })
+		if _, err := drains.Create(t.Context(), "w1", schemas.Drain{Since: time.Now(), By: "test"}, ""); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the leader answers", func() bool { // there is none between two terms
+			m, err := w.conn.NC.Request(schemas.PlacerDrainedSubject, []byte("w1"), 5*time.Second)
+			return err == nil && string(m.Data) == "w1"
+		})
+		info, err := stream.Info(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		posting.Wait()
+		w.allPlaced(from, to, 2)
+		for n := from; n < to; n++ {
+			e, err := w.tasks.Get(t.Context(), string(taskID(n)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if e.Value.Worker == "w1" && e.Revision > info.State.LastSeq {
+				t.Errorf("round %d: task %d was given to it at revision %d, after the answer at %d", round, n, e.Revision, info.State.LastSeq)
+			}
+		}
+		d, err := drains.Get(t.Context(), "w1")
+		if err == nil {
+			err = drains.Delete(t.Context(), "w1", d.Revision)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 func BenchmarkPlaceThroughNATS(b *testing.B) {
 	for _, workers := range []int{50, 1000} {
 		b.Run(fmt.Sprintf("10000 tasks/%d workers", workers), func(b *testing.B) {
