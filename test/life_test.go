@@ -76,8 +76,6 @@ func (s *site) ends(id schemas.TaskID, state schemas.State, reason schemas.Reaso
 	return s.until(id, func(t schemas.Task) bool { return t.State == state && t.Reason == reason })
 }
 
-func isReady(t schemas.Task) bool { return t.Ready }
-
 // Each of the timeouts has an end of its own. A Docker Engine that does not answer a
 // start is played by a proxy.
 func TestTimeouts(t *testing.T) {
@@ -215,8 +213,18 @@ func TestRestartsAndHealth(t *testing.T) {
 		t.Errorf("attempt %d, ready %v\n%s", task.Attempt, task.Ready, history(task))
 	}
 	s.wrote(flaky.ID, "run 1\nrun 2\nrun 3\nready\n")
-	if task := s.until(web.ID, isReady); task.Timings.Ready.IsZero() {
-		t.Error("ready without a time")
+	awaited := func(id schemas.TaskID) (task schemas.Task) {
+		t.Helper()
+		if err := s.Call(s.ctx, "GET", "/v1/tasks/"+string(id)+"?wait=ready&timeout=1m", nil, &task); err != nil {
+			t.Fatal(err)
+		}
+		return task
+	}
+	if task := awaited(web.ID); !task.Ready || task.Timings.Ready.IsZero() {
+		t.Errorf("waited for ready: %s, ready %v at %s", task.State, task.Ready, task.Timings.Ready)
+	}
+	if task := awaited(sick.ID); task.State != schemas.Failed {
+		t.Errorf("waited for what never gets ready: %s", task.State)
 	}
 	if end := s.ends(sick.ID, schemas.Failed, schemas.ReasonUnhealthy); end.Timings.Ready != (time.Time{}) || end.Message == "" {
 		t.Errorf("ready at %s, %q", end.Timings.Ready, end.Message)

@@ -133,8 +133,13 @@ func TestATaskIsOneTrace(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.ends(task.ID, schemas.Canceled, schemas.ReasonCanceled)
-	if parent := <-announced; !strings.HasPrefix(parent, "00-"+trace+"-") {
-		t.Errorf("the callback came with traceparent %q", parent)
+	select {
+	case parent := <-announced:
+		if !strings.HasPrefix(parent, "00-"+trace+"-") {
+			t.Errorf("the callback came with traceparent %q", parent)
+		}
+	case <-s.ctx.Done():
+		t.Fatal("no callback came")
 	}
 	come("agent: run", "reaper: callback")
 

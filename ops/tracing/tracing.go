@@ -63,9 +63,7 @@ func (s Span) Traceparent() string {
 	if s.span == nil {
 		return s.parent
 	}
-	carrier := propagation.MapCarrier{}
-	propagation.TraceContext{}.Inject(trace.ContextWithSpan(context.Background(), s.span), carrier)
-	return carrier[header]
+	return write(trace.ContextWithSpan(context.Background(), s.span))
 }
 
 // Set adds an attribute.
@@ -127,9 +125,16 @@ func extract(parent string) context.Context {
 	return propagation.TraceContext{}.Extract(context.Background(), propagation.MapCarrier{header: parent})
 }
 
-// Valid says whether a traceparent is well formed.
-func Valid(traceparent string) bool {
-	return trace.SpanContextFromContext(extract(traceparent)).IsValid()
+// Parse takes a traceparent that a client sent, in its one form; it is empty if it is not
+// well formed. That of a later version may say more, which is dropped.
+func Parse(traceparent string) string {
+	return write(extract(traceparent))
+}
+
+func write(ctx context.Context) string {
+	carrier := propagation.MapCarrier{}
+	propagation.TraceContext{}.Inject(ctx, carrier)
+	return carrier[header]
 }
 
 // Header is that of a message that belongs below a traceparent, nil if there is none.

@@ -163,6 +163,7 @@ func (g *Gateway) accept(ctx context.Context, id schemas.TaskID, spec schemas.Sp
 	r.Batch, r.Trace = batch, cmp.Or(trace, span.Traceparent())
 	rec, err := sealRecord(r)
 	if err != nil {
+		span.End(err)
 		return bus.Entry[record]{}, err
 	}
 	e, err := g.records.Create(ctx, string(id), rec, m.Op)

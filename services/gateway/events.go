@@ -293,6 +293,9 @@ func (e *eventReader) take(m bus.Msg) error {
 	}
 	if window := e.g.cfg.EventWindow; len(e.held) > 2*window {
 		e.sort()
+		if len(e.held) <= window {
+			return nil
+		}
 		e.cut = e.held[window].ID
 		keep := slices.IndexFunc(e.held, func(v schemas.TaskEvent) bool { return v.ID == e.cut })
 		clear(e.held[keep:])
@@ -301,8 +304,24 @@ func (e *eventReader) take(m bus.Msg) error {
 	return nil
 }
 
+// sort puts what is held in order, each event once: a record that changes while others
+// are read comes again, with what it told before in its history.
 func (e *eventReader) sort() {
 	slices.SortStableFunc(e.held, func(a, b schemas.TaskEvent) int { return cmp.Compare(a.ID, b.ID) })
+	once := e.held[:0]
+	begin := 0 // of the events of one write
+	for _, v := range e.held {
+		if len(once) > 0 && once[len(once)-1].ID != v.ID {
+			begin = len(once)
+		}
+		if !slices.ContainsFunc(once[begin:], func(o schemas.TaskEvent) bool {
+			return o.State == v.State && o.Reason == v.Reason && o.By == v.By && o.Note == v.Note && o.Attempt == v.Attempt && o.Worker == v.Worker
+		}) {
+			once = append(once, v)
+		}
+	}
+	clear(e.held[len(once):])
+	e.held = once
 }
 
 // give hands out what is held, now that the end of the stream was seen.

@@ -14,6 +14,7 @@ import (
 
 	"github.com/rs/zerolog"
 
+	"dayfly.dev/bus"
 	"dayfly.dev/schemas"
 )
 
@@ -260,4 +261,53 @@ func BenchmarkMemoryOfFinalTasks(b *testing.B) {
 	runtime.KeepAlive(view)
 	runtime.KeepAlive(c)
 	runtime.KeepAlive(&x)
+}
+
+// A record that changes while others are read comes twice.
+func TestARecordThatComesTwiceTellsItsEventsOnce(t *testing.T) {
+	const id = "t-01jd0000000000000000000000"
+	at := func(by string, on uint64) schemas.Meta { return schemas.Meta{At: time.Now(), By: by, Op: by, On: on} }
+	rec := schemas.NewRecord(id, schemas.Spec{Image: "busybox"}, schemas.DefaultPolicy(), at("gateway", 0))
+	for _, window := range []int{100, 2} {
+		e := &eventReader{g: &Gateway{cfg: Config{EventWindow: window}}}
+		read := func(r schemas.Record, revision uint64) {
+			t.Helper()
+			data, err := schemas.Encode(r)
+			if err == nil {
+				err = e.take(bus.Msg{Sequence: revision, Data: data})
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		next := func(r schemas.Record, event schemas.Event) schemas.Record {
+			t.Helper()
+			r, err := schemas.Next(r, event)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return r
+		}
+		assigned := next(rec, schemas.Choose{Meta: at("placer", 1), Worker: "w1", Epoch: "e1"})
+		ended := next(assigned, schemas.Settle{Meta: at("reaper", 2), Report: schemas.Report{Assignment: assigned.Assignment(), Phase: schemas.PhaseEnded, Ran: true,
+			End: &schemas.End{By: schemas.EndedItself, Exit: &schemas.Exit{}}}})
+		read(rec, 1)
+		read(assigned, 2)
+		read(ended, 4)
+		e.sort()
+		var got []uint64
+		for _, v := range e.held {
+			got = append(got, v.ID)
+		}
+		want := []uint64{1, 2}
+		for range len(ended.History) - 2 {
+			want = append(want, 4)
+		}
+		if window == 2 && e.cut != 0 {
+			want = slices.DeleteFunc(want, func(id uint64) bool { return id >= e.cut })
+		}
+		if !slices.Equal(got, want) || len(want) < 2 {
+			t.Errorf("window %d: %v, want %v", window, got, want)
+		}
+	}
 }

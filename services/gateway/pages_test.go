@@ -64,6 +64,13 @@ func TestPages(t *testing.T) {
 	if strings.Contains(page, "<form method=\"post\"") {
 		t.Error("a task that is over can be changed")
 	}
+	if page := w.page(200, "/ui/workers"); strings.Contains(page, "GPU") {
+		t.Error("a worker without GPUs shows some")
+	}
+	devices := beat("w1", 4, 8<<30)
+	devices.Host.GPUs = 2
+	w.beat(devices)
+	until(t, "the GPUs are shown", func() bool { return strings.Contains(w.page(200, "/ui/workers"), "0 of 2") })
 	has(t, w.page(200, "/ui/workers"), "0.5 of 4", "256MiB of 8GiB", `action="/v1/workers/w1/drain"`)
 	w.do("POST", "/v1/workers/w1/drain", "{}")
 	has(t, w.page(200, "/ui/workers"), `action="/v1/workers/w1/undrain"`)

@@ -179,8 +179,8 @@ func (g *Gateway) route(pattern string, m methods) http.Handler {
 			err = noPath()
 		case o != nil:
 			w.names = o.names()
-			if parent := r.Header.Get("Traceparent"); parent != "" && tracing.Valid(parent) {
-				w.trace = parent
+			if parent := r.Header.Get("Traceparent"); parent != "" {
+				w.trace = tracing.Parse(parent)
 			}
 			if name := spans[method]; name != "" && g.tracer != nil {
 				span := g.tracer.Start(w.trace, name, tracing.Server)
