@@ -101,16 +101,40 @@ func (a *assetConfig) provision(ctx context.Context, conn *bus.Conn) error {
 type gatewayConfig struct {
 	http   string
 	maxTTL time.Duration
+	allow  []string
 }
 
 func (g *gatewayConfig) flags(f *pflag.FlagSet) {
 	f.StringVar(&g.http, "http", defaultHTTP, "address of the API")
 	f.DurationVar(&g.maxTTL, "max-ttl", schemas.DefaultPolicy().MaxTTL.Std(), "longest lifetime of a task, extensions included")
+	f.StringSliceVar(&g.allow, "allow", []string{"entrypoint", "tmpfs"}, "what tasks may ask for: entrypoint, tmpfs, image-user (to run as the user that the image names, root perhaps), or none")
+}
+
+// policy is what tasks may ask for.
+func (g *gatewayConfig) policy() (schemas.Policy, error) {
+	p := schemas.Policy{MaxTTL: schemas.Duration(g.maxTTL)}
+	for _, what := range g.allow {
+		switch what {
+		case "entrypoint":
+			p.AllowEntrypoint = true
+		case "tmpfs":
+			p.AllowTmpfs = true
+		case "image-user":
+			p.AllowImageUser = true
+		case "none":
+		default:
+			return p, errors.New("--allow must be of entrypoint, tmpfs, image-user, with commas between, or none")
+		}
+	}
+	return p, nil
 }
 
 func (g *gatewayConfig) check(p *processConfig) error {
 	if g.maxTTL < time.Second {
 		return errors.New("--max-ttl must be at least 1s")
+	}
+	if _, err := g.policy(); err != nil {
+		return err
 	}
 	return p.listens("--http", g.http)
 }
@@ -118,8 +142,10 @@ func (g *gatewayConfig) check(p *processConfig) error {
 func (p *process) gateway(connect connector, ln net.Listener, g gatewayConfig, retention time.Duration) {
 	p.health.Add("gateway: nats", notConnectedYet)
 	p.parts = append(p.parts, part{"gateway", "gateway: views", func(ctx context.Context) error {
-		policy := schemas.DefaultPolicy()
-		policy.MaxTTL = schemas.Duration(g.maxTTL)
+		policy, err := g.policy()
+		if err != nil {
+			return err
+		}
 		return gateway.Run(ctx, gateway.Deps{Connect: connect, Listener: ln, Logger: p.logger("gateway"), Metrics: p.registry, Health: p.health},
 			gateway.Config{Policy: policy, Retention: retention, Lease: p.config.scaled(defaultLease)})
 	}})
