@@ -337,6 +337,7 @@ func TestUpConfig(t *testing.T) {
 		"no port":             func(u *upConfig) { u.admin = "127.0.0.1" },
 		"a name with a dot":   func(u *upConfig) { u.agent.worker = "a.b" },
 		"sync sometimes":      func(u *upConfig) { u.sync = "sometimes" },
+		"an unknown allow":    func(u *upConfig) { u.gateway.allow = []string{"tmpfs", "root"} },
 		"a lifetime of zero":  func(u *upConfig) { u.gateway.maxTTL = 0 },
 		"a negative capacity": func(u *upConfig) { u.agent.slots = -1 },
 	} {

@@ -102,12 +102,33 @@ type gatewayConfig struct {
 	http   string
 	hosts  []string
 	maxTTL time.Duration
+	allow  []string
 }
 
 func (g *gatewayConfig) flags(f *pflag.FlagSet) {
 	f.StringVar(&g.http, "http", defaultHTTP, "address of the API")
 	f.StringSliceVar(&g.hosts, "host", nil, "name or address under which clients reach the API, beside localhost and the address itself; may be repeated")
 	f.DurationVar(&g.maxTTL, "max-ttl", schemas.DefaultPolicy().MaxTTL.Std(), "longest lifetime of a task, extensions included")
+	f.StringSliceVar(&g.allow, "allow", []string{"entrypoint", "tmpfs"}, "what tasks may ask for: entrypoint, tmpfs, image-user (to run as the user that the image names, root perhaps), or none")
+}
+
+// policy is what tasks may ask for.
+func (g *gatewayConfig) policy() (schemas.Policy, error) {
+	p := schemas.Policy{MaxTTL: schemas.Duration(g.maxTTL)}
+	for _, what := range g.allow {
+		switch what {
+		case "entrypoint":
+			p.AllowEntrypoint = true
+		case "tmpfs":
+			p.AllowTmpfs = true
+		case "image-user":
+			p.AllowImageUser = true
+		case "none":
+		default:
+			return p, errors.New("--allow must be of entrypoint, tmpfs, image-user, with commas between, or none")
+		}
+	}
+	return p, nil
 }
 
 func (g *gatewayConfig) check(p *processConfig) error {
@@ -119,6 +140,9 @@ func (g *gatewayConfig) check(p *processConfig) error {
 			return fmt.Errorf("--host %w", err)
 		}
 	}
+	if _, err := g.policy(); err != nil {
+		return err
+	}
 	return p.listens("--http", g.http)
 }
 
@@ -126,8 +150,10 @@ func (p *process) gateway(connect connector, ln net.Listener, g gatewayConfig, r
 	tracer := p.tracer("gateway")
 	p.health.Add("gateway: nats", notConnectedYet)
 	p.parts = append(p.parts, part{"gateway", "gateway: views", func(ctx context.Context) error {
-		policy := schemas.DefaultPolicy()
-		policy.MaxTTL = schemas.Duration(g.maxTTL)
+		policy, err := g.policy()
+		if err != nil {
+			return err
+		}
 		return gateway.Run(ctx, gateway.Deps{Connect: connect, Listener: ln, Logger: p.logger("gateway"), Metrics: p.registry, Health: p.health, Tracer: tracer},
 			gateway.Config{Policy: policy, Hosts: g.hosts, Retention: retention, Lease: p.config.scaled(defaultLease)})
 	}})
