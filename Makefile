@@ -87,7 +87,7 @@ metrics-check: setup ## ask a real Prometheus every query of the dashboards and 
 	cd test && go test ./metrics -count=1 -v -timeout 10m
 
 .PHONY: cluster
-cluster: build ## test services as processes of their own on three NATS servers that are killed; a minute
+cluster: build ## test services as processes of their own on three NATS servers that are killed; minutes
 	cd test && go test -tags cluster ./cluster -count=1 -timeout 10m
 
 .PHONY: docs-check
