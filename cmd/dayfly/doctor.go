@@ -81,7 +81,11 @@ missing. Its exit code is 1 if anything fails; a warning is none.`,
 			d.disk("disk space for images", root)
 		}
 		d.clock()
-		d.gateway(ctx, c.url)
+		if url, err := c.address(); err != nil {
+			d.add(bad, "api", "dayfly context lists the sites that you have named", "%v", err)
+		} else {
+			d.gateway(ctx, url)
+		}
 		if err := ctx.Err(); err != nil {
 			return context.Cause(ctx)
 		}
