@@ -180,9 +180,9 @@ func (g *Gateway) extend(w *response, r *http.Request) error {
 		return err
 	}
 
-	want := e.Value.Extensions
+	// What is shown may have the extension of somebody else beside ours.
 	heard := func(rec schemas.Record) bool {
-		return !rec.State.Held() || rec.Applied >= want
+		return !rec.State.Held() || rec.Applied >= rec.Extensions
 	}
 	if !heard(e.Value.Record) {
 		wait, done := context.WithTimeout(r.Context(), g.cfg.ExtendWait)

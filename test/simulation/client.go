@@ -215,8 +215,7 @@ func (c *client) extend(ctx context.Context, id schemas.TaskID, ttl time.Duratio
 	if errors.Is(err, schemas.ErrUnchanged) {
 		err = nil
 	}
-	want := e.Value.Extensions
-	heard := func() bool { return !e.Value.State.Held() || e.Value.Applied >= want }
+	heard := func() bool { return !e.Value.State.Held() || e.Value.Applied >= e.Value.Extensions }
 	for until := time.Now().Add(2 * time.Second); err == nil && !heard() && time.Now().Before(until); {
 		pause(ctx, 100*time.Millisecond)
 		if now, err := c.table.Get(ctx, string(id)); err == nil {
