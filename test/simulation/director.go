@@ -138,6 +138,7 @@ func simulate(seed uint64, sz size, dir string) Outcome {
 	}
 	w.all.Wait()
 	w.server.Stop()
+	time.Sleep(time.Minute) // the client library ends some of its goroutines in a while
 	o := Outcome{Result: faults.Check(w.history), Virtual: w.now(), world: w}
 	o.Violations = append(o.Violations, w.strays...)
 	return o
