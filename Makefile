@@ -111,12 +111,15 @@ faults-mutants: ## run the fault test on builds with one rule broken each, MUTAN
 	cd test && MUTANT="$(MUTANT)" MUTANT_SEEDS=20 go test -tags faults ./faults -run Mutants -count=1 -v -timeout 24h
 
 .PHONY: simulate
-simulate: ## run agents, placers and reapers in virtual time under faults: SEEDS=… seeds from SEED=… on
-	cd test && SEED=$(SEED) SEEDS=$(or $(SEEDS),1000) go test ./simulation -run TestSimulation -count=1 -v -timeout 24h
+simulate: ## run agents, placers and reapers in virtual time under faults: SEEDS=… seeds from SEED=… on, HARD=1 for hard ones; else 1,000 and 20 hard ones
+	cd test && HARD=$(HARD) SEED=$(SEED) SEEDS=$(or $(SEEDS),1000) go test ./simulation -run TestSimulation -count=1 -v -timeout 24h
+ifeq ($(HARD)$(SEED)$(SEEDS),)
+	cd test && HARD=1 SEEDS=20 go test ./simulation -run TestSimulation -count=1 -v -timeout 24h
+endif
 
 .PHONY: mutants
-mutants: ## break one rule of the services at a time, and check that the simulation notices
-	cd test && go test -tags mutants ./simulation/mutants -count=1 -v -timeout 24h
+mutants: ## break one rule of the services at a time, MUTANT=… for some, and check that the simulation notices within 20 hard seeds
+	cd test && MUTANT="$(MUTANT)" go test -tags mutants ./simulation/mutants -count=1 -v -timeout 24h
 
 .PHONY: clean
 clean: ## remove what was built

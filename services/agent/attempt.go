@@ -609,7 +609,10 @@ func (t *attempt) extend(o schemas.Order) {
 func (t *attempt) moveDeadline() error {
 	ran, _ := t.found.StartedFor()
 	err := t.found.SetDeadline(t.deadline.remaining(t.agent.rt.Now(), ran))
-	if err != nil {
+	switch {
+	case errors.Is(err, ErrOver):
+		t.log.Info().Msg("the extension came after the deadline")
+	case err != nil:
 		t.log.Error().Err(err).Msg("move deadline")
 	}
 	return err

@@ -114,7 +114,9 @@ type Attempt interface {
 	// second call may shorten the grace, never lengthen it.
 	Stop(grace time.Duration)
 
-	// SetDeadline moves the deadline to timeLeft from now. It survives the agent.
+	// SetDeadline moves the deadline to timeLeft from now. It survives the agent. One that
+	// is over stays, and the error is ErrOver: the attempt is being ended. After its end
+	// nothing happens.
 	SetDeadline(timeLeft time.Duration) error
 
 	// Output is what the attempt has written so far.
@@ -124,6 +126,9 @@ type Attempt interface {
 	// after an error, and ends a running attempt.
 	Remove(ctx context.Context) error
 }
+
+// ErrOver says that a deadline is over and cannot be moved.
+var ErrOver = errors.New("the deadline is over")
 
 // ErrAway is wrapped by errors of Dial and Exec that say nothing of the task: no run
 // is there, or its init is out of reach for the moment.

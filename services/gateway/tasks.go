@@ -181,7 +181,8 @@ func (g *Gateway) extend(w *response, r *http.Request) error {
 		return err
 	}
 
-	heard := g.untilHeard(r.Context(), &e, func(rec schemas.Record) bool { return rec.Applied >= rec.Extensions }) // it has the deadline that is shown
+	// What is shown may have the extension of somebody else beside ours.
+	heard := g.untilHeard(r.Context(), &e, func(rec schemas.Record) bool { return rec.Applied >= rec.Extensions })
 	switch {
 	case e.Value.State.Final():
 		return conflict(schemas.CodeStateConflict, "the task ended before its worker heard of the extension")

@@ -328,6 +328,33 @@ func TestExtend(t *testing.T) {
 			t.Errorf("less than it has: %d %s", r.status, r.body)
 		}
 	})
+	t.Run("200 once it has what another client asked for meanwhile", func(t *testing.T) {
+		w := w.in(t)
+		id := running("1m")
+		got := make(chan reply, 1)
+		go func() {
+			r, _ := slow.try("POST", "/v1/tasks/"+string(id)+"/extend", `{"ttl":"10m"}`)
+			got <- r
+		}()
+		until(t, "the record has it", func() bool { return w.task(id).SecondsLeft > 500 })
+		if r := extend(w.api, id, "20m"); r.status != 202 {
+			t.Errorf("%d %s", r.status, r.body)
+		}
+		applied := func(n int) {
+			w.next(id, func(e bus.Entry[schemas.Record]) schemas.Event {
+				return schemas.Settle{Meta: meta("reaper"), Report: schemas.Report{Assignment: e.Value.Assignment(), Phase: schemas.PhaseRunning, Ran: true, Applied: n}}
+			})
+		}
+		applied(1)
+		applied(2)
+		e, err := w.records.Get(t.Context(), string(id))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r := <-got; r.status != 200 || r.header.Get("ETag") != fmt.Sprintf(`"%d"`, e.Revision) {
+			t.Errorf("%d %s, not revision %d: %s", r.status, r.header, e.Revision, r.body)
+		}
+	})
 	t.Run("409 when it ends meanwhile", func(t *testing.T) {
 		w := w.in(t)
 		id := running("1m")

@@ -45,6 +45,17 @@ func (f *fleet) absent(w schemas.WorkerID, now time.Time, fence time.Duration) b
 	return now.Sub(f.seen[w].at) >= fence
 }
 
+// stood is how long a revision of a worker's beat has been the newest here, counted from
+// when this reaper last came to the bus.
+func (f *fleet) stood(w schemas.WorkerID, revision uint64, now time.Time) time.Duration {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if s, ok := f.seen[w]; ok && s.revision == revision {
+		return now.Sub(s.at)
+	}
+	return 0
+}
+
 func (f *fleet) forget(w schemas.WorkerID) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -185,11 +196,17 @@ func (r *Reaper) verdict(ctx context.Context, w schemas.WorkerID, revision uint6
 	}
 }
 
+// verdictStands is the part of the fence for which a verdict stands before a task is given
+// up for it. A single server does not wait for the disk with it, and with the record it
+// does: were it killed in between, the worker would come back as if nothing had been, and
+// start what is given up.
+const verdictStands = 50
+
 // checkHolder gives up a task whose holder is lost, has another epoch by now, or has
 // been unknown for the fence. It says whether the task was dealt with.
 func (r *Reaper) checkHolder(ctx context.Context, e bus.Entry[schemas.Record]) (bool, error) {
 	rec := e.Value
-	beat, _, ok := r.beats.Get(string(rec.Worker))
+	beat, revision, ok := r.beats.Get(string(rec.Worker))
 	former := rec.Epoch.Before(beat.Epoch) // the view may also be older than the record
 	switch {
 	case !ok && !r.fleet.absent(rec.Worker, time.Now(), r.cfg.Fence):
@@ -200,6 +217,9 @@ func (r *Reaper) checkHolder(ctx context.Context, e bus.Entry[schemas.Record]) (
 			return false, err
 		}
 	case !former && !(beat.Epoch == rec.Epoch && beat.Lost()):
+		return false, nil
+	case !former && r.fleet.stood(rec.Worker, revision, time.Now()) < r.cfg.Fence/verdictStands:
+		r.due.add(rec.ID, time.Now().Add(r.cfg.Fence/verdictStands))
 		return false, nil
 	}
 	back := former && !beat.Lost()

@@ -39,3 +39,23 @@ func TestAStoppedReaperSeesNobodySilent(t *testing.T) {
 		t.Fatal("a worker that is silent for a whole fence while it was watched is not seen as such")
 	}
 }
+
+// What a server that was killed may have forgotten has not stood: a verdict counts only
+// from when this reaper last came to the bus.
+func TestAVerdictStandsFromTheLastReconnect(t *testing.T) {
+	f, start := newFleet(), time.Now()
+	stood := func(revision uint64, after time.Duration) time.Duration {
+		return f.stood("w1", revision, start.Add(after))
+	}
+	f.saw("w1", 7, start)
+	if d := stood(7, 2*time.Second); d != 2*time.Second {
+		t.Fatalf("it stood %v", d)
+	}
+	f.restart(start.Add(3 * time.Second))
+	if d := stood(7, 4*time.Second); d != time.Second {
+		t.Fatalf("it stood %v since the reconnect", d)
+	}
+	if d := stood(8, 4*time.Second); d != 0 {
+		t.Fatalf("another revision stood %v", d)
+	}
+}

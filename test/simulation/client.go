@@ -28,7 +28,7 @@ type wish struct {
 
 // wish makes up one task. There is none that every worker refuses and no queue timeout
 // ends.
-func (w *world) wish(span time.Duration) wish {
+func (w *world) wish(sz size) wish {
 	code := w.number(4) * w.number(2)
 	commands := []string{
 		fmt.Sprintf(`["exit","%d"]`, code), `["exit","0"]`, fmt.Sprintf(`["sleep","%s","%d"]`, w.between(200*time.Millisecond, 4*time.Second), code),
@@ -42,7 +42,7 @@ func (w *world) wish(span time.Duration) wish {
 	for ; n >= weights[i]; i++ {
 		n -= weights[i]
 	}
-	x := wish{at: w.between(0, span*5/6), ttl: w.between(10*time.Second, 3*time.Minute)}
+	x := wish{at: w.between(0, sz.span*5/6), ttl: w.between(10*time.Second, 3*time.Minute)}
 	if w.chance(0.5) { // many at once
 		x.at = x.at.Truncate(40*time.Second) + w.between(0, 20*time.Millisecond)
 	}
@@ -56,7 +56,7 @@ func (w *world) wish(span time.Duration) wish {
 		x.extend = w.between(0, 40*time.Second)
 	}
 	ttl := time.Duration(5+w.number(115)) * time.Second
-	if w.chance(0.4) {
+	if w.chance(sz.long) {
 		ttl *= 3
 	}
 	if w.chance(0.3) { // so that its time does not end what its own end or its cancel should have

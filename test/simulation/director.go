@@ -33,6 +33,7 @@ type size struct {
 	wishes   spread // of each gateway
 	meddlers int
 	faults   spread
+	long     float64       // how many of the tasks and faults last long
 	weather  time.Duration // how long the network stays as it is; 0: for the whole run
 }
 
@@ -42,8 +43,8 @@ type spread struct{ least, most int }
 // A small run is over in an instant; a hard one goes on for longer, with more of
 // everything, so that what happens rarely happens in each.
 var (
-	small = size{span: 2 * time.Minute, within: 8 * time.Minute, hosts: spread{2, 3}, wishes: spread{2, 7}, meddlers: 4, faults: spread{0, 11}}
-	hard  = size{span: 30 * time.Minute, within: 12 * time.Minute, hosts: spread{3, 5}, wishes: spread{150, 250}, meddlers: 350, faults: spread{100, 200}, weather: time.Minute}
+	small = size{span: 2 * time.Minute, within: 8 * time.Minute, hosts: spread{2, 3}, wishes: spread{2, 7}, meddlers: 4, faults: spread{0, 11}, long: 0.15}
+	hard  = size{span: 30 * time.Minute, within: 12 * time.Minute, hosts: spread{3, 5}, wishes: spread{150, 250}, meddlers: 350, faults: spread{100, 200}, long: 0.4, weather: time.Minute}
 )
 
 // role is a process that is started again when it was killed.
@@ -59,6 +60,7 @@ type role struct {
 // director breaks things and mends them.
 type director struct {
 	*world
+	long     float64 // share of faults
 	roles    []*role
 	gateways []*process
 	all      sync.WaitGroup // faults that are not over
@@ -80,7 +82,7 @@ func simulate(seed uint64, sz size, dir string) Outcome {
 	})
 	<-provisioned.ended
 
-	d := &director{world: w}
+	d := &director{world: w, long: sz.long}
 	add := func(service, name string, start func() *process) {
 		r := &role{service: service, name: name, start: start}
 		r.now = start()
@@ -102,7 +104,7 @@ func simulate(seed uint64, sz size, dir string) Outcome {
 	for i := range 2 {
 		var wishes []wish
 		for range w.count(sz.wishes) {
-			wishes = append(wishes, w.wish(sz.span))
+			wishes = append(wishes, w.wish(sz))
 		}
 		d.gateways = append(d.gateways, w.runClients(fmt.Sprintf("gateway%d", i+1), wishes))
 	}
@@ -138,6 +140,7 @@ func simulate(seed uint64, sz size, dir string) Outcome {
 	}
 	w.all.Wait()
 	w.server.Stop()
+	time.Sleep(time.Minute) // the client library ends some of its goroutines in a while
 	o := Outcome{Result: faults.Check(w.history), Virtual: w.now(), world: w}
 	o.Violations = append(o.Violations, w.strays...)
 	return o
@@ -243,10 +246,10 @@ func (d *director) fault(at time.Duration) {
 // longest is how long a fault lasts at most.
 const longest = 130 * time.Second
 
-// length is how long a fault lasts: of each order of magnitude equally often, and more
-// than one in three long enough for a worker to be lost.
+// length is how long a fault lasts: of each order of magnitude equally often, and some
+// long enough for a worker to be lost.
 func (d *director) length() time.Duration {
-	if d.chance(0.4) {
+	if d.chance(d.long) {
 		return d.between(60*time.Second, longest)
 	}
 	decade := 50 * time.Millisecond

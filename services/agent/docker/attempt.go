@@ -148,8 +148,11 @@ func (a *attempt) Stop(grace time.Duration) {
 func (a *attempt) SetDeadline(timeLeft time.Duration) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.finishing {
+	switch {
+	case a.finishing:
 		return nil
+	case initproto.Now() >= a.deadline: // init has sent TERM, and takes nothing back
+		return agent.ErrOver
 	}
 	return a.setDeadlineLocked(timeLeft)
 }

@@ -598,8 +598,11 @@ func (a *attempt) SetDeadline(left time.Duration) error {
 	defer a.r.mu.Unlock()
 	now := a.r.Now()
 	a.catchUp(now)
-	if a.ended {
+	switch {
+	case a.ended:
 		return nil
+	case a.deadlineAt == never:
+		return agent.ErrOver
 	}
 	a.deadlineAt = now + left
 	err := a.r.journal.write(entry{At: now, Do: doDeadline, Assignment: a.req.Assignment, Until: a.deadlineAt})

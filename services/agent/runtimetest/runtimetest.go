@@ -47,6 +47,7 @@ func Run(t *testing.T, open func(t *testing.T) Bench) {
 		"a second stop shortens the grace only":     stopsSooner,
 		"the deadline ends it":                      deadline,
 		"the deadline kills what ignores TERM":      deadlineDeaf,
+		"a deadline that is over is not moved":      deadlineOver,
 		"the deadline can be moved out":             deadlineLater,
 		"the deadline can be moved in":              deadlineSooner,
 		"the permit's end kills":                    permit,
@@ -280,6 +281,21 @@ func deadlineDeaf(t *testing.T, b *bench) {
 	begin := time.Now()
 	by(t, done(t, b.start(t, req)), schemas.EndedDeadline, 137)
 	within(t, time.Since(begin), 1500*time.Millisecond, 9*time.Second)
+}
+
+func deadlineOver(t *testing.T, b *bench) {
+	req := b.request(t, "ignore-term")
+	req.TimeLeft, req.Grace = 500*time.Millisecond, 2*time.Second
+	a := b.start(t, req)
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for ran, _ := a.StartedFor(); ran <= req.TimeLeft; ran, _ = a.StartedFor() {
+		<-tick.C
+	}
+	if err := a.SetDeadline(time.Minute); !errors.Is(err, agent.ErrOver) {
+		t.Errorf("%v", err)
+	}
+	by(t, done(t, a), schemas.EndedDeadline, 137)
 }
 
 func deadlineLater(t *testing.T, b *bench) {
