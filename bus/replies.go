@@ -17,6 +17,8 @@ const (
 	stallWait   = 200 * time.Millisecond
 )
 
+var errNoAnswer = fmt.Errorf("%w: no answer in time", ErrUnknownOutcome)
+
 // replies sends requests and matches the answers. The client library's own
 // requests wait out their timeout when the connection goes; these end at once, so
 // that a write can be settled as soon as the server is back.
@@ -73,8 +75,7 @@ func (r *replies) expire() {
 		case <-r.quit:
 			return
 		case now := <-tick.C:
-			r.fail(func(p *pending) bool { return !p.deadline.IsZero() && now.After(p.deadline) },
-				fmt.Errorf("%w: no answer in time", ErrUnknownOutcome))
+			r.fail(func(p *pending) bool { return !p.deadline.IsZero() && now.After(p.deadline) }, errNoAnswer)
 		}
 	}
 }
