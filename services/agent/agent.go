@@ -33,6 +33,8 @@ type Config struct {
 	HoldBack time.Duration
 	LogLimit int64         // bytes of log kept of one attempt
 	LogDelay time.Duration // how long log bytes gather before a chunk is sent
+
+	MaxSessions int // sessions with tasks at a time; 0: this worker offers none
 }
 
 // DefaultConfig has the values that production uses, for one worker.
@@ -41,6 +43,7 @@ func DefaultConfig(w schemas.WorkerID, stateDir string) Config {
 		Worker: w, StateDir: stateDir, Version: "dev",
 		Beat: 5 * time.Second, Lease: 30 * time.Second,
 		HoldBack: 30 * time.Millisecond, LogLimit: 64 << 20, LogDelay: 50 * time.Millisecond,
+		MaxSessions: 1024,
 	}
 }
 
@@ -91,6 +94,9 @@ func Run(ctx context.Context, deps Deps, cfg Config) error {
 	g, gctx := errgroup.WithContext(a.ctx)
 	g.Go(func() error { return a.beats(gctx) })
 	g.Go(func() error { return a.orders(gctx) })
+	if cfg.MaxSessions > 0 {
+		g.Go(func() error { return a.serveSessions(gctx) })
+	}
 	err = g.Wait()
 	a.stop(err)
 	if ctx.Err() != nil {

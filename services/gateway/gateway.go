@@ -103,6 +103,7 @@ type Gateway struct {
 
 	deliveries *bus.Table[schemas.Delivery]
 	batches    *batches
+	sessions   *sessions
 
 	tasks  *bus.View[*item]
 	recent *recent
@@ -172,6 +173,7 @@ func New(deps Deps, cfg Config) *Gateway {
 		tally:     tally{of: map[schemas.State]int{}},
 	}
 	g.batches = newBatches(g)
+	g.sessions = newSessions()
 	g.tasks = bus.NewView(deps.Conn, schemas.BucketTasks, decodeItem, bus.ViewOptions[*item]{OnChange: g.taskChanged})
 	if deps.Health != nil {
 		deps.Health.Add("gateway: nats", func(context.Context) error {
@@ -198,6 +200,7 @@ func (g *Gateway) KeepViews(ctx context.Context) error {
 	group.Go(func() error { return g.fleet.drains.Run(ctx) })
 	group.Go(func() error { return g.batches.view.Run(ctx) })
 	group.Go(func() error { return g.batches.run(ctx) })
+	group.Go(func() error { return g.sessions.run(ctx, g.conn) })
 	return group.Wait()
 }
 
