@@ -50,6 +50,7 @@ const (
 	BucketBatchItems  = "batch-items" // <upload>.<n>: a list of items; <upload>.template
 	BucketCallbacks   = "callbacks"   // <task or batch>: Delivery
 	BucketKeys        = "keys"        // KeySigning, KeyVerifying, KeyHostnames
+	BucketPorts       = "ports"       // <number>: PortLease
 )
 
 // Names of the streams.
@@ -120,6 +121,7 @@ func Assets(logAge time.Duration) []Asset {
 		{Name: BucketLeaders, Bucket: true, Hint: true},
 		{Name: BucketCallbacks, Bucket: true, TTL: true},
 		{Name: BucketKeys, Bucket: true, DirectGet: true},
+		{Name: BucketPorts, Bucket: true},
 		{Name: BucketBatches, Bucket: true, TTL: true},
 		{Name: BucketBatchItems, Bucket: true, MaxAge: BatchAge},
 		{Name: StreamReports, Subjects: []string{"dayfly.reports.>"}, Hint: true, Latest: true, MaxAge: ReportAge},
