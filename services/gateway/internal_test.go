@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/rs/zerolog"
 
 	"dayfly.dev/schemas"
@@ -199,7 +200,7 @@ func TestRecentBoundsItsBytes(t *testing.T) {
 	var items []*item
 	for i := range 1000 {
 		r := finalRecord(t, i)
-		queued, final := newItem(schemas.Queued, "", r.raw), newItem(schemas.Completed, "", r.raw)
+		queued, final := newItem(of(schemas.Queued), r.raw), newItem(of(schemas.Completed), r.raw)
 		c.changed(nil, queued)
 		c.changed(queued, final)
 		items = append(items, final)
@@ -228,7 +229,7 @@ func TestRecentBoundsItsBytes(t *testing.T) {
 	// What comes and goes leaves nothing behind.
 	c = newRecent(1 << 30)
 	for range 100_000 {
-		it := newItem(schemas.Queued, "", []byte("x"))
+		it := newItem(of(schemas.Queued), []byte("x"))
 		c.changed(nil, it)
 		c.changed(it, nil)
 	}
@@ -249,7 +250,7 @@ func BenchmarkMemoryOfFinalTasks(b *testing.B) {
 	n := max(b.N, 1000)
 	for i := range n {
 		key := fmt.Sprintf("$KV.tasks.t-01jd%022d", i)[len("$KV.tasks."):]
-		it := newItem(schemas.Completed, "", bytes.Clone(raw))
+		it := newItem(of(schemas.Completed), bytes.Clone(raw))
 		c.changed(nil, it)
 		view[key] = it
 		x.add(key)
@@ -261,3 +262,6 @@ func BenchmarkMemoryOfFinalTasks(b *testing.B) {
 	runtime.KeepAlive(c)
 	runtime.KeepAlive(&x)
 }
+
+// of is the header of a record in a state.
+func of(s schemas.State) nats.Header { return nats.Header{schemas.HeaderState: {string(s)}} }
