@@ -120,8 +120,7 @@ func (g *Gateway) locate(id schemas.TaskID, o *schemas.Open) error {
 		return noTask()
 	}
 	if it.state != schemas.Running {
-		return &schemas.Error{Status: http.StatusConflict, Code: schemas.CodeStateConflict, Task: id, State: it.state,
-			Detail: fmt.Sprintf("the task is %s; only one that runs can be reached", it.state)}
+		return notRunning(id, it.state)
 	}
 	worker, epoch, _ := strings.Cut(it.holder, " ")
 	beat, _, ok := g.fleet.beats.Get(worker)
@@ -130,6 +129,11 @@ func (g *Gateway) locate(id schemas.TaskID, o *schemas.Open) error {
 	}
 	o.Task, o.Epoch, o.Worker, o.Instance = id, schemas.Epoch(epoch), schemas.WorkerID(worker), beat.Instance
 	return nil
+}
+
+func notRunning(id schemas.TaskID, s schemas.State) *schemas.Error {
+	return &schemas.Error{Status: http.StatusConflict, Code: schemas.CodeStateConflict, Task: id, State: s,
+		Detail: fmt.Sprintf("the task is %s; only one that runs can be reached", s)}
 }
 
 func workerAway(id schemas.TaskID) *schemas.Error {

@@ -29,6 +29,7 @@ type Up struct {
 	Cluster string // label of its containers
 	URL     string // of its API
 	Ingress string // address at which tasks are reached
+	Admin   string // URL of its metrics
 	Args    []string
 	Env     []string
 	Log     *os.File
@@ -88,7 +89,7 @@ func (u *Up) Start(ctx context.Context) error {
 		if err := json.Unmarshal(b, &a); err != nil {
 			return err
 		}
-		u.URL = a.HTTP
+		u.URL, u.Admin = a.HTTP, a.Admin
 		_, u.Ingress, _ = strings.Cut(a.Ingress, "://")
 		return u.Call(ctx, "GET", "/v1/workers", nil, nil)
 	})

@@ -134,7 +134,11 @@ func (s *site) run(ports ...schemas.Port) schemas.Task {
 	s.Helper()
 	command := []string{}
 	for _, p := range ports {
-		command = append(command, fmt.Sprint(p.Port))
+		if p.Protocol == schemas.ProtocolTCP {
+			command = append(command, fmt.Sprintf("echo:%d", p.Port))
+		} else {
+			command = append(command, fmt.Sprint(p.Port))
+		}
 	}
 	t := s.create(map[string]any{"command": command, "ports": ports, "health": map[string]any{"tcp": map[string]any{"port": ports[0].Port}, "interval": "100ms"}}, "?wait=running")
 	err := harness.Poll(deadline(s), func() error {

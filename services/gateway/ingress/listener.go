@@ -35,7 +35,7 @@ func (g *guarded) Accept() (net.Conn, error) {
 	}
 	g.conns.Add(1)
 	g.server.metrics.Open.WithLabelValues(KindHTTP).Inc()
-	return &guardedConn{Conn: g.server.metrics.Count(c, KindHTTP), stall: g.server.cfg.Stall, done: sync.OnceFunc(func() {
+	return &guardedConn{Conn: g.server.metrics.Outside(c, KindHTTP), stall: g.server.cfg.Stall, done: sync.OnceFunc(func() {
 		g.server.metrics.Open.WithLabelValues(KindHTTP).Dec()
 		<-g.room
 		g.conns.Done()

@@ -55,25 +55,30 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 	return m
 }
 
-// Count counts the bytes of a connection from outside: in is what is read from it.
-func (m *Metrics) Count(c net.Conn, kind string) net.Conn {
-	return &counted{Conn: c, in: m.bytes.WithLabelValues(kind, "in"), out: m.bytes.WithLabelValues(kind, "out")}
+// Outside counts the bytes of a connection from outside: in is what is read from it.
+func (m *Metrics) Outside(c net.Conn, kind string) net.Conn {
+	return &counted{Conn: c, read: m.bytes.WithLabelValues(kind, "in"), written: m.bytes.WithLabelValues(kind, "out")}
+}
+
+// Inside counts those of a connection to a task: in is what is written to it.
+func (m *Metrics) Inside(c net.Conn, kind string) net.Conn {
+	return &counted{Conn: c, read: m.bytes.WithLabelValues(kind, "out"), written: m.bytes.WithLabelValues(kind, "in")}
 }
 
 type counted struct {
 	net.Conn
-	in, out prometheus.Counter
+	read, written prometheus.Counter
 }
 
 func (c *counted) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
-	c.in.Add(float64(n))
+	c.read.Add(float64(n))
 	return n, err
 }
 
 func (c *counted) Write(p []byte) (int, error) {
 	n, err := c.Conn.Write(p)
-	c.out.Add(float64(n))
+	c.written.Add(float64(n))
 	return n, err
 }
 

@@ -11,6 +11,9 @@
 //	/cookies       sets cookies, some for the whole domain
 //	/hang          an answer that never comes
 //	/cut           half of an answer
+//
+// On a port that is given as echo:PORT it sends back what comes, and after the end of that
+// how many bytes it was.
 package main
 
 import (
@@ -22,6 +25,7 @@ import (
 	"net/http"
 	"os"
 	"strconv"
+	"strings"
 
 	"github.com/coder/websocket"
 )
@@ -36,16 +40,36 @@ func main() {
 	protocols.SetUnencryptedHTTP2(true)
 	failed := make(chan error)
 	for _, port := range os.Args[1:] {
-		l, err := net.Listen("tcp4", "127.0.0.1:"+port)
+		number, echoes := strings.CutPrefix(port, "echo:")
+		l, err := net.Listen("tcp4", "127.0.0.1:"+number)
 		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
+		}
+		if echoes {
+			go func() { failed <- echo(l) }()
+			continue
 		}
 		go func() { failed <- (&http.Server{Handler: handler(), Protocols: protocols}).Serve(l) }()
 	}
 	fmt.Println("ready")
 	fmt.Fprintln(os.Stderr, <-failed)
 	os.Exit(1)
+}
+
+func echo(l net.Listener) error {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		go func() {
+			defer c.Close()
+			if n, err := io.Copy(c, c); err == nil {
+				fmt.Fprintf(c, "%d bytes", n)
+			}
+		}()
+	}
 }
 
 func handler() http.Handler {
