@@ -41,6 +41,7 @@ type Conn struct {
 	// bucket: get, create, replace, delete, and conflict for each lost compare-and-set.
 	Observe func(bucket, op string, d time.Duration, err error)
 
+	config    Config
 	log       zerolog.Logger
 	apiPrefix string // "$JS.API." or that of the agents
 	core      bool   // not an agent
@@ -59,7 +60,7 @@ type Conn struct {
 // an error at once.
 func Connect(ctx context.Context, c Config) (*Conn, error) {
 	conn := &Conn{
-		log: c.Logger, apiPrefix: c.APIPrefix + ".", core: c.APIPrefix == "",
+		config: c, log: c.Logger, apiPrefix: c.APIPrefix + ".", core: c.APIPrefix == "",
 		closed: make(chan struct{}), reconnected: make(chan struct{}),
 		onDisconnect: map[*func()]struct{}{}, views: map[*func() ViewStatus]struct{}{},
 	}
@@ -131,6 +132,14 @@ func Connect(ctx context.Context, c Config) (*Conn, error) {
 		return nil, fmt.Errorf("connect to nats: %w", err)
 	}
 	return conn, nil
+}
+
+// Sibling makes another connection of the same user, for what shall not stand in the way
+// of this one: what is much, or slow. It is the caller's to close.
+func (c *Conn) Sibling(ctx context.Context, name string) (*Conn, error) {
+	config := c.config
+	config.Name += " " + name
+	return Connect(ctx, config)
 }
 
 func (c *Conn) start(apiPrefix string) error {

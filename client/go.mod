@@ -2,7 +2,10 @@ module dayfly.dev/client
 
 go 1.26.0
 
-require dayfly.dev/schemas v0.0.0
+require (
+	dayfly.dev/schemas v0.0.0
+	github.com/coder/websocket v1.8.15
+)
 
 require (
 	github.com/distribution/reference v0.6.0 // indirect

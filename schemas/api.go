@@ -17,6 +17,8 @@ type Task struct {
 	Restarts int      `json:"restarts"`
 	Worker   WorkerID `json:"worker,omitzero"`
 
+	Endpoints []Endpoint `json:"endpoints,omitzero"` // of its ports, until it is over
+
 	Spec    Spec     `json:"spec"`
 	Timings Timings  `json:"timings"`
 	History []Change `json:"history,omitzero"` // not in lists

@@ -49,6 +49,8 @@ const (
 	BucketBatches     = "batches"     // <batch>: Batch
 	BucketBatchItems  = "batch-items" // <upload>.<n>: a list of items; <upload>.template
 	BucketCallbacks   = "callbacks"   // <task or batch>: Delivery
+	BucketKeys        = "keys"        // KeySigning, KeyVerifying, KeyHostnames
+	BucketPorts       = "ports"       // <number>: PortLease
 )
 
 // Names of the streams.
@@ -82,6 +84,23 @@ func OrderSubject(w WorkerID, t TaskID) string {
 func ReportSubject(w WorkerID, t TaskID) string { return fmt.Sprintf("dayfly.reports.%s.%s", w, t) }
 func LogSubject(w WorkerID, t TaskID) string    { return fmt.Sprintf("dayfly.logs.%s.%s", w, t) }
 
+// AgentSubject is the core request by which a gateway asks the agent of a worker to do
+// something: see Verb.
+func AgentSubject(w WorkerID, v Verb) string { return fmt.Sprintf("dayfly.agent.%s.%s", w, v) }
+
+// Sessions: what an agent sends to a gateway, and what a gateway sends to an agent. The
+// address of a session follows.
+const (
+	SessionsUp   = "dayfly.sessions.up."
+	SessionsDown = "dayfly.sessions.down."
+)
+
+// SessionAddress is that of session n of a process of the gateway. A wildcard token is
+// passed as "*".
+func SessionAddress(w WorkerID, gateway, n string) string {
+	return fmt.Sprintf("%s.%s.%s", w, gateway, n)
+}
+
 // PlacerWhySubject is the core request by which a gateway asks the leading placer
 // why a queued task waits: the body is the task's id, the answer a Why.
 const PlacerWhySubject = "dayfly.placer.why"
@@ -107,6 +126,8 @@ func Assets(logAge time.Duration) []Asset {
 		{Name: BucketIdempotency, Bucket: true, MaxAge: IdempotencyAge},
 		{Name: BucketLeaders, Bucket: true, Hint: true},
 		{Name: BucketCallbacks, Bucket: true, TTL: true},
+		{Name: BucketKeys, Bucket: true, DirectGet: true},
+		{Name: BucketPorts, Bucket: true},
 		{Name: BucketBatches, Bucket: true, TTL: true},
 		{Name: BucketBatchItems, Bucket: true, MaxAge: BatchAge},
 		{Name: StreamReports, Subjects: []string{"dayfly.reports.>"}, Hint: true, Latest: true, MaxAge: ReportAge},
@@ -149,9 +170,21 @@ func AgentServices() []Service {
 		Service{Subject: "$KV." + BucketWorkers + ".*"},
 		Service{Subject: "$JS.API.DIRECT.GET.KV_" + BucketWorkers + ".$KV." + BucketWorkers + ".*",
 			As: AgentAPIPrefix + ".DIRECT.GET.KV_" + BucketWorkers + ".$KV." + BucketWorkers + ".*"},
+		Service{Subject: "$JS.API.DIRECT.GET.KV_" + BucketKeys + ".$KV." + BucketKeys + "." + KeyVerifying,
+			As: AgentAPIPrefix + ".DIRECT.GET.KV_" + BucketKeys + ".$KV." + BucketKeys + "." + KeyVerifying},
 		Service{Subject: "dayfly.reports.*.*"},
 		Service{Subject: "dayfly.logs.*.*"},
+		Service{Subject: SessionsUp + "*.*.*"},
 	)
+}
+
+// CoreServices lists what the AGENTS account exports to the CORE account: what a gateway
+// asks an agent, and what it sends through a session.
+func CoreServices() []Service {
+	return []Service{
+		{Subject: "dayfly.agent.*.*"},
+		{Subject: SessionsDown + "*.*.*"},
+	}
 }
 
 // AgentInbox is the prefix of the reply subjects of worker w.
@@ -169,6 +202,8 @@ func AgentPermissions(w WorkerID) (publish, subscribe []string) {
 		AgentAPIPrefix + ".DIRECT.GET.KV_" + BucketWorkers + ".$KV." + BucketWorkers + "." + string(w),
 		"dayfly.reports." + string(w) + ".*",
 		"dayfly.logs." + string(w) + ".*",
+		AgentAPIPrefix + ".DIRECT.GET.KV_" + BucketKeys + ".$KV." + BucketKeys + "." + KeyVerifying,
+		SessionsUp + string(w) + ".*.*",
 	}
-	return publish, []string{AgentInbox(w) + ".>"}
+	return publish, []string{AgentInbox(w) + ".>", AgentSubject(w, "*"), SessionsDown + string(w) + ".*.*"}
 }

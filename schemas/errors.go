@@ -37,6 +37,12 @@ const (
 	CodeStateConflict   Code = "state_conflict"      // 409: the task's state forbids it
 	CodeTooLate         Code = "too_late"            // 409: less than two seconds of the task's time are left
 	CodeDraining        Code = "draining"            // 409: the task's worker is being drained, so it gets no more time
+	CodeNoListener      Code = "no_listener"         // 502: nobody listens on that port in the task
+	CodeStarting        Code = "starting"            // 503: the task does not run yet
+	CodeEnded           Code = "ended"               // 410: the task is over
+	CodeBadAnswer       Code = "bad_answer"          // 502: the task broke off, or did not answer as it should
+	CodeBadRequest      Code = "bad_request"         // 400, 408: the request to a task could not be read
+	CodeWorkerAway      Code = "worker_away"         // 503: the task's worker cannot be reached at the moment
 	CodeUnavailable     Code = "unavailable"         // 503: the bus is away; nothing was done
 	CodeUnknownOutcome  Code = "unknown_outcome"     // 503: it may have been done; ask again with the same Idempotency-Key
 	CodeTooManyRequests Code = "too_many"            // 429

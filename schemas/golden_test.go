@@ -156,6 +156,12 @@ func messages(t *testing.T) map[string]any {
 	delivery := schemas.Delivery{State: schemas.DeliveryDelivered, Tries: 2, LastStatus: 204, DeliveredAt: second(101), Op: "op"}
 	announcedView := announced.View(7, second(102))
 	announcedView.Callback = delivery.View()
+	open := running
+	open.Spec.Ports = []schemas.Port{{Name: "web", Port: 8080, Protocol: schemas.ProtocolHTTP}, {Name: "shell", Port: 7000, Protocol: schemas.ProtocolTCP}}
+	open.Public = map[string]int{"shell": 20007}
+	openView := open.View(4, second(7))
+	openView.Endpoints = []schemas.Endpoint{{Name: "web", URL: "http://abcdefghijklmnopqrstuvwxyz.tasks.example", Host: "abcdefghijklmnopqrstuvwxyz.tasks.example", Port: 80, Protocol: schemas.ProtocolHTTP},
+		{Name: "shell", URL: "tcp://tasks.example:20007", Host: "tasks.example", Port: 20007, Protocol: schemas.ProtocolTCP}}
 	const batchID = schemas.BatchID("b-01arz3ndektsv4rrffq69g5000")
 	batch, err := schemas.NewBatch(batchID, schemas.BatchRequest{Items: 4, Labels: map[string]string{"contest": "7"}, Callback: announced.Spec.Callback},
 		"upload", []int{0, 3}, by(0, "gateway")).Next(schemas.BatchStep{Meta: by(2, "gateway"), Begun: 4, Made: 3, Results: []byte("cf..")})
@@ -185,6 +191,8 @@ func messages(t *testing.T) map[string]any {
 			ID: "w1", State: "ready", Epoch: "e1", Version: "0.1.0", Host: beat.Host, Assigned: schemas.Allocation{Tasks: 3, CPUs: 1.5, Memory: 768 << 20},
 			Running: 3, Load: beat.Load, BeatAgo: schemas.Duration(1200 * time.Millisecond), RegisteredAt: t0,
 		}}},
+		"record_running_with_ports": open, "task_running_with_ports": openView, "port_lease": schemas.PortLease{Task: taskID, Name: "shell"},
+		"hostname_key":                    schemas.HostnameKey{Secret: []byte("sixteen or more bytes")},
 		"record_canceled_to_be_announced": announced, "task_announced": announcedView, "delivery": delivery,
 		"delivery_pending":  schemas.Delivery{State: schemas.DeliveryPending, Tries: 1, LastStatus: 503, LastError: "status 503", NextAt: second(101), Op: "op"},
 		"batch":             batch,

@@ -229,6 +229,7 @@ const (
 	HeaderState    = "S"              // on a record: its state, so that views need not decode
 	HeaderHolder   = "H"              // on a record that a worker holds: "<worker> <epoch>"
 	HeaderCallback = "C"              // on a final record that announces its end: since when, and to which host
+	HeaderPorts    = "P"              // on the record of a task with ports: see ParsePortsHeader
 	HeaderAttempt  = "Dayfly-Attempt" // on a log chunk
 	HeaderStream   = "Dayfly-Stream"  // on a log chunk: stdout or stderr
 	HeaderOffset   = "Dayfly-Offset"  // on a log chunk: of its first byte in its stream

@@ -68,6 +68,8 @@ type Record struct {
 	Batch   BatchID `json:"batch,omitzero"` // the batch that it is an item of
 	Spec    Spec    `json:"spec"`
 	Trace   string  `json:"trace,omitzero"` // W3C traceparent of the request that made it: what is done for the task belongs below it
+	// Public has the ports at the gateways that belong to its tcp ports, by their names.
+	Public map[string]int `json:"public_ports,omitzero"`
 
 	State   State  `json:"state"`
 	Reason  Reason `json:"reason,omitzero"`
@@ -232,6 +234,9 @@ func (r Record) Headers() map[string][]string {
 	h := map[string][]string{HeaderState: {string(r.State)}}
 	if r.State.Held() {
 		h[HeaderHolder] = []string{string(r.Worker) + " " + string(r.Epoch)}
+	}
+	if len(r.Spec.Ports) > 0 {
+		h[HeaderPorts] = []string{r.portsHeader()}
 	}
 	if r.State.Final() && r.Spec.Callback != nil {
 		h[HeaderCallback] = r.Spec.Callback.header(r.EndedAt)

@@ -69,15 +69,6 @@ type Mounts struct {
 	Unknown Unknown `json:",embed"`
 }
 
-// Port is a port that the task listens on.
-type Port struct {
-	Name     string `json:"name,omitzero"`
-	Port     int    `json:"port"`
-	Protocol string `json:"protocol,omitzero"`
-
-	Unknown Unknown `json:",embed"`
-}
-
 // Timeouts bound the phases before and after running; the TTL bounds running.
 type Timeouts struct {
 	Queue Duration `json:"queue,omitzero"` // waiting for a worker
@@ -216,6 +207,7 @@ func ParseSpec(body []byte, p Policy) (Spec, error) {
 
 // complete fills in what follows from other fields, and checks the spec.
 func (s Spec) complete(p Policy) (Spec, error) {
+	s.completePorts()
 	if s.OnLost == "" {
 		s.OnLost = OnLostRequeue
 		if len(s.Ports) > 0 {

@@ -151,8 +151,18 @@ func ConfigText(c Config) string {
 		line("      { service: %s, accounts: [ AGENTS ]%s }", quote(s.Subject), response)
 	}
 	line("    ]")
+	line("    imports: [")
+	for _, s := range schemas.CoreServices() {
+		line("      { service: { account: AGENTS, subject: %s } }", quote(s.Subject))
+	}
+	line("    ]")
 	line("  }")
 	line("  %s {", agentsAccount)
+	line("    exports: [")
+	for _, s := range schemas.CoreServices() {
+		line("      { service: %s, accounts: [ CORE ] }", quote(s.Subject))
+	}
+	line("    ]")
 	line("    imports: [")
 	for _, s := range schemas.AgentServices() {
 		to := ""

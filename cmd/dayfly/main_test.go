@@ -323,15 +323,21 @@ func TestAtLeast(t *testing.T) {
 func TestUpConfig(t *testing.T) {
 	t.Parallel()
 	good := upConfig{
-		processConfig: processConfig{admin: "[::1]:1", scale: 1}, gateway: gatewayConfig{http: defaultHTTP, maxTTL: time.Hour},
+		processConfig: processConfig{admin: "[::1]:1", scale: 1}, gateway: gatewayConfig{http: defaultHTTP, maxTTL: time.Hour, ingress: "localhost:0"},
 		agent: agentConfig{worker: "w", runtime: "docker"}, assets: assetConfig{logAge: time.Hour},
-		ingress: "localhost:0", sync: "always", retention: time.Hour,
+		sync: "always", retention: time.Hour,
 	}
 	if err := good.check(); err != nil {
 		t.Fatal(err)
 	}
 	for name, change := range map[string]func(*upConfig){
 		"the API for all":     func(u *upConfig) { u.gateway.http = "0.0.0.0:8080" },
+		"the ingress for all": func(u *upConfig) { u.gateway.ingress = "0.0.0.0:8081" },
+		"a URL without *":     func(u *upConfig) { u.gateway.endpointURL = "https://tasks.example" },
+		"a URL with a path":   func(u *upConfig) { u.gateway.endpointURL = "https://*.tasks.example/x" },
+		"a key alone":         func(u *upConfig) { u.gateway.key = "key.pem" },
+		"a proxy's name":      func(u *upConfig) { u.gateway.trusted = []string{"proxy.lan"} },
+		"no cookie's name":    func(u *upConfig) { u.gateway.private = []string{"a=b"} },
 		"every address":       func(u *upConfig) { u.gateway.http = ":8080" },
 		"NATS for all":        func(u *upConfig) { u.nats = "192.168.1.4:4222" },
 		"no port":             func(u *upConfig) { u.admin = "127.0.0.1" },

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -18,7 +17,6 @@ import (
 	"dayfly.dev/services/agent"
 	"dayfly.dev/services/agent/docker"
 	"dayfly.dev/services/agent/fakeruntime"
-	"dayfly.dev/services/gateway"
 	"dayfly.dev/services/placer"
 	"dayfly.dev/services/reaper"
 )
@@ -97,68 +95,6 @@ func (a *assetConfig) provision(ctx context.Context, conn *bus.Conn) error {
 	return bus.Provision(ctx, conn, schemas.Assets(a.logAge), a.replicas)
 }
 
-// gatewayConfig is what a gateway is told.
-type gatewayConfig struct {
-	http   string
-	hosts  []string
-	maxTTL time.Duration
-	allow  []string
-}
-
-func (g *gatewayConfig) flags(f *pflag.FlagSet) {
-	f.StringVar(&g.http, "http", defaultHTTP, "address of the API")
-	f.StringSliceVar(&g.hosts, "host", nil, "name or address under which clients reach the API, beside localhost and the address itself; may be repeated")
-	f.DurationVar(&g.maxTTL, "max-ttl", schemas.DefaultPolicy().MaxTTL.Std(), "longest lifetime of a task, extensions included")
-	f.StringSliceVar(&g.allow, "allow", []string{"entrypoint", "tmpfs"}, "what tasks may ask for: entrypoint, tmpfs, image-user (to run as the user that the image names, root perhaps), or none")
-}
-
-// policy is what tasks may ask for.
-func (g *gatewayConfig) policy() (schemas.Policy, error) {
-	p := schemas.Policy{MaxTTL: schemas.Duration(g.maxTTL)}
-	for _, what := range g.allow {
-		switch what {
-		case "entrypoint":
-			p.AllowEntrypoint = true
-		case "tmpfs":
-			p.AllowTmpfs = true
-		case "image-user":
-			p.AllowImageUser = true
-		case "none":
-		default:
-			return p, errors.New("--allow must be of entrypoint, tmpfs, image-user, with commas between, or none")
-		}
-	}
-	return p, nil
-}
-
-func (g *gatewayConfig) check(p *processConfig) error {
-	if g.maxTTL < time.Second {
-		return errors.New("--max-ttl must be at least 1s")
-	}
-	for _, name := range g.hosts {
-		if err := gateway.CheckHost(name); err != nil {
-			return fmt.Errorf("--host %w", err)
-		}
-	}
-	if _, err := g.policy(); err != nil {
-		return err
-	}
-	return p.listens("--http", g.http)
-}
-
-func (p *process) gateway(connect connector, ln net.Listener, g gatewayConfig, retention time.Duration) {
-	tracer := p.tracer("gateway")
-	p.health.Add("gateway: nats", notConnectedYet)
-	p.parts = append(p.parts, part{"gateway", "gateway: views", func(ctx context.Context) error {
-		policy, err := g.policy()
-		if err != nil {
-			return err
-		}
-		return gateway.Run(ctx, gateway.Deps{Connect: connect, Listener: ln, Logger: p.logger("gateway"), Metrics: p.registry, Health: p.health, Tracer: tracer},
-			gateway.Config{Policy: policy, Hosts: g.hosts, Retention: retention, Lease: p.config.scaled(defaultLease)})
-	}})
-}
-
 const defaultLease = 30 * time.Second
 
 // leastLeadership is how short a term may get by --scale: less than that a busy disk
@@ -187,15 +123,9 @@ func (r *reaperConfig) flags(f *pflag.FlagSet) {
 }
 
 func (r *reaperConfig) check() error {
-	r.allow = nil
-	for _, s := range r.callbackAllow {
-		p, err := netip.ParsePrefix(s)
-		if err != nil || p != p.Masked() {
-			return errors.New("--callback-allow must be a network such as 10.1.0.0/16 or 10.1.2.3/32")
-		}
-		r.allow = append(r.allow, p)
-	}
-	return nil
+	var err error
+	r.allow, err = networks("--callback-allow", r.callbackAllow)
+	return err
 }
 
 func (p *process) reaper(connect connector, r reaperConfig, retention time.Duration) {

@@ -31,7 +31,7 @@ Flags for dayfly stand before IMAGE; all after it belongs to the task.`,
 		Example: `  dayfly run busybox echo hi
   dayfly run --ttl 5m -m 128MiB -e LANG=C --file sol.py python:3 python /task/input/sol.py
   echo 1 2 3 | dayfly run -i busybox wc -w
-  id=$(dayfly run -d --ttl 2h nginx)
+  id=$(dayfly run -d --ttl 2h -p web=8080 registry.lan/challenge:1)
   id=$(dayfly run -d --wait ready --health-http 8080/ --ttl 2h nginx)`,
 		Args:              cobra.MinimumNArgs(1),
 		ValidArgsFunction: cobra.NoFileCompletions,
@@ -98,6 +98,11 @@ func (c *cli) runDetached(ctx context.Context, cl *client.Client, body []byte, k
 	if err == nil && until != "" && t.State.Final() {
 		err = verdict(t)
 	}
+	for _, e := range t.Endpoints {
+		if err == nil && !c.quiet {
+			c.tell("  %s: %s", e.Name, e.URL)
+		}
+	}
 	return err
 }
 
@@ -121,11 +126,17 @@ func (r *runner) run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 
-	id, state, sig, err := r.create(ctx)
+	task, sig, err := r.create(ctx)
 	if err != nil {
 		return err
 	}
-	r.say("%s %s", id, state)
+	r.say("%s %s", task.ID, task.State)
+	id := task.ID
+	for _, e := range task.Endpoints {
+		if !r.quiet {
+			r.tell("  %s: %s", e.Name, e.URL)
+		}
+	}
 	cl := patient(r.client)
 
 	output := make(chan error, 1)
@@ -194,7 +205,7 @@ func (r *runner) run(ctx context.Context) error {
 
 // create asks for the task. A signal meanwhile does not break the request off: it may
 // have been heard already, and then nobody would know the task. sig is that signal.
-func (r *runner) create(ctx context.Context) (id schemas.TaskID, state schemas.State, sig os.Signal, err error) {
+func (r *runner) create(ctx context.Context) (task schemas.Task, sig os.Signal, err error) {
 	type answer struct {
 		task schemas.Task
 		err  error
@@ -208,11 +219,11 @@ func (r *runner) create(ctx context.Context) (id schemas.TaskID, state schemas.S
 		select {
 		case s := <-r.signals:
 			if sig != nil {
-				return "", "", sig, r.leave(s, "dayfly ps; the task may have been accepted")
+				return task, sig, r.leave(s, "dayfly ps; the task may have been accepted")
 			}
 			sig = s
 		case a := <-made:
-			return a.task.ID, a.task.State, sig, a.err
+			return a.task, sig, a.err
 		}
 	}
 }

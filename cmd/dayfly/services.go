@@ -137,16 +137,15 @@ func (c *cli) gatewayCommand() *cobra.Command {
 	check := func() error { return errors.Join(k.check(), g.check(&k.processConfig)) }
 	return c.serving(cmd, check, func(ctx context.Context) error {
 		return c.service(ctx, "gateway", k, func(p *process, connect connector) error {
-			api, err := listen("--http", g.http)
+			entries, err := g.listen()
 			if err != nil {
 				return err
 			}
-			p.address = func(a *addresses) { a.HTTP = "http://" + api.Addr().String() }
+			p.address = func(a *addresses) { g.addresses(entries, a) }
 			p.up = func(a addresses) string {
 				return fmt.Sprintf("dayfly gateway is up: API %s, admin %s", a.HTTP, a.Admin)
 			}
-			p.gateway(connect, api, g, k.retention)
-			return nil
+			return p.gateway(connect, entries, g, k.retention)
 		})
 	})
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/http"
 	"path/filepath"
 	"strconv"
 
@@ -13,7 +12,6 @@ import (
 
 	"dayfly.dev/bus"
 	"dayfly.dev/bus/natsd"
-	"dayfly.dev/ops"
 	"dayfly.dev/schemas"
 )
 
@@ -51,16 +49,11 @@ func (c *cli) up(ctx context.Context, u upConfig) (err error) {
 			p.log.Warn().Err(err).Msg("runtime not closed")
 		}
 	}()
-	api, err := listen("--http", u.gateway.http)
+	entries, err := u.gateway.listen()
 	if err != nil {
 		return err
 	}
-	defer api.Close() // again, where the gateway has done it
-	ingress, err := listen("--ingress", u.ingress)
-	if err != nil {
-		return err
-	}
-	defer ingress.Close()
+	defer entries.close()
 	secrets, err := ownCredentials(filepath.Join(u.agent.data, "credentials.json"))
 	if err != nil {
 		return err
@@ -97,14 +90,15 @@ func (c *cli) up(ctx context.Context, u upConfig) (err error) {
 			return conns[name], nil
 		}
 	}
-	p.gateway(own("gateway"), api, u.gateway, u.retention)
-	p.parts = append(p.parts, part{"ingress", "", func(ctx context.Context) error { return ops.Serve(ctx, ingress, http.HandlerFunc(noIngress), p.log) }})
+	if err := p.gateway(own("gateway"), entries, u.gateway, u.retention); err != nil {
+		return err
+	}
 	// Nobody else holds this data folder, so an earlier leader of this name is dead.
 	p.placer(own("placer"), "up-"+u.agent.cluster)
 	p.agent(own("agent"), rt, u.agent)
 	p.reaper(own("reaper"), u.reaper, u.retention)
 	p.address = func(a *addresses) {
-		a.HTTP, a.Ingress = "http://"+api.Addr().String(), "http://"+ingress.Addr().String()
+		u.gateway.addresses(entries, a)
 		a.NATS, a.Worker, a.Cluster = server.URL(), u.agent.worker, u.agent.cluster
 	}
 	p.up = func(a addresses) string {
@@ -182,8 +176,3 @@ func natsAddress(flag, addr string) (host string, port int, err error) {
 type provider struct{ *natsd.Server }
 
 var _ nats.InProcessConnProvider = provider{}
-
-// noIngress answers on the ingress port until tasks can have endpoints.
-func noIngress(w http.ResponseWriter, _ *http.Request) {
-	http.Error(w, "dayfly: no task has an endpoint", http.StatusNotFound)
-}

@@ -32,7 +32,7 @@ type taskFlags struct {
 	interactive                                           bool
 	restart, healthHTTP                                   string
 	healthTCP                                             int
-	healthCmd                                             []string
+	healthCmd, ports                                      []string
 	timeoutQueue, timeoutPull, timeoutStart, timeoutStop  time.Duration
 }
 
@@ -43,7 +43,7 @@ var specFlags = []struct{ field, flag string }{
 	{"health.exec", "--health-cmd"}, {"health", "--health-…"}, {"resources.pids", "--pids"}, {"resources.disk", "--disk"}, {"env", "--env"}, {"workdir", "--workdir"}, {"user", "--user"},
 	{"entrypoint", "--entrypoint"}, {"labels", "--label"}, {"constraints", "--constraint"}, {"priority", "--priority"},
 	{"on_lost", "--on-lost"}, {"max_attempts", "--max-attempts"}, {"tmpfs", "--tmpfs"}, {"files", "--file"}, {"stdin", "--stdin"},
-	{"pull", "--pull"}, {"timeouts.queue", "--timeout-queue"}, {"timeouts.pull", "--timeout-pull"},
+	{"ports", "--port"}, {"pull", "--pull"}, {"timeouts.queue", "--timeout-queue"}, {"timeouts.pull", "--timeout-pull"},
 	{"timeouts.start", "--timeout-start"}, {"timeouts.stop", "--timeout-stop"},
 }
 
@@ -67,6 +67,7 @@ func (t *taskFlags) register(f *pflag.FlagSet) {
 	f.StringVar(&t.healthHTTP, "health-http", "", "it is ready once a GET is answered well: PORT or PORT/PATH")
 	f.IntVar(&t.healthTCP, "health-tcp", 0, "it is ready once this port takes connections")
 	f.StringArrayVar(&t.healthCmd, "health-cmd", nil, "it is ready once this program, run beside it, exits with 0; repeat for its arguments")
+	f.StringArrayVarP(&t.ports, "port", "p", nil, "let others reach a port of it: [NAME=]PORT[/http|/h2c|/tcp]")
 	f.IntVar(&t.maxAttempts, "max-attempts", 0, "how many workers may try to run it")
 	f.StringArrayVar(&t.tmpfs, "tmpfs", nil, "a further place to write, in memory: PATH=SIZE")
 	f.StringArrayVar(&t.files, "file", nil, "put a file into /task/input: LOCAL or LOCAL:PATH")
@@ -172,6 +173,11 @@ func (t *taskFlags) spec(f *pflag.FlagSet, stdin io.Reader, image string, comman
 		}
 		tmpfs[where] = size
 	}
+	if len(t.ports) > 0 {
+		if s["ports"], err = readPorts(t.ports); err != nil {
+			return nil, err
+		}
+	}
 	files, err := t.readFiles()
 	if err != nil {
 		return nil, err
@@ -197,6 +203,28 @@ func (t *taskFlags) spec(f *pflag.FlagSet, stdin io.Reader, image string, comman
 		s["files"] = files
 	}
 	return s, nil
+}
+
+// readPorts reads what --port says.
+func readPorts(list []string) (ports []map[string]any, err error) {
+	for _, text := range list {
+		p := map[string]any{}
+		name, rest, named := strings.Cut(text, "=")
+		if named {
+			p["name"] = name
+		} else {
+			rest = text
+		}
+		number, protocol, typed := strings.Cut(rest, "/")
+		if typed {
+			p["protocol"] = protocol
+		}
+		if p["port"], err = strconv.Atoi(number); err != nil {
+			return nil, errors.New("--port must be [NAME=]PORT[/http|/h2c|/tcp], such as 8080 or shell=7000/tcp")
+		}
+		ports = append(ports, p)
+	}
+	return ports, nil
 }
 
 // readStdin takes what is piped in. A terminal is refused: a task's standard input

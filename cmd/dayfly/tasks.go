@@ -89,6 +89,9 @@ func (c *cli) describe(t schemas.Task) error {
 	}
 	r := t.Spec.Resources
 	add("limits", "%s cpus, %s memory, %d pids, %s output", r.CPUs, r.Memory, r.Pids, r.Disk)
+	for _, e := range t.Endpoints {
+		add("endpoint "+e.Name, "%s", e.URL)
+	}
 	if t.Worker != "" {
 		add("worker", "%s", t.Worker)
 	}

@@ -19,13 +19,12 @@ const (
 // upConfig is what `dayfly up` is told.
 type upConfig struct {
 	processConfig
-	gateway       gatewayConfig
-	reaper        reaperConfig
-	agent         agentConfig
-	assets        assetConfig
-	ingress, nats string
-	sync          string
-	retention     time.Duration
+	gateway    gatewayConfig
+	reaper     reaperConfig
+	agent      agentConfig
+	assets     assetConfig
+	nats, sync string
+	retention  time.Duration
 }
 
 func defaultData() string {
@@ -89,7 +88,6 @@ Where OTEL_EXPORTER_OTLP_ENDPOINT is set it sends spans there.`,
 	u.agent.flags(f)
 	u.assets.flags(f)
 	u.processConfig.flags(f, defaultAdmin)
-	f.StringVar(&u.ingress, "ingress", defaultIngress, "address of the ingress to tasks")
 	f.StringVar(&u.nats, "nats", "", "address of the NATS server for other machines' agents; empty: none, it is used in this process only")
 	f.StringVar(&u.sync, "sync", "always", "when NATS writes to the disk: always, before an answer, or default, every two minutes")
 	f.DurationVar(&u.retention, "retention", 24*time.Hour, "how long a task is kept after its end")
@@ -102,7 +100,7 @@ Where OTEL_EXPORTER_OTLP_ENDPOINT is set it sends spans there.`,
 func (u *upConfig) check() error {
 	for _, err := range []error{
 		u.agent.check(), checkSync(u.sync), u.assets.check(), checkRetention(u.retention), u.reaper.check(),
-		u.gateway.check(&u.processConfig), u.listens("--ingress", u.ingress), u.processConfig.check(),
+		u.gateway.check(&u.processConfig), u.processConfig.check(),
 	} {
 		if err != nil {
 			return err

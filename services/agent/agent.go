@@ -39,7 +39,8 @@ type Config struct {
 
 	// Linger is how long an agent that is told to stop waits until what has ended by then is
 	// closed and its containers are removed. The next agent does what is left.
-	Linger time.Duration
+	Linger      time.Duration
+	MaxSessions int // sessions with tasks at a time; 0: this worker offers none
 }
 
 // DefaultConfig has the values that production uses, for one worker.
@@ -48,7 +49,8 @@ func DefaultConfig(w schemas.WorkerID, stateDir string) Config {
 		Worker: w, StateDir: stateDir, Version: "dev",
 		Beat: 5 * time.Second, Lease: 30 * time.Second,
 		HoldBack: 30 * time.Millisecond, LogLimit: 64 << 20, LogDelay: 50 * time.Millisecond,
-		Linger: 3 * time.Second,
+		Linger:      3 * time.Second,
+		MaxSessions: 1024,
 	}
 }
 
@@ -111,6 +113,9 @@ func Run(ctx context.Context, deps Deps, cfg Config) error {
 	g, gctx := errgroup.WithContext(a.ctx)
 	g.Go(func() error { return a.beats(gctx) })
 	g.Go(func() error { return a.orders(gctx) })
+	if cfg.MaxSessions > 0 {
+		g.Go(func() error { return a.serveSessions(gctx) })
+	}
 	err = g.Wait()
 	a.stop(err)
 	if ctx.Err() != nil {

@@ -74,7 +74,7 @@ func (g *Gateway) createTask(w *response, r *http.Request) error {
 	}
 	w.Header().Set("Location", "/v1/tasks/"+e.Key)
 	w.Header().Set("ETag", etag(e.Revision))
-	return answer(w, http.StatusCreated, e.Value.View(e.Revision, time.Now()))
+	return answer(w, http.StatusCreated, g.present(e.Value.Record, e.Revision, time.Now()))
 }
 
 // createOnce accepts a task, or gives the one that the key made before.

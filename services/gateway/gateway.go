@@ -21,6 +21,7 @@ import (
 	"dayfly.dev/ops"
 	"dayfly.dev/ops/tracing"
 	"dayfly.dev/schemas"
+	"dayfly.dev/services/gateway/ingress"
 	"dayfly.dev/services/gateway/ui"
 )
 
@@ -59,6 +60,12 @@ type Config struct {
 	KeepAlive   time.Duration // between signs of life on a quiet log, 15 s
 	LogGap      time.Duration // how long a missing piece of a log is waited for, 2 s
 	WriteStall  time.Duration // how long a reader of a log may take for one piece, 30 s
+
+	// Endpoints says how clients reach the ports of tasks: the scheme, the domain and the
+	// port of their hostnames. http://*.localhost if it is zero.
+	Endpoints EndpointAddress
+	Ingress   ingress.Config // its domain is that of Endpoints
+	TaskConns int            // connections and requests from outside to one task at a time, 256
 }
 
 func (c Config) withDefaults() Config {
@@ -82,6 +89,11 @@ func (c Config) withDefaults() Config {
 	c.KeepAlive = cmp.Or(c.KeepAlive, 15*time.Second)
 	c.LogGap = cmp.Or(c.LogGap, 2*time.Second)
 	c.WriteStall = cmp.Or(c.WriteStall, 30*time.Second)
+	if c.Endpoints == (EndpointAddress{}) {
+		c.Endpoints = EndpointAddress{Scheme: "http", Domain: "localhost", Port: 80}
+	}
+	c.Ingress.Domain = c.Endpoints.Domain
+	c.TaskConns = cmp.Or(c.TaskConns, 256)
 	return c
 }
 
@@ -94,7 +106,15 @@ type Deps struct {
 	Health   *ops.Health           // may be nil
 	Tracer   *tracing.Tracer       // may be nil
 	Listener net.Listener          // of Run
+
+	// Of Run, each may be nil: where tasks are reached by their hostnames, and the
+	// certificate for it.
+	Ingress     net.Listener
+	Certificate *CertificateFiles
 }
+
+// CertificateFiles are a certificate with its chain, and its key, in PEM.
+type CertificateFiles struct{ Certificate, Key string }
 
 // Gateway is one replica.
 type Gateway struct {
@@ -110,6 +130,11 @@ type Gateway struct {
 
 	deliveries *bus.Table[schemas.Delivery]
 	batches    *batches
+	sessions   *sessions
+	endpoints  *endpoints
+	visits     *visits
+	ingress    *ingress.Server
+	outside    *ingress.Metrics
 
 	tasks  *bus.View[*item]
 	recent *recent
@@ -118,21 +143,24 @@ type Gateway struct {
 	fleet  *fleet
 
 	hosts     hosts
+	handler   http.Handler              // of Run
 	page      func() ([]byte, error)    // the docs page
 	ui        func() (*ui.Pages, error) // the pages for people
 	followers chan struct{}             // one per open log or stream of events
 }
 
-// Run serves the API on deps.Listener until ctx ends. While it connects it answers that
-// the service is unavailable: a gateway that starts during an outage is not silent.
+// Run serves the API on deps.Listener, and tasks by their hostnames on deps.Ingress, until
+// ctx ends. While it connects it answers that the service is unavailable: a gateway that
+// starts during an outage is not silent.
 func Run(ctx context.Context, deps Deps, cfg Config) error {
-	var open atomic.Pointer[http.Handler]
+	var open atomic.Pointer[Gateway]
 	away := (&Gateway{log: deps.Logger, hosts: newHosts(cfg.Hosts), ui: sync.OnceValues(ui.New)}).connecting()
 	group, ctx := errgroup.WithContext(ctx)
+	ready := make(chan *Gateway, 1)
 	group.Go(func() error {
 		return ops.Serve(ctx, deps.Listener, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if h := open.Load(); h != nil {
-				(*h).ServeHTTP(w, r)
+			if g := open.Load(); g != nil {
+				g.handler.ServeHTTP(w, r)
 				return
 			}
 			away.ServeHTTP(w, r)
@@ -148,14 +176,40 @@ func Run(ctx context.Context, deps Deps, cfg Config) error {
 			deps.Conn = conn
 		}
 		g := New(deps, cfg)
-		h := g.Handler()
-		open.Store(&h)
+		g.handler = g.Handler()
+		open.Store(g)
+		ready <- g
 		return g.KeepViews(ctx)
+	})
+	group.Go(func() error {
+		if deps.Ingress == nil {
+			return nil
+		}
+		defer deps.Ingress.Close()
+		select {
+		case g := <-ready: // whoever comes before waits in the listener
+			return g.ServeIngress(ctx, deps.Ingress, deps.Certificate)
+		case <-ctx.Done():
+			return nil
+		}
 	})
 	if err := group.Wait(); err != nil && ctx.Err() == nil {
 		return fmt.Errorf("gateway: %w", err)
 	}
 	return nil
+}
+
+// ServeIngress answers requests for the hostnames of tasks until ctx ends: over TLS, if
+// there is a certificate.
+func (g *Gateway) ServeIngress(ctx context.Context, ln net.Listener, files *CertificateFiles) error {
+	var cert *ingress.Certificate
+	if files != nil {
+		var err error
+		if cert, err = ingress.LoadCertificate(files.Certificate, files.Key, g.log, g.outside); err != nil {
+			return err
+		}
+	}
+	return g.ingress.Serve(ctx, ln, cert)
 }
 
 // New makes a gateway. It answers once KeepViews runs.
@@ -182,7 +236,12 @@ func New(deps Deps, cfg Config) *Gateway {
 	}
 	g.batches = newBatches(g)
 	g.metrics = newMetrics(deps.Metrics, g.batches.unfinished)
-	g.tasks = bus.NewView(deps.Conn, schemas.BucketTasks, decodeItem, bus.ViewOptions[*item]{OnChange: g.taskChanged})
+	g.sessions = newSessions()
+	g.endpoints = newEndpoints(cfg.Endpoints)
+	g.visits = newVisits(cfg.TaskConns)
+	g.outside = ingress.NewMetrics(deps.Metrics)
+	g.ingress = ingress.New(cfg.Ingress, router{g}, deps.Logger, g.outside)
+	g.tasks = bus.NewView(deps.Conn, schemas.BucketTasks, g.decodeItem, bus.ViewOptions[*item]{OnChange: g.taskChanged})
 	if deps.Health != nil {
 		deps.Health.Add("gateway: nats", func(context.Context) error {
 			if !g.conn.Connected() {
@@ -202,12 +261,17 @@ func New(deps Deps, cfg Config) *Gateway {
 
 // KeepViews keeps the in-memory copies up to date until ctx ends.
 func (g *Gateway) KeepViews(ctx context.Context) error {
+	defer g.ingress.Close()
+	if err := g.endpoints.load(ctx, g.conn); err != nil { // before the view needs it
+		return err
+	}
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return g.tasks.Run(ctx) })
 	group.Go(func() error { return g.fleet.beats.Run(ctx) })
 	group.Go(func() error { return g.fleet.drains.Run(ctx) })
 	group.Go(func() error { return g.batches.view.Run(ctx) })
 	group.Go(func() error { return g.batches.run(ctx) })
+	group.Go(func() error { return g.sessions.run(ctx, g.conn) })
 	return group.Wait()
 }
 
@@ -231,6 +295,7 @@ func (g *Gateway) ready() bool {
 func (g *Gateway) taskChanged(c bus.Change[*item]) {
 	if c.Deleted {
 		g.index.remove(c.Key)
+		g.endpoints.forget(schemas.TaskID(c.Key), c.Old)
 	} else {
 		g.index.add(c.Key)
 	}
@@ -247,9 +312,14 @@ func meta(by string) schemas.Meta {
 
 // reach waits a moment for NATS to be there.
 func (g *Gateway) reach(ctx context.Context) error {
-	again := g.conn.Reconnected()
+	again, loaded := g.conn.Reconnected(), g.endpoints.loaded
 	if g.conn.Connected() {
-		return nil
+		select {
+		case <-loaded:
+			return nil
+		default:
+			again = loaded
+		}
 	}
 	timer := time.NewTimer(g.cfg.Unavailable)
 	defer timer.Stop()

@@ -6,6 +6,7 @@ require (
 	dayfly.dev/bus v0.0.0
 	dayfly.dev/ops v0.0.0
 	dayfly.dev/schemas v0.0.0
+	github.com/coder/websocket v1.8.15
 	github.com/go-json-experiment/json v0.0.0-20260820222146-c27c302e5fc3
 	github.com/nats-io/nats.go v1.55.0
 	github.com/prometheus/client_golang v1.25.0

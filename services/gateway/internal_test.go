@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/rs/zerolog"
 
 	"dayfly.dev/bus"
@@ -200,7 +201,7 @@ func TestRecentBoundsItsBytes(t *testing.T) {
 	var items []*item
 	for i := range 1000 {
 		r := finalRecord(t, i)
-		queued, final := newItem(schemas.Queued, "", r.raw), newItem(schemas.Completed, "", r.raw)
+		queued, final := newItem(of(schemas.Queued), r.raw), newItem(of(schemas.Completed), r.raw)
 		c.changed(nil, queued)
 		c.changed(queued, final)
 		items = append(items, final)
@@ -229,7 +230,7 @@ func TestRecentBoundsItsBytes(t *testing.T) {
 	// What comes and goes leaves nothing behind.
 	c = newRecent(1 << 30)
 	for range 100_000 {
-		it := newItem(schemas.Queued, "", []byte("x"))
+		it := newItem(of(schemas.Queued), []byte("x"))
 		c.changed(nil, it)
 		c.changed(it, nil)
 	}
@@ -250,7 +251,7 @@ func BenchmarkMemoryOfFinalTasks(b *testing.B) {
 	n := max(b.N, 1000)
 	for i := range n {
 		key := fmt.Sprintf("$KV.tasks.t-01jd%022d", i)[len("$KV.tasks."):]
-		it := newItem(schemas.Completed, "", bytes.Clone(raw))
+		it := newItem(of(schemas.Completed), bytes.Clone(raw))
 		c.changed(nil, it)
 		view[key] = it
 		x.add(key)
@@ -311,3 +312,6 @@ func TestARecordThatComesTwiceTellsItsEventsOnce(t *testing.T) {
 		}
 	}
 }
+
+// of is the header of a record in a state.
+func of(s schemas.State) nats.Header { return nats.Header{schemas.HeaderState: {string(s)}} }

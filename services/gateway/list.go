@@ -108,7 +108,7 @@ func (g *Gateway) listed(id string, f filter, now time.Time) (t schemas.Task, ok
 		if !f.takes(rec) {
 			return t, false, nil
 		}
-		return rec.View(revision, now), true, nil
+		return g.present(rec, revision, now), true, nil
 	}
 }
 

@@ -96,7 +96,11 @@ func (g *generator) operation(o operation) object {
 		} else if strings.HasPrefix(o.path, "/v1/batches") {
 			of = reflect.TypeFor[schemas.BatchID]()
 		}
-		params = append(params, object{"name": m[1], "in": "path", "required": true, "schema": g.schema(of)})
+		schema := g.schema(of)
+		if m[1] == "port" {
+			schema = object{"type": "integer", "minimum": 1, "maximum": 65535}
+		}
+		params = append(params, object{"name": m[1], "in": "path", "required": true, "schema": schema})
 	}
 	for _, p := range o.params {
 		var schema any = jsontext.Value(p.schema)

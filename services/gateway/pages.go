@@ -161,7 +161,7 @@ func (g *Gateway) taskPage(w *response, r *http.Request, frame ui.Frame) (any, e
 	if err != nil {
 		return nil, err
 	}
-	p := ui.Task{Frame: frame, Task: e.Value.View(e.Revision, frame.Now)}
+	p := ui.Task{Frame: frame, Task: g.present(e.Value.Record, e.Revision, frame.Now)}
 	p.Title, p.Nav = string(p.State)+" "+string(id), "tasks"
 	if !p.State.Final() {
 		p.Events = "/v1/tasks/" + string(id) + "/events"

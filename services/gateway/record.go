@@ -42,6 +42,7 @@ func openRecord(raw []byte) (record, error) {
 type item struct {
 	state  schemas.State
 	holder string // "<worker> <epoch>" while a worker holds it
+	ports  string // schemas.HeaderPorts
 	body   atomic.Pointer[body]
 
 	// Only taskChanged looks at these.
@@ -57,24 +58,24 @@ type body struct {
 	short bool
 }
 
-func newItem(state schemas.State, holder string, raw []byte) *item {
-	it := &item{state: state, holder: holder}
+func newItem(h nats.Header, raw []byte) *item {
+	it := &item{state: schemas.State(h.Get(schemas.HeaderState)), holder: h.Get(schemas.HeaderHolder), ports: h.Get(schemas.HeaderPorts)}
 	it.body.Store(&body{raw: raw})
 	return it
 }
 
-// decodeItem is the view's decoder.
-func decodeItem(_ string, h nats.Header, data []byte) (*item, error) {
-	state, holder := schemas.State(h.Get(schemas.HeaderState)), h.Get(schemas.HeaderHolder)
-	if state == "" {
+// decodeItem is the view's decoder. Whoever sees a task in the view finds its endpoints.
+func (g *Gateway) decodeItem(key string, h nats.Header, data []byte) (*item, error) {
+	if h.Get(schemas.HeaderState) == "" {
 		r, err := openRecord(data)
 		if err != nil {
 			return nil, err
 		}
-		h := nats.Header(r.Headers())
-		state, holder = r.State, h.Get(schemas.HeaderHolder)
+		h = r.Headers()
 	}
-	return newItem(state, holder, bytes.Clone(data)), nil
+	it := newItem(h, bytes.Clone(data))
+	g.endpoints.learn(schemas.TaskID(key), it)
+	return it, nil
 }
 
 // whole gives the record if the view has all of it.
@@ -189,8 +190,9 @@ func (it *item) shrink() {
 // fold takes an own write or a read of the leader into the view, so that lists show
 // no less than what was answered.
 func (g *Gateway) fold(e bus.Entry[record]) {
-	h := nats.Header(e.Value.Headers())
-	g.tasks.Observe(e.Key, newItem(e.Value.State, h.Get(schemas.HeaderHolder), e.Value.raw), e.Revision)
+	it := newItem(e.Value.Headers(), e.Value.raw)
+	g.endpoints.learn(schemas.TaskID(e.Key), it)
+	g.tasks.Observe(e.Key, it, e.Revision)
 	g.index.add(e.Key)
 }
 

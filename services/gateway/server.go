@@ -130,12 +130,16 @@ func (g *Gateway) guard(next http.Handler) http.Handler {
 		case !plainPath(r.URL.EscapedPath()):
 			g.fail(w, r, noPath())
 		case fromElsewhere.Check(r) != nil:
-			g.fail(w, r, &schemas.Error{Status: http.StatusForbidden, Code: schemas.CodeCrossOrigin,
-				Detail: "a page of another site asked for this; only pages of this one may"})
+			g.fail(w, r, crossOrigin())
 		default:
 			next.ServeHTTP(w, r)
 		}
 	})
+}
+
+func crossOrigin() *schemas.Error {
+	return &schemas.Error{Status: http.StatusForbidden, Code: schemas.CodeCrossOrigin,
+		Detail: "a page of another site asked for this; only pages of this one may"}
 }
 
 // newResponse begins the answer to a request.

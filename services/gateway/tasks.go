@@ -48,7 +48,7 @@ func (g *Gateway) get(w *response, r *http.Request) error {
 			}
 		}
 	}
-	t := e.Value.View(e.Revision, time.Now())
+	t := g.present(e.Value.Record, e.Revision, time.Now())
 	tag := etag(e.Revision)
 	if t.State.Final() && t.Spec.Callback != nil {
 		t.Callback = g.delivery(ctx, e.Key) // news that the revision does not tell
@@ -115,7 +115,7 @@ func (g *Gateway) cancel(w *response, r *http.Request) error {
 	default:
 		return err
 	}
-	return show(w, http.StatusOK, e)
+	return g.show(w, http.StatusOK, e)
 }
 
 // extend is POST /v1/tasks/{id}/extend: 200 once the worker has carried it out, 202
@@ -187,9 +187,9 @@ func (g *Gateway) extend(w *response, r *http.Request) error {
 	case e.Value.State.Final():
 		return conflict(schemas.CodeStateConflict, "the task ended before its worker heard of the extension")
 	case !heard:
-		return show(w, http.StatusAccepted, e)
+		return g.show(w, http.StatusAccepted, e)
 	}
-	return show(w, http.StatusOK, e)
+	return g.show(w, http.StatusOK, e)
 }
 
 // restart is POST /v1/tasks/{id}/restart: 200 once the command runs again, 202 while the
@@ -240,9 +240,9 @@ func (g *Gateway) restart(w *response, r *http.Request) error {
 	case e.Value.State.Final():
 		return conflict(schemas.CodeStateConflict, "the task ended before it was restarted")
 	case !heard:
-		return show(w, http.StatusAccepted, e)
+		return g.show(w, http.StatusAccepted, e)
 	}
-	return show(w, http.StatusOK, e)
+	return g.show(w, http.StatusOK, e)
 }
 
 // untilHeard waits, but not for long, until the worker has carried out what the entry
@@ -266,9 +266,9 @@ func (g *Gateway) untilHeard(ctx context.Context, e *bus.Entry[record], done fun
 	return heard()
 }
 
-func show(w *response, status int, e bus.Entry[record]) error {
+func (g *Gateway) show(w *response, status int, e bus.Entry[record]) error {
 	w.Header().Set("ETag", etag(e.Revision))
-	return answer(w, status, e.Value.View(e.Revision, time.Now()))
+	return answer(w, status, g.present(e.Value.Record, e.Revision, time.Now()))
 }
 
 // order sends the worker what follows from an own write. It is not waited for: the

@@ -28,6 +28,8 @@ type Up struct {
 	Dir     string // its data
 	Cluster string // label of its containers
 	URL     string // of its API
+	Ingress string // address at which tasks are reached
+	Admin   string // URL of its metrics
 	Args    []string
 	Env     []string
 	Log     *os.File
@@ -52,20 +54,16 @@ func New(bin string, args ...string) (*Up, error) {
 	}, nil
 }
 
-type addresses struct {
-	HTTP string `json:"http"`
-}
-
 // Start starts the process and waits until its API answers. The ports stay the
 // same over restarts.
 func (u *Up) Start(ctx context.Context) error {
 	file := filepath.Join(u.Dir, "addrs.json")
 	_ = os.Remove(file)
-	listen := "127.0.0.1:0"
+	listen, ingress := "127.0.0.1:0", "127.0.0.1:0"
 	if u.URL != "" {
-		listen = strings.TrimPrefix(u.URL, "http://")
+		listen, ingress = strings.TrimPrefix(u.URL, "http://"), u.Ingress
 	}
-	args := append([]string{"up", "--data", filepath.Join(u.Dir, "data"), "--http", listen, "--ingress", "127.0.0.1:0",
+	args := append([]string{"up", "--data", filepath.Join(u.Dir, "data"), "--http", listen, "--ingress", ingress,
 		"--admin", "127.0.0.1:0", "--nats", "", "--worker", "w-" + u.Cluster, "--cluster", u.Cluster,
 		"--print-addrs", file}, u.Args...)
 	u.cmd = exec.Command(u.Bin, args...)
@@ -87,11 +85,12 @@ func (u *Up) Start(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		var a addresses
+		var a Addrs
 		if err := json.Unmarshal(b, &a); err != nil {
 			return err
 		}
-		u.URL = "http://" + strings.TrimPrefix(a.HTTP, "http://")
+		u.URL, u.Admin = a.HTTP, a.Admin
+		_, u.Ingress, _ = strings.Cut(a.Ingress, "://")
 		return u.Call(ctx, "GET", "/v1/workers", nil, nil)
 	})
 	if err != nil {

@@ -39,12 +39,13 @@ type Process struct {
 
 // Addrs is what --print-addrs writes.
 type Addrs struct {
-	HTTP   string `json:"http"`
-	Admin  string `json:"admin"`
-	NATS   string `json:"nats"`
-	Routes string `json:"routes"`
-	Worker string `json:"worker"`
-	PID    int    `json:"pid"`
+	HTTP    string `json:"http"`
+	Ingress string `json:"ingress"`
+	Admin   string `json:"admin"`
+	NATS    string `json:"nats"`
+	Routes  string `json:"routes"`
+	Worker  string `json:"worker"`
+	PID     int    `json:"pid"`
 }
 
 // Start starts the process and returns once it has said where it listens. It may
@@ -72,7 +73,7 @@ func (p *Process) Start(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("start %s: %w\n%s", p.Name, err, p.Tail())
 	}
-	for flag, url := range map[string]string{"--http": p.Addrs.HTTP, "--admin": p.Addrs.Admin, "--listen": p.Addrs.NATS} {
+	for flag, url := range map[string]string{"--http": p.Addrs.HTTP, "--ingress": p.Addrs.Ingress, "--admin": p.Addrs.Admin, "--listen": p.Addrs.NATS} {
 		if _, ok := p.Listen[flag]; ok {
 			_, p.Listen[flag], _ = strings.Cut(url, "://")
 		}

@@ -116,7 +116,7 @@ func (s *Site) Start(ctx context.Context) error {
 		}
 		return list
 	}
-	s.Gateway = core("gateway", s.o.Gateways, s.o.GatewayArgs, "--http")
+	s.Gateway = core("gateway", s.o.Gateways, s.o.GatewayArgs, "--http", "--ingress")
 	s.Placer = core("placer", s.o.Placers, nil)
 	s.Reaper = core("reaper", s.o.Reapers, s.o.ReaperArgs)
 	for i := range s.o.Agents {

@@ -429,7 +429,9 @@ func (h *host) runAgent(wiped bool) *process {
 	}
 	dir := h.folder()
 	return h.w.launch(string(h.worker), h.worker, func(ctx context.Context, p *process, conn *bus.Conn, log zerolog.Logger) error {
-		return agent.Run(ctx, agent.Deps{Conn: conn, Runtime: &handle{h, p}, Logger: log}, agent.DefaultConfig(h.worker, dir))
+		cfg := agent.DefaultConfig(h.worker, dir)
+		cfg.MaxSessions = 0
+		return agent.Run(ctx, agent.Deps{Conn: conn, Runtime: &handle{h, p}, Logger: log}, cfg)
 	})
 }
 

@@ -1,0 +1,189 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/spf13/pflag"
+
+	"dayfly.dev/schemas"
+	"dayfly.dev/services/gateway"
+	"dayfly.dev/services/gateway/ingress"
+)
+
+// gatewayConfig is what a gateway is told.
+type gatewayConfig struct {
+	http   string
+	hosts  []string
+	maxTTL time.Duration
+	allow  []string
+
+	ingress           string
+	endpointURL       string
+	trusted, private  []string
+	passAuthorization bool
+	cert, key         string
+}
+
+func (g *gatewayConfig) flags(f *pflag.FlagSet) {
+	f.StringVar(&g.http, "http", defaultHTTP, "address of the API")
+	f.StringSliceVar(&g.hosts, "host", nil, "name or address under which clients reach the API, beside localhost and the address itself; may be repeated")
+	f.DurationVar(&g.maxTTL, "max-ttl", schemas.DefaultPolicy().MaxTTL.Std(), "longest lifetime of a task, extensions included")
+	f.StringSliceVar(&g.allow, "allow", []string{"entrypoint", "tmpfs"}, "what tasks may ask for: entrypoint, tmpfs, image-user (to run as the user that the image names, root perhaps), or none")
+	f.StringVar(&g.ingress, "ingress", defaultIngress, "address at which tasks are reached by their hostnames; empty: none")
+	f.StringVar(&g.endpointURL, "endpoint-url", "", "how clients reach tasks, such as https://*.tasks.example (default: http://*.localhost and the port of --ingress)")
+	f.StringArrayVar(&g.trusted, "trusted-proxy", nil, "network of proxies before the ingress, such as 10.0.0.0/24, whose X-Forwarded-* headers hold; may be repeated")
+	f.StringArrayVar(&g.private, "private-cookie", nil, "name of a cookie that no task gets; may be repeated")
+	f.BoolVar(&g.passAuthorization, "ingress-pass-authorization", false, "let the Authorization header of visitors through to tasks")
+	f.StringVar(&g.cert, "ingress-cert", "", "certificate of the ingress with its chain, in PEM; read again when it changes")
+	f.StringVar(&g.key, "ingress-key", "", "the key of --ingress-cert, in PEM")
+}
+
+// policy is what tasks may ask for.
+func (g *gatewayConfig) policy() (schemas.Policy, error) {
+	p := schemas.Policy{MaxTTL: schemas.Duration(g.maxTTL)}
+	for _, what := range g.allow {
+		switch what {
+		case "entrypoint":
+			p.AllowEntrypoint = true
+		case "tmpfs":
+			p.AllowTmpfs = true
+		case "image-user":
+			p.AllowImageUser = true
+		case "none":
+		default:
+			return p, errors.New("--allow must be of entrypoint, tmpfs, image-user, with commas between, or none")
+		}
+	}
+	return p, nil
+}
+
+func (g *gatewayConfig) check(p *processConfig) error {
+	if g.maxTTL < time.Second {
+		return errors.New("--max-ttl must be at least 1s")
+	}
+	for _, name := range g.hosts {
+		if err := gateway.CheckHost(name); err != nil {
+			return fmt.Errorf("--host %w", err)
+		}
+	}
+	if _, err := g.policy(); err != nil {
+		return err
+	}
+	if err := p.listens("--http", g.http); err != nil {
+		return err
+	}
+	if g.ingress != "" {
+		if err := p.listens("--ingress", g.ingress); err != nil {
+			return err
+		}
+	}
+	if (g.cert == "") != (g.key == "") {
+		return errors.New("--ingress-cert and --ingress-key go together")
+	}
+	for _, name := range g.private {
+		if name == "" || strings.ContainsAny(name, "=;, \t") {
+			return errors.New("--private-cookie must be the name of a cookie")
+		}
+	}
+	if g.endpointURL != "" {
+		if _, err := gateway.ParseEndpointURL(g.endpointURL); err != nil {
+			return fmt.Errorf("--endpoint-url %w", err)
+		}
+	}
+	_, err := networks("--trusted-proxy", g.trusted)
+	return err
+}
+
+// networks reads prefixes of addresses.
+func networks(flag string, list []string) (all []netip.Prefix, err error) {
+	for _, s := range list {
+		p, err := netip.ParsePrefix(s)
+		if err != nil || p != p.Masked() {
+			return nil, fmt.Errorf("%s must be a network such as 10.1.0.0/16 or 10.1.2.3/32", flag)
+		}
+		all = append(all, p)
+	}
+	return all, nil
+}
+
+// listeners are what a gateway listens on.
+type listeners struct{ api, ingress net.Listener }
+
+// listen takes the ports.
+func (g *gatewayConfig) listen() (l listeners, err error) {
+	if l.api, err = listen("--http", g.http); err != nil {
+		return l, err
+	}
+	if g.ingress != "" {
+		if l.ingress, err = listen("--ingress", g.ingress); err != nil {
+			l.close()
+		}
+	}
+	return l, err
+}
+
+// close closes them, again where the gateway has done it.
+func (l listeners) close() {
+	l.api.Close()
+	if l.ingress != nil {
+		l.ingress.Close()
+	}
+}
+
+// addresses says where they are.
+func (g *gatewayConfig) addresses(l listeners, a *addresses) {
+	a.HTTP = "http://" + l.api.Addr().String()
+	if l.ingress != nil {
+		a.Ingress = g.scheme() + "://" + l.ingress.Addr().String()
+	}
+}
+
+func (g *gatewayConfig) scheme() string {
+	if g.cert != "" {
+		return "https"
+	}
+	return "http"
+}
+
+// endpoints is how clients reach tasks.
+func (g *gatewayConfig) endpoints(l listeners) gateway.EndpointAddress {
+	if g.endpointURL != "" {
+		a, _ := gateway.ParseEndpointURL(g.endpointURL) // of check
+		return a
+	}
+	a := gateway.EndpointAddress{Scheme: g.scheme(), Domain: "localhost"}
+	if l.ingress != nil {
+		a.Port = l.ingress.Addr().(*net.TCPAddr).Port
+	}
+	return a
+}
+
+func (p *process) gateway(connect connector, l listeners, g gatewayConfig, retention time.Duration) error {
+	policy, err := g.policy()
+	if err != nil {
+		return err
+	}
+	trusted, err := networks("--trusted-proxy", g.trusted)
+	if err != nil {
+		return err
+	}
+	cfg := gateway.Config{Policy: policy, Hosts: g.hosts, Retention: retention, Lease: p.config.scaled(defaultLease), Endpoints: g.endpoints(l),
+		Ingress: ingress.Config{TrustedProxies: trusted, PassAuthorization: g.passAuthorization, PrivateCookies: g.private}}
+	deps := gateway.Deps{Connect: connect, Listener: l.api, Ingress: l.ingress, Logger: p.logger("gateway"), Metrics: p.registry, Health: p.health, Tracer: p.tracer("gateway")}
+	if g.cert != "" {
+		deps.Certificate = &gateway.CertificateFiles{Certificate: g.cert, Key: g.key}
+		if _, err := tls.LoadX509KeyPair(g.cert, g.key); err != nil {
+			return &hintError{fmt.Errorf("certificate of the ingress: %w", err), "--ingress-cert and --ingress-key with files in PEM that belong together"}
+		}
+	}
+	p.health.Add("gateway: nats", notConnectedYet)
+	p.parts = append(p.parts, part{"gateway", "gateway: views", func(ctx context.Context) error { return gateway.Run(ctx, deps, cfg) }})
+	return nil
+}

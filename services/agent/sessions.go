@@ -1,0 +1,244 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/rs/zerolog"
+
+	"dayfly.dev/bus"
+	"dayfly.dev/bus/session"
+	"dayfly.dev/schemas"
+)
+
+// openMay is how long the first step of a session may take, such as connecting to a port.
+const openMay = 10 * time.Second
+
+// errOtherInstance says that the request was for another process than this.
+var errOtherInstance = errors.New("the agent of this worker was started anew")
+
+// sessions serves what gateways ask of this worker's tasks, over a connection of its own.
+type sessions struct {
+	agent *Agent
+	conn  *bus.Conn
+	mux   *session.Mux
+	log   zerolog.Logger
+	keys  *bus.Table[schemas.VerifyingKey]
+
+	serving sync.WaitGroup
+
+	mu       sync.Mutex
+	key      schemas.VerifyingKey        // under mu: zero until one was read
+	asked    time.Time                   // under mu: when it was last read
+	gateways map[string]*schemas.Numbers // under mu
+	open     int                         // under mu: sessions
+}
+
+// serveSessions answers gateways until ctx ends.
+func (a *Agent) serveSessions(ctx context.Context) error {
+	conn, err := a.conn.Sibling(ctx, "sessions")
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	mux, err := session.NewMux(conn, session.Options{
+		Receive: schemas.SessionsDown, Filter: schemas.SessionAddress(a.cfg.Worker, "*", "*"), Send: schemas.SessionsUp,
+	})
+	if err != nil {
+		return err
+	}
+	defer mux.Close()
+	s := &sessions{
+		agent: a, conn: conn, mux: mux, log: a.log,
+		keys:     bus.NewTable(conn, schemas.BucketKeys, bus.JSON[schemas.VerifyingKey](nil)),
+		gateways: map[string]*schemas.Numbers{},
+	}
+	defer s.serving.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	requests := make(chan *nats.Msg, a.cfg.MaxSessions)
+	sub, err := conn.NC.ChanSubscribe(schemas.AgentSubject(a.cfg.Worker, schemas.VerbOpen), requests)
+	if err != nil {
+		return fmt.Errorf("listen for gateways: %w", err)
+	}
+	defer sub.Unsubscribe()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case m := <-requests:
+			s.serving.Go(func() { s.request(ctx, m) })
+		}
+	}
+}
+
+// request answers one request for a session, and then serves the session.
+func (s *sessions) request(ctx context.Context, m *nats.Msg) {
+	serve, err := s.begin(ctx, m)
+	answer := schemas.Opened{}
+	var refused *schemas.Error
+	switch {
+	case err == nil:
+	case errors.Is(err, errOtherInstance):
+		_, answer.Instance = s.agent.running("", "")
+	default:
+		if !errors.As(err, &refused) {
+			s.log.Warn().Err(err).Msg("open a session")
+			refused = &schemas.Error{Code: schemas.CodeInternal, Detail: "the worker could not do it"}
+		}
+		answer.Code, answer.Message = refused.Code, refused.Detail
+	}
+	b, err := schemas.Encode(answer)
+	if err == nil {
+		err = m.Respond(b)
+	}
+	if err != nil {
+		s.log.Warn().Err(err).Msg("answer a gateway")
+	}
+	if serve != nil {
+		serve()
+		s.done()
+	}
+}
+
+// begin checks a request and takes the first step of what it asks for. What it returns
+// serves the session; its stream is there already.
+func (s *sessions) begin(ctx context.Context, m *nats.Msg) (serve func(), err error) {
+	var o schemas.Open
+	if err := s.verify(ctx, m); err != nil {
+		return nil, err
+	}
+	if err := schemas.Decode(m.Data, &o); err != nil {
+		return nil, fmt.Errorf("read the request: %w", err)
+	}
+	t, err := s.admit(o)
+	if err != nil {
+		return nil, err
+	}
+	stream, err := s.mux.Open(o.Address()) // before the gateway may ask after it
+	if err == nil {
+		switch o.Kind {
+		case schemas.SessionDial:
+			serve, err = s.dial(ctx, t, o, stream)
+		default:
+			err = refuse(schemas.CodeNotAvailable, "this worker's agent is too old for that; upgrade it")
+		}
+		if err != nil {
+			stream.Reset(session.CodeUnknown, "the session was refused")
+		}
+	}
+	if err != nil {
+		s.done()
+		return nil, err
+	}
+	return serve, nil
+}
+
+func (s *sessions) done() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.open--
+}
+
+// verify checks the signature. A key that does not fit may be of a store that was made
+// anew, so it is read again, but not more often than each second.
+func (s *sessions) verify(ctx context.Context, m *nats.Msg) error {
+	signature := m.Header.Get(schemas.HeaderSignature)
+	s.mu.Lock()
+	key, ask := s.key, time.Since(s.asked) > time.Second
+	if key.Verify(schemas.VerbOpen, m.Data, signature) == nil {
+		s.mu.Unlock()
+		return nil
+	}
+	if ask {
+		s.asked = time.Now()
+	}
+	s.mu.Unlock()
+	if !ask {
+		return refuse(schemas.CodeNotAllowed, "%s", schemas.ErrSignature)
+	}
+	e, err := s.keys.Get(ctx, schemas.KeyVerifying)
+	if err != nil {
+		return fmt.Errorf("read the key of the gateways: %w", err)
+	}
+	s.mu.Lock()
+	s.key = e.Value
+	s.mu.Unlock()
+	if err := e.Value.Verify(schemas.VerbOpen, m.Data, signature); err != nil {
+		return refuse(schemas.CodeNotAllowed, "%s", err)
+	}
+	return nil
+}
+
+func refuse(code schemas.Code, format string, args ...any) error {
+	return &schemas.Error{Code: code, Detail: fmt.Sprintf(format, args...)}
+}
+
+// admit lets a request through once, for a task whose process runs here. It counts it.
+func (s *sessions) admit(o schemas.Open) (Attempt, error) {
+	t, instance := s.agent.running(o.Task, o.Epoch)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if o.Worker != s.agent.cfg.Worker || o.Instance != instance {
+		return nil, errOtherInstance
+	}
+	seen := s.gateways[o.Gateway]
+	if seen == nil {
+		seen = &schemas.Numbers{}
+		s.gateways[o.Gateway] = seen
+	}
+	switch {
+	case !seen.First(o.Number):
+		return nil, refuse(schemas.CodeNotAllowed, "this request came before")
+	case t == nil:
+		return nil, refuse(schemas.CodeStateConflict, "the task's process does not run")
+	case s.open >= s.agent.cfg.MaxSessions:
+		return nil, refuse(schemas.CodeTooManyRequests, "%d sessions are open on this worker", s.open)
+	}
+	s.open++
+	return t, nil
+}
+
+// running gives the attempt if its process was started and is not known to have ended,
+// and the instance of this agent.
+func (a *Agent) running(id schemas.TaskID, epoch schemas.Epoch) (Attempt, string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	instance := a.beat.Value.Instance
+	t := a.live[id]
+	if t == nil || t.Epoch != epoch {
+		return nil, instance
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.found == nil {
+		return nil, instance
+	}
+	select {
+	case <-t.found.Done():
+		return nil, instance
+	default:
+		return t.found, instance
+	}
+}
+
+// dial joins the session to a port of the task.
+func (s *sessions) dial(ctx context.Context, t Attempt, o schemas.Open, stream *session.Stream) (func(), error) {
+	if o.Port < 1 || o.Port > 65535 {
+		return nil, refuse(schemas.CodeInvalidValue, "a port is 1 to 65535")
+	}
+	within, cancel := context.WithTimeout(ctx, openMay)
+	defer cancel()
+	c, err := t.Dial(within, o.Port)
+	switch {
+	case errors.Is(err, ErrAway):
+		return nil, refuse(schemas.CodeStateConflict, "%s", err)
+	case err != nil:
+		return nil, refuse(schemas.CodeNoListener, "nobody listens on port %d in the task, or it does not answer", o.Port)
+	}
+	return func() { session.Join(ctx, stream, c) }, nil
+}

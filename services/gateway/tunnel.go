@@ -1,0 +1,220 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/coder/websocket"
+
+	"dayfly.dev/bus/session"
+	"dayfly.dev/schemas"
+	"dayfly.dev/services/gateway/ingress"
+)
+
+// tunnel is GET /v1/tasks/{id}/tunnel/{port}: a WebSocket that is a connection to a port of
+// the task. What is refused is refused before it becomes one.
+func (g *Gateway) tunnel(w *response, r *http.Request) error {
+	id, err := taskID(r)
+	if err != nil {
+		return err
+	}
+	if _, err := parseQuery(w, r); err != nil {
+		return err
+	}
+	port, err := strconv.Atoi(r.PathValue("port"))
+	if err != nil || port < 1 || port > 65535 {
+		return &schemas.Error{Status: http.StatusUnprocessableEntity, Code: schemas.CodeInvalidValue, Field: "port", Detail: "must be 1 to 65535"}
+	}
+	if err := mayUpgrade(r); err != nil {
+		return err
+	}
+	ctx, cancel := g.onBus(r)
+	e, err := g.fetch(ctx, id) // the view may not show yet what another gateway has answered
+	cancel()
+	if err != nil {
+		return err
+	}
+	if s := e.Value.State; s != schemas.Running {
+		return notRunning(id, s)
+	}
+	leave, err := g.visits.enter(id)
+	if err != nil {
+		return &schemas.Error{Status: http.StatusTooManyRequests, Code: schemas.CodeTooManyRequests, Task: id, RetryAfter: schemas.Duration(time.Second),
+			Detail: fmt.Sprintf("%d connections to the task are open", g.cfg.TaskConns)}
+	}
+	defer leave()
+	stream, err := g.openSession(r.Context(), id, schemas.Open{Kind: schemas.SessionDial, Port: port})
+	if err != nil {
+		return err
+	}
+	ws, err := websocket.Accept(w, r, nil)
+	if err != nil { // it has answered
+		stream.Reset(session.CodeBroken, "the tunnel was not opened")
+		return nil
+	}
+	w.wrote, w.status = true, http.StatusSwitchingProtocols
+	open := g.outside.Open.WithLabelValues(ingress.KindTunnel)
+	open.Inc()
+	defer open.Dec()
+	t := &tunnel{ws: ws, stream: stream, every: g.cfg.KeepAlive}
+	t.far = g.outside.Inside(stream.Conn(), ingress.KindTunnel)
+	t.run(r.Context())
+	return nil
+}
+
+// mayUpgrade refuses what is no WebSocket, and what a page of another site asks for.
+func mayUpgrade(r *http.Request) error {
+	if !strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
+		return badHeader("Upgrade", "this path speaks WebSocket alone; dayfly port-forward does")
+	}
+	// A WebSocket begins with a GET, but it can change something.
+	changing := *r
+	changing.Method = http.MethodPost
+	if fromElsewhere.Check(&changing) != nil {
+		return crossOrigin()
+	}
+	return nil
+}
+
+// tunnel carries bytes between a WebSocket and a session. A binary message is bytes, and
+// has no meaning of its own; the text message "eof" says that nothing more comes from
+// that side. A close of the WebSocket closes the connection.
+type tunnel struct {
+	ws     *websocket.Conn
+	stream *session.Stream
+	far    net.Conn // the stream
+	every  time.Duration
+
+	full atomic.Int32 // sides that take nothing at the moment
+}
+
+const tunnelEnd = "eof"
+
+var errClientLeft = errors.New("the client has left")
+
+func (t *tunnel) run(ctx context.Context) {
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	stop := context.AfterFunc(ctx, func() { // the other side is to hear, and this one to read no more
+		if websocket.CloseStatus(context.Cause(ctx)) == websocket.StatusNormalClosure {
+			_ = t.far.Close() // what came before arrives
+		} else {
+			t.stream.Reset(session.CodeBroken, "the tunnel was broken")
+		}
+	})
+	var ways, pings sync.WaitGroup
+	for _, way := range []func(context.Context, context.CancelCauseFunc) error{t.up, t.down} {
+		ways.Go(func() {
+			if err := way(ctx, fail); err != nil {
+				fail(err)
+			}
+		})
+	}
+	live, over := context.WithCancel(ctx)
+	pings.Go(func() {
+		if err := t.ping(live); err != nil {
+			fail(err)
+		}
+	})
+	ways.Wait()
+	over()
+	pings.Wait()
+	if ctx.Err() != nil {
+		_ = t.ws.Close(websocket.StatusInternalError, "the connection was broken")
+		return
+	}
+	stop()
+	_ = t.far.Close()
+	_ = t.ws.Close(websocket.StatusNormalClosure, "")
+}
+
+// up carries what the client sends.
+func (t *tunnel) up(ctx context.Context, fail context.CancelCauseFunc) error {
+	t.ws.SetReadLimit(-1) // messages are not held
+	for {
+		kind, r, err := t.ws.Reader(ctx)
+		if err == nil && kind == websocket.MessageText {
+			var text []byte
+			if text, err = io.ReadAll(io.LimitReader(r, 16)); err == nil && string(text) == tunnelEnd {
+				left := t.ws.CloseRead(ctx) // nothing but a close may come
+				context.AfterFunc(left, func() { fail(errClientLeft) })
+				return t.far.(interface{ CloseWrite() error }).CloseWrite()
+			}
+			if err == nil {
+				err = errors.New("a text that is not eof")
+			}
+		}
+		if err != nil {
+			return err
+		}
+		if _, err := io.CopyBuffer(waiting{t, t.far}, r, make([]byte, session.MaxFrame)); err != nil {
+			return err
+		}
+	}
+}
+
+// down carries what the task sends.
+func (t *tunnel) down(ctx context.Context, _ context.CancelCauseFunc) error {
+	b := make([]byte, session.MaxFrame)
+	for {
+		n, err := t.far.Read(b)
+		if n > 0 {
+			t.full.Add(1)
+			failed := t.ws.Write(ctx, websocket.MessageBinary, b[:n])
+			t.full.Add(-1)
+			if failed != nil {
+				return failed
+			}
+		}
+		if err == io.EOF {
+			return t.ws.Write(ctx, websocket.MessageText, []byte(tunnelEnd))
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// waiting is a writer that may stand still for a while.
+type waiting struct {
+	t *tunnel
+	w io.Writer
+}
+
+func (w waiting) Write(p []byte) (int, error) {
+	w.t.full.Add(1)
+	defer w.t.full.Add(-1)
+	return w.w.Write(p)
+}
+
+// ping asks the client for a sign of life until ctx ends. While a side takes nothing, no
+// answer can come through: then TCP alone tells who is gone.
+func (t *tunnel) ping(ctx context.Context) error {
+	tick := time.NewTicker(t.every)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		if t.full.Load() > 0 {
+			continue
+		}
+		within, cancel := context.WithTimeout(ctx, t.every)
+		err := t.ws.Ping(within)
+		cancel()
+		if err != nil && t.full.Load() == 0 && ctx.Err() == nil {
+			return fmt.Errorf("no sign of life: %w", err)
+		}
+	}
+}
