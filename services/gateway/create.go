@@ -76,6 +76,9 @@ func (g *Gateway) createTask(w *response, r *http.Request) error {
 // createOnce accepts a task, or gives the one that the key made before.
 func (g *Gateway) createOnce(ctx context.Context, key string, spec schemas.Spec) (e bus.Entry[record], replayed bool, err error) {
 	misfit := g.fleet.misfit(spec)
+	if misfit == nil {
+		misfit = g.ports.misfit(spec)
+	}
 	id, err := schemas.NewTaskID(time.Now(), rand.Reader)
 	if err != nil {
 		return e, false, err
@@ -154,12 +157,19 @@ func (g *Gateway) accept(ctx context.Context, id schemas.TaskID, spec schemas.Sp
 	m := meta("gateway")
 	r := schemas.NewRecord(id, spec, g.cfg.Policy, m)
 	r.Batch = batch
+	var err error
+	if r.Public, err = g.ports.take(ctx, id, spec); err != nil {
+		return bus.Entry[record]{}, err
+	}
 	rec, err := sealRecord(r)
 	if err != nil {
 		return bus.Entry[record]{}, err
 	}
 	e, err := g.records.Create(ctx, string(id), rec, m.Op)
 	if err != nil {
+		if !errors.Is(err, bus.ErrUnknownOutcome) {
+			g.ports.give(ctx, id, r.Public)
+		}
 		return e, err
 	}
 	g.fold(e)
