@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"net/url"
 	"strconv"
 	"strings"
 	"time"
@@ -29,6 +30,7 @@ type gatewayConfig struct {
 	passAuthorization bool
 	cert, key         string
 	tcpPorts          string
+	backends          []string
 }
 
 func (g *gatewayConfig) flags(f *pflag.FlagSet, tcpPorts string) {
@@ -40,6 +42,7 @@ func (g *gatewayConfig) flags(f *pflag.FlagSet, tcpPorts string) {
 	f.StringArrayVar(&g.private, "private-cookie", nil, "name of a cookie that no task gets; may be repeated")
 	f.BoolVar(&g.passAuthorization, "ingress-pass-authorization", false, "let the Authorization header of visitors through to tasks")
 	f.StringVar(&g.tcpPorts, "tcp-ports", tcpPorts, "ports FROM-TO at the host of --ingress for tcp ports of tasks, the same at all gateways; empty: none")
+	f.StringArrayVar(&g.backends, "ingress-backend", nil, "URL at which Traefik reaches an ingress of this site (default: this one's); may be repeated")
 	f.StringVar(&g.cert, "ingress-cert", "", "certificate of the ingress with its chain, in PEM; read again when it changes")
 	f.StringVar(&g.key, "ingress-key", "", "the key of --ingress-cert, in PEM")
 }
@@ -67,6 +70,11 @@ func (g *gatewayConfig) check(p *processConfig) error {
 	if g.endpointURL != "" {
 		if _, err := gateway.ParseEndpointURL(g.endpointURL); err != nil {
 			return fmt.Errorf("--endpoint-url %w", err)
+		}
+	}
+	for _, b := range g.backends {
+		if u, err := url.Parse(b); err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || strings.Trim(u.Path, "/") != "" || u.User != nil {
+			return errors.New("--ingress-backend must be a URL such as http://10.0.0.5:8081")
 		}
 	}
 	if _, _, err := portRange(g.tcpPorts); err != nil {
@@ -171,7 +179,11 @@ func (p *process) gateway(connect connector, l listeners, g gatewayConfig, reten
 	if cfg.TCP.From, cfg.TCP.To, err = portRange(g.tcpPorts); err != nil {
 		return err
 	}
+	cfg.IngressBackends = g.backends
 	if l.ingress != nil {
+		if len(g.backends) == 0 {
+			cfg.IngressBackends = []string{g.scheme() + "://" + l.ingress.Addr().String()}
+		}
 		cfg.TCP.Host = l.ingress.Addr().(*net.TCPAddr).IP.String()
 	}
 	deps := gateway.Deps{Connect: connect, Listener: l.api, Ingress: l.ingress, Logger: p.logger("gateway"), Metrics: p.registry, Health: p.health}

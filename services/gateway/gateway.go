@@ -60,8 +60,10 @@ type Config struct {
 	// port of their hostnames. http://*.localhost if it is zero.
 	Endpoints EndpointAddress
 	Ingress   ingress.Config // its domain is that of Endpoints
-	TCP       PortRange      // ports for the tcp ports of tasks; zero: none
-	PortSweep time.Duration  // how often it is checked whose they are, 10 s
+	// IngressBackends are the URLs at which a proxy before them reaches the ingresses of the site.
+	IngressBackends []string
+	TCP             PortRange     // ports for the tcp ports of tasks; zero: none
+	PortSweep       time.Duration // how often it is checked whose they are, 10 s
 	// PortGrace is how long such a port may belong to a task that nobody knows: its record
 	// may be about to be stored. 1 min.
 	PortGrace time.Duration
