@@ -43,6 +43,7 @@ const (
 	CodeBadAnswer       Code = "bad_answer"          // 502: the task broke off, or did not answer as it should
 	CodeBadRequest      Code = "bad_request"         // 400, 408: the request to a task could not be read
 	CodeWorkerAway      Code = "worker_away"         // 503: the task's worker cannot be reached at the moment
+	CodeNoPorts         Code = "no_ports"            // 503: all TCP ports of the site are taken
 	CodeUnavailable     Code = "unavailable"         // 503: the bus is away; nothing was done
 	CodeUnknownOutcome  Code = "unknown_outcome"     // 503: it may have been done; ask again with the same Idempotency-Key
 	CodeTooManyRequests Code = "too_many"            // 429

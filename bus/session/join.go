@@ -17,8 +17,11 @@ func Join(ctx context.Context, s *Stream, c net.Conn) {
 	broken := make(chan struct{})
 	var once sync.Once
 	var ways sync.WaitGroup
-	carry := func(to, from net.Conn) {
+	carry := func(to, from net.Conn, done chan<- struct{}) {
 		ways.Go(func() {
+			if done != nil {
+				defer close(done)
+			}
 			_, err := io.CopyBuffer(onlyWriter{to}, onlyReader{from}, make([]byte, MaxFrame))
 			if half, ok := to.(interface{ CloseWrite() error }); ok && err == nil {
 				err = half.CloseWrite()
@@ -31,8 +34,9 @@ func Join(ctx context.Context, s *Stream, c net.Conn) {
 		})
 	}
 	over := make(chan struct{})
-	carry(far, c)
-	carry(c, far)
+	arrived := make(chan struct{}) // all that came through the stream
+	carry(far, c, nil)
+	carry(c, far, arrived)
 	go func() {
 		ways.Wait()
 		close(over)
@@ -42,6 +46,12 @@ func Join(ctx context.Context, s *Stream, c net.Conn) {
 		return
 	case <-broken:
 	case <-ctx.Done():
+	case <-s.Done(): // nobody is there to hear what the connection may still say
+		select {
+		case <-arrived:
+		case <-broken:
+		case <-ctx.Done():
+		}
 	}
 	s.Reset(CodeBroken, "the connection was broken")
 	_ = c.Close()

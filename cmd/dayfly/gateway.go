@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"net/url"
+	"strconv"
 	"strings"
 	"time"
 
@@ -29,9 +31,11 @@ type gatewayConfig struct {
 	trusted, private  []string
 	passAuthorization bool
 	cert, key         string
+	tcpPorts          string
+	backends          []string
 }
 
-func (g *gatewayConfig) flags(f *pflag.FlagSet) {
+func (g *gatewayConfig) flags(f *pflag.FlagSet, tcpPorts string) {
 	f.StringVar(&g.http, "http", defaultHTTP, "address of the API")
 	f.StringSliceVar(&g.hosts, "host", nil, "name or address under which clients reach the API, beside localhost and the address itself; may be repeated")
 	f.DurationVar(&g.maxTTL, "max-ttl", schemas.DefaultPolicy().MaxTTL.Std(), "longest lifetime of a task, extensions included")
@@ -41,6 +45,8 @@ func (g *gatewayConfig) flags(f *pflag.FlagSet) {
 	f.StringArrayVar(&g.trusted, "trusted-proxy", nil, "network of proxies before the ingress, such as 10.0.0.0/24, whose X-Forwarded-* headers hold; may be repeated")
 	f.StringArrayVar(&g.private, "private-cookie", nil, "name of a cookie that no task gets; may be repeated")
 	f.BoolVar(&g.passAuthorization, "ingress-pass-authorization", false, "let the Authorization header of visitors through to tasks")
+	f.StringVar(&g.tcpPorts, "tcp-ports", tcpPorts, "ports FROM-TO at the host of --ingress for tcp ports of tasks, the same at all gateways; empty: none")
+	f.StringArrayVar(&g.backends, "ingress-backend", nil, "URL at which Traefik reaches an ingress of this site (default: this one's); may be repeated")
 	f.StringVar(&g.cert, "ingress-cert", "", "certificate of the ingress with its chain, in PEM; read again when it changes")
 	f.StringVar(&g.key, "ingress-key", "", "the key of --ingress-cert, in PEM")
 }
@@ -97,8 +103,35 @@ func (g *gatewayConfig) check(p *processConfig) error {
 			return fmt.Errorf("--endpoint-url %w", err)
 		}
 	}
+	for _, b := range g.backends {
+		if u, err := url.Parse(b); err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || strings.Trim(u.Path, "/") != "" || u.User != nil {
+			return errors.New("--ingress-backend must be a URL such as http://10.0.0.5:8081")
+		}
+	}
+	if _, _, err := portRange(g.tcpPorts); err != nil {
+		return err
+	}
+	if g.tcpPorts != "" && g.ingress == "" {
+		return errors.New("--tcp-ports goes with --ingress, whose host it listens on")
+	}
 	_, err := networks("--trusted-proxy", g.trusted)
 	return err
+}
+
+// portRange reads FROM-TO.
+func portRange(s string) (from, to int, err error) {
+	if s == "" {
+		return 0, 0, nil
+	}
+	first, last, _ := strings.Cut(s, "-")
+	from, err = strconv.Atoi(first)
+	if err == nil {
+		to, err = strconv.Atoi(last)
+	}
+	if err != nil || from < 1 || to < from || to > 65535 {
+		return 0, 0, errors.New("--tcp-ports must be FROM-TO, such as 20000-20999")
+	}
+	return from, to, nil
 }
 
 // networks reads prefixes of addresses.
@@ -176,6 +209,16 @@ func (p *process) gateway(connect connector, l listeners, g gatewayConfig, reten
 	}
 	cfg := gateway.Config{Policy: policy, Hosts: g.hosts, Retention: retention, Lease: p.config.scaled(defaultLease), Endpoints: g.endpoints(l),
 		Ingress: ingress.Config{TrustedProxies: trusted, PassAuthorization: g.passAuthorization, PrivateCookies: g.private}}
+	if cfg.TCP.From, cfg.TCP.To, err = portRange(g.tcpPorts); err != nil {
+		return err
+	}
+	cfg.IngressBackends = g.backends
+	if l.ingress != nil {
+		if len(g.backends) == 0 {
+			cfg.IngressBackends = []string{g.scheme() + "://" + l.ingress.Addr().String()}
+		}
+		cfg.TCP.Host = l.ingress.Addr().(*net.TCPAddr).IP.String()
+	}
 	deps := gateway.Deps{Connect: connect, Listener: l.api, Ingress: l.ingress, Logger: p.logger("gateway"), Metrics: p.registry, Health: p.health, Tracer: p.tracer("gateway")}
 	if g.cert != "" {
 		deps.Certificate = &gateway.CertificateFiles{Certificate: g.cert, Key: g.key}

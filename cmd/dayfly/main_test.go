@@ -335,6 +335,8 @@ func TestUpConfig(t *testing.T) {
 		"the ingress for all": func(u *upConfig) { u.gateway.ingress = "0.0.0.0:8081" },
 		"a URL without *":     func(u *upConfig) { u.gateway.endpointURL = "https://tasks.example" },
 		"a URL with a path":   func(u *upConfig) { u.gateway.endpointURL = "https://*.tasks.example/x" },
+		"ports backwards":     func(u *upConfig) { u.gateway.tcpPorts = "20-10" },
+		"one port":            func(u *upConfig) { u.gateway.tcpPorts = "20000" },
 		"a key alone":         func(u *upConfig) { u.gateway.key = "key.pem" },
 		"a proxy's name":      func(u *upConfig) { u.gateway.trusted = []string{"proxy.lan"} },
 		"no cookie's name":    func(u *upConfig) { u.gateway.private = []string{"a=b"} },

@@ -133,7 +133,7 @@ func (c *cli) gatewayCommand() *cobra.Command {
 		Example: `  dayfly gateway --nats nats://10.0.0.1:4222,nats://10.0.0.2:4222 --credentials core.json`,
 	}
 	k.flags(cmd.Flags(), defaultAdmin)
-	g.flags(cmd.Flags())
+	g.flags(cmd.Flags(), "")
 	check := func() error { return errors.Join(k.check(), g.check(&k.processConfig)) }
 	return c.serving(cmd, check, func(ctx context.Context) error {
 		return c.service(ctx, "gateway", k, func(p *process, connect connector) error {

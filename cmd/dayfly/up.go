@@ -14,6 +14,8 @@ const (
 	defaultHTTP    = "127.0.0.1:8080"
 	defaultIngress = "127.0.0.1:8081"
 	defaultAdmin   = "127.0.0.1:8082"
+
+	defaultTCPPorts = "20000-20999" // of up
 )
 
 // upConfig is what `dayfly up` is told.
@@ -83,7 +85,7 @@ Where OTEL_EXPORTER_OTLP_ENDPOINT is set it sends spans there.`,
 	}
 	f := cmd.Flags()
 	f.StringVar(&u.agent.data, "data", defaultData(), "folder for all that dayfly keeps")
-	u.gateway.flags(f)
+	u.gateway.flags(f, defaultTCPPorts)
 	u.reaper.flags(f)
 	u.agent.flags(f)
 	u.assets.flags(f)

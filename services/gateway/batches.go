@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -210,7 +211,7 @@ func (u *upload) check(ctx context.Context, req schemas.BatchRequest) error {
 		for i, raw := range part {
 			spec, err := req.ParseItem(raw, u.g.cfg.Policy)
 			if err == nil && (spec.Resources.CPUs != last.Resources.CPUs || spec.Resources.Memory != last.Resources.Memory || !maps.Equal(spec.Constraints, last.Constraints)) {
-				if misfit := u.g.fleet.misfit(spec); misfit != nil {
+				if misfit := cmp.Or(u.g.fleet.misfit(spec), u.g.ports.off(spec)); misfit != nil {
 					err = misfit
 				}
 			}

@@ -80,6 +80,9 @@ func (g *Gateway) createTask(w *response, r *http.Request) error {
 // createOnce accepts a task, or gives the one that the key made before.
 func (g *Gateway) createOnce(ctx context.Context, key string, spec schemas.Spec, trace string) (e bus.Entry[record], replayed bool, err error) {
 	misfit := g.fleet.misfit(spec)
+	if misfit == nil {
+		misfit = g.ports.misfit(spec)
+	}
 	id, err := schemas.NewTaskID(time.Now(), rand.Reader)
 	if err != nil {
 		return e, false, err
@@ -161,6 +164,11 @@ func (g *Gateway) accept(ctx context.Context, id schemas.TaskID, spec schemas.Sp
 	span := g.tracer.Start(trace, "accept", tracing.Inner)
 	span.Task(string(id), 0)
 	r.Batch, r.Trace = batch, cmp.Or(trace, span.Traceparent())
+	var err error
+	if r.Public, err = g.ports.take(ctx, id, spec); err != nil {
+		span.End(err)
+		return bus.Entry[record]{}, err
+	}
 	rec, err := sealRecord(r)
 	if err != nil {
 		span.End(err)
@@ -169,6 +177,9 @@ func (g *Gateway) accept(ctx context.Context, id schemas.TaskID, spec schemas.Sp
 	e, err := g.records.Create(ctx, string(id), rec, m.Op)
 	span.End(err)
 	if err != nil {
+		if !errors.Is(err, bus.ErrUnknownOutcome) {
+			g.ports.give(ctx, id, r.Public)
+		}
 		return e, err
 	}
 	g.fold(e)

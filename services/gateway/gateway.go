@@ -65,7 +65,14 @@ type Config struct {
 	// port of their hostnames. http://*.localhost if it is zero.
 	Endpoints EndpointAddress
 	Ingress   ingress.Config // its domain is that of Endpoints
-	TaskConns int            // connections and requests from outside to one task at a time, 256
+	// IngressBackends are the URLs at which a proxy before them reaches the ingresses of the site.
+	IngressBackends []string
+	TCP             PortRange     // ports for the tcp ports of tasks; zero: none
+	PortSweep       time.Duration // how often it is checked whose they are, 10 s
+	// PortGrace is how long such a port may belong to a task that nobody knows: its record
+	// may be about to be stored. 1 min.
+	PortGrace time.Duration
+	TaskConns int // connections and requests from outside to one task at a time, 256
 }
 
 func (c Config) withDefaults() Config {
@@ -93,6 +100,8 @@ func (c Config) withDefaults() Config {
 		c.Endpoints = EndpointAddress{Scheme: "http", Domain: "localhost", Port: 80}
 	}
 	c.Ingress.Domain = c.Endpoints.Domain
+	c.PortSweep = cmp.Or(c.PortSweep, 10*time.Second)
+	c.PortGrace = cmp.Or(c.PortGrace, time.Minute)
 	c.TaskConns = cmp.Or(c.TaskConns, 256)
 	return c
 }
@@ -133,6 +142,7 @@ type Gateway struct {
 	sessions   *sessions
 	endpoints  *endpoints
 	visits     *visits
+	ports      *ports
 	ingress    *ingress.Server
 	outside    *ingress.Metrics
 
@@ -240,6 +250,7 @@ func New(deps Deps, cfg Config) *Gateway {
 	g.endpoints = newEndpoints(cfg.Endpoints)
 	g.visits = newVisits(cfg.TaskConns)
 	g.outside = ingress.NewMetrics(deps.Metrics)
+	g.ports = newPorts(g, cfg.TCP)
 	g.ingress = ingress.New(cfg.Ingress, router{g}, deps.Logger, g.outside)
 	g.tasks = bus.NewView(deps.Conn, schemas.BucketTasks, g.decodeItem, bus.ViewOptions[*item]{OnChange: g.taskChanged})
 	if deps.Health != nil {
@@ -272,11 +283,16 @@ func (g *Gateway) KeepViews(ctx context.Context) error {
 	group.Go(func() error { return g.batches.view.Run(ctx) })
 	group.Go(func() error { return g.batches.run(ctx) })
 	group.Go(func() error { return g.sessions.run(ctx, g.conn) })
+	group.Go(func() error { return g.ports.run(ctx) })
 	return group.Wait()
 }
 
 func (g *Gateway) views() []<-chan struct{} {
-	return []<-chan struct{}{g.tasks.Ready(), g.fleet.beats.Ready(), g.fleet.drains.Ready(), g.batches.view.Ready()}
+	all := []<-chan struct{}{g.tasks.Ready(), g.fleet.beats.Ready(), g.fleet.drains.Ready(), g.batches.view.Ready()}
+	if g.cfg.TCP.size() > 0 {
+		all = append(all, g.ports.view.Ready())
+	}
+	return all
 }
 
 func (g *Gateway) ready() bool {
@@ -303,6 +319,7 @@ func (g *Gateway) taskChanged(c bus.Change[*item]) {
 	g.tally.changed(c.Old, c.New)
 	g.recent.changed(c.Old, c.New)
 	g.batches.taskChanged(c)
+	g.ports.taskChanged(c)
 }
 
 // meta is that of one write: by says who wants it.

@@ -131,7 +131,7 @@ func operations() []operation {
 			body:   schemas.Spec{},
 			answers: []reply{{status: 201, about: "The task. Idempotency-Replayed says that an earlier request made it.", value: schemas.Task{},
 				header: []string{"ETag", "Location", "Idempotency-Replayed"}}},
-			fails: fails(bodyFails, badHeaders, unknown, failure{410, []schemas.Code{schemas.CodeKeyExpired}}, failure{422, []schemas.Code{
+			fails: fails(bodyFails, badHeaders, unknown, failure{503, []schemas.Code{schemas.CodeNoPorts}}, failure{410, []schemas.Code{schemas.CodeKeyExpired}}, failure{422, []schemas.Code{
 				schemas.CodeInvalidValue, schemas.CodeNotAvailable, schemas.CodeNotAllowed, schemas.CodeNoCapacity, schemas.CodeKeyReused}})},
 		{method: "GET", path: "/v1/tasks", name: "listTasks", handle: (*Gateway).list,
 			about: "Lists tasks, newest first, without history and output, and without the stdin, files, env and callback of their specs. One request looks at 10,000 tasks at the most, so with a filter that takes few of them a page may be short, even empty, and have a next_cursor all the same: the list is over where there is none. Tasks that come meanwhile neither repeat nor skip others.",
@@ -221,6 +221,9 @@ func operations() []operation {
 		{method: "POST", path: "/v1/workers/{id}/undrain", name: "undrainWorker", handle: (*Gateway).undrain,
 			about: "Lets a drained worker take tasks again.", body: struct{}{},
 			answers: []reply{{status: 200, about: "The worker.", value: schemas.Worker{}}}, fails: fails(bodyFails, ofOne, unknown)},
+		{method: "GET", path: "/v1/ingress/traefik", name: "traefikConfig", handle: (*Gateway).traefik,
+			about:   "The dynamic configuration for Traefik's HTTP provider: a router for the hostname of each port of a task that is not over, to the ingresses of this site.",
+			answers: []reply{{status: 200, about: "As Traefik reads it.", value: TraefikConfig{}}}, fails: fails()},
 		{method: "GET", path: "/openapi.json", name: "openapi", handle: (*Gateway).openapi,
 			about: "This document.", answers: []reply{{status: 200, about: "OpenAPI 3.1.", value: map[string]any{}}}, fails: fails()},
 		{method: "GET", path: "/docs/", name: "docs", handle: (*Gateway).docs,

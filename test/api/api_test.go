@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/coder/websocket"
 	"github.com/getkin/kin-openapi/openapi3"
 	"github.com/getkin/kin-openapi/openapi3filter"
 	"github.com/getkin/kin-openapi/routers"
@@ -201,6 +202,24 @@ func TestEveryAnswerIsWhatTheDocumentPromises(t *testing.T) {
 	s.want(200, "GET", path(running)+"?wait=done&timeout=1ms", "")
 	s.want(400, "GET", path(running)+"?timeout=1ms", "")
 	s.want(404, "GET", none, "")
+
+	listening := s.create("?wait=running", `{"image":"a","command":["tcp","7000"],"ttl":"10m","ports":[{"port":8080},{"name":"shell","port":7000,"protocol":"h2c"}]}`)
+	ws, _, err := websocket.Dial(t.Context(), s.url+path(listening)+"/tunnel/7000", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = ws.CloseNow()
+	s.good["openTunnel"] = true // there is nothing to hold against the document
+	upgrade := []string{"Connection", "Upgrade", "Upgrade", "websocket", "Sec-WebSocket-Version", "13", "Sec-WebSocket-Key", "AAAAAAAAAAAAAAAAAAAAAA=="}
+	s.want(502, "GET", path(listening)+"/tunnel/7001", "", upgrade...)
+	s.want(409, "GET", path(done)+"/tunnel/7000", "", upgrade...)
+	s.want(404, "GET", none+"/tunnel/7000", "", upgrade...)
+	s.want(422, "GET", path(listening)+"/tunnel/0", "", upgrade...)
+	s.want(400, "GET", path(listening)+"/tunnel/7000", "")
+	s.want(403, "GET", path(listening)+"/tunnel/7000", "", append(upgrade, "Origin", "http://evil.example")...)
+	s.want(200, "GET", "/v1/ingress/traefik", "")
+	s.want(400, "GET", "/v1/ingress/traefik?x=1", "")
+	s.want(422, "POST", "/v1/tasks", `{"image":"a","ports":[{"port":1,"protocol":"tcp"}]}`)
 
 	s.want(412, "POST", path(running)+"/extend", `{"ttl":"20m"}`, "If-Match", `"1"`)
 	if res, answer := s.ask("POST", path(running)+"/extend", `{"ttl":"20m"}`); res.StatusCode/100 != 2 { // 202 where the worker is slow

@@ -303,6 +303,27 @@ func TestAWebServerWithoutANetwork(t *testing.T) {
 			t.Errorf("up: %s", b)
 		}
 	})
+	t.Run("an answer begins before the request ends", func(t *testing.T) {
+		for _, endpoint := range []string{url, h2c} {
+			body, write := io.Pipe()
+			res, err := c.Do(s.request("POST", endpoint+"/echo", io.MultiReader(strings.NewReader("first"), body)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := make([]byte, 5)
+			if _, err := io.ReadFull(res.Body, got); err != nil || string(got) != "first" {
+				t.Errorf("%q, %v", got, err)
+			}
+			go func() {
+				_, _ = io.WriteString(write, "second")
+				write.Close()
+			}()
+			if rest, err := io.ReadAll(res.Body); err != nil || string(rest) != "second" {
+				t.Errorf("%q, %v", rest, err)
+			}
+			res.Body.Close()
+		}
+	})
 	t.Run("events come at once", func(t *testing.T) {
 		res, err := c.Do(s.request("GET", url+"/sse/3", nil))
 		if err != nil {

@@ -71,6 +71,9 @@ func (s *Server) refuse(w *response, r *http.Request, err error) {
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Content-Security-Policy", s.pages.policy)
 	h.Set("Referrer-Policy", "no-referrer")
+	if w.bodyError() != nil { // what may still come of it is no request
+		h.Set("Connection", "close")
+	}
 	again := int(math.Ceil(e.RetryAfter.Std().Seconds()))
 	if again > 0 {
 		h.Set("Retry-After", strconv.Itoa(again))

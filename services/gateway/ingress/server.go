@@ -167,7 +167,9 @@ func (s *Server) serve(w *response, r *http.Request) error {
 	}
 	defer leave()
 	if r.Body != nil && r.Body != http.NoBody {
-		r.Body = &pacedBody{r.Body, http.NewResponseController(w), s.cfg.Stall}
+		w.body = pace(w, r.Body, s.cfg.Stall)
+		defer w.body.leave()
+		r.Body = w.body
 	}
 	s.proxy.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), targetKey{}, target)))
 	return nil
@@ -198,21 +200,21 @@ func targetOf(ctx context.Context) Target {
 }
 
 // failed answers where the proxy has got no answer from the task.
-func (s *Server) failed(w http.ResponseWriter, r *http.Request, err error) {
-	if r.Context().Err() != nil { // nobody is there to hear
-		panic(http.ErrAbortHandler)
-	}
+func (s *Server) failed(rw http.ResponseWriter, r *http.Request, err error) {
+	w := rw.(*response)
 	var timeout interface{ Timeout() bool }
-	switch e := (*schemas.Error)(nil); {
-	case errors.As(err, &e):
-	case errors.As(err, new(bodyError)) && errors.As(err, &timeout) && timeout.Timeout():
+	switch broken, e := w.bodyError(), (*schemas.Error)(nil); {
+	case errors.As(broken, &timeout) && timeout.Timeout():
 		err = &schemas.Error{Status: http.StatusRequestTimeout, Code: schemas.CodeBadRequest, Detail: "the request stood still for too long"}
-	case errors.As(err, new(bodyError)):
+	case broken != nil:
 		err = &schemas.Error{Status: http.StatusBadRequest, Code: schemas.CodeBadRequest, Detail: "the request could not be read to its end"}
+	case r.Context().Err() != nil: // nobody is there to hear
+		panic(http.ErrAbortHandler)
+	case errors.As(err, &e):
 	default:
 		err = &schemas.Error{Status: http.StatusBadGateway, Code: schemas.CodeBadAnswer, Detail: "what runs here broke off, or did not answer as a web server does"}
 	}
-	s.refuse(w.(*response), r, err)
+	s.refuse(w, r, err)
 }
 
 // response tells when and with what the answer began.
@@ -221,6 +223,17 @@ type response struct {
 	status int
 	wrote  bool
 	began  time.Time
+	body   *pacedBody // of the request; nil if it has none
+}
+
+// bodyError is why the request's body could not be read, nil if it could.
+func (w *response) bodyError() error {
+	if w.body != nil {
+		if err := w.body.failure.Load(); err != nil {
+			return *err
+		}
+	}
+	return nil
 }
 
 // Unwrap is for http.ResponseController.

@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"dayfly.dev/schemas"
@@ -82,19 +83,37 @@ type pacedBody struct {
 	io.ReadCloser
 	control *http.ResponseController
 	stall   time.Duration
+	over    atomic.Bool // it was read to its end, or cannot be
+	failure atomic.Pointer[error]
 }
 
-// bodyError tells an error of the client's from one of the task's.
-type bodyError struct{ error }
-
-func (e bodyError) Unwrap() error { return e.error }
+// pace makes a body that passes while the answer comes already: net/http would read it to
+// its end first.
+func pace(w http.ResponseWriter, body io.ReadCloser, stall time.Duration) *pacedBody {
+	b := &pacedBody{ReadCloser: body, control: http.NewResponseController(w), stall: stall}
+	_ = b.control.EnableFullDuplex() // HTTP/2 is so anyway
+	return b
+}
 
 func (b *pacedBody) Read(p []byte) (int, error) {
 	_ = b.control.SetReadDeadline(time.Now().Add(b.stall))
 	n, err := b.ReadCloser.Read(p)
-	_ = b.control.SetReadDeadline(time.Time{})
-	if err != nil && err != io.EOF {
-		err = bodyError{err}
+	switch {
+	case err == nil:
+		_ = b.control.SetReadDeadline(time.Time{})
+	case err == io.EOF:
+		b.over.Store(true)
+		_ = b.control.SetReadDeadline(time.Time{})
+	default: // the deadline stays, or net/http would wait for the rest
+		b.over.Store(true)
+		b.failure.Store(&err)
 	}
 	return n, err
+}
+
+// leave bounds how long net/http waits for what the task did not want.
+func (b *pacedBody) leave() {
+	if !b.over.Load() {
+		_ = b.control.SetReadDeadline(time.Now().Add(b.stall))
+	}
 }
