@@ -25,6 +25,7 @@ type Config struct {
 	User, Password string
 	InboxPrefix    string // agents: schemas.AgentInbox(w)
 	APIPrefix      string // agents: schemas.AgentAPIPrefix; "" for core services
+	CA             string // file in PEM with who may have signed the server's certificate; then it must have one
 	Logger         zerolog.Logger
 }
 
@@ -104,6 +105,9 @@ func Connect(ctx context.Context, c Config) (*Conn, error) {
 	}
 	if c.InboxPrefix != "" {
 		opts = append(opts, nats.CustomInboxPrefix(c.InboxPrefix))
+	}
+	if c.CA != "" {
+		opts = append(opts, nats.RootCAs(c.CA))
 	}
 	if c.InProcess != nil {
 		opts = append(opts, nats.InProcessServer(c.InProcess))

@@ -55,6 +55,9 @@ func checkConfig(c Config) error {
 		}
 	}
 	texts := []string{c.Name, c.Dir, c.Host}
+	if c.TLS != nil {
+		texts = append(texts, c.TLS.Cert, c.TLS.Key, c.TLS.CA)
+	}
 	if c.Cluster != nil {
 		if c.Cluster.Name == "" || c.Name == "" {
 			return errors.New("a server of a cluster needs a name, and so does the cluster")
@@ -128,6 +131,9 @@ func ConfigText(c Config) string {
 		line("  name: %s", quote(c.Cluster.Name))
 		line("  listen: %s", quote(clusterHost+":"+strconv.Itoa(c.Cluster.Port)))
 		line("  authorization { user: %s, password: %s, timeout: 5 }", quote(routeUser), quote(c.Cluster.Secret))
+		if c.TLS != nil && c.TLS.CA != "" {
+			line("  tls { cert_file: %s, key_file: %s, ca_file: %s, verify: true }", quote(c.TLS.Cert), quote(c.TLS.Key), quote(c.TLS.CA))
+		}
 		line("  routes: [")
 		for _, r := range c.Cluster.Routes {
 			line("    %s", quote((&url.URL{Scheme: "nats-route", User: url.UserPassword(routeUser, c.Cluster.Secret), Host: r}).String()))

@@ -45,8 +45,9 @@ type Config struct {
 	Logger       zerolog.Logger
 }
 
-// TLS of the client port: files in PEM.
-type TLS struct{ Cert, Key string }
+// TLS of the client port: files in PEM. With CA, which has signed the certificates of all
+// servers of the cluster, they speak it among themselves too, and each proves who it is.
+type TLS struct{ Cert, Key, CA string }
 
 // Cluster makes the server one of several.
 type Cluster struct {
@@ -183,7 +184,11 @@ func (s *Server) URL() string {
 	if s.cfg.Port == 0 {
 		return ""
 	}
-	return fmt.Sprintf("nats://%s", net.JoinHostPort(host(s.cfg), fmt.Sprint(s.cfg.Port)))
+	scheme := "nats"
+	if s.cfg.TLS != nil {
+		scheme = "tls"
+	}
+	return fmt.Sprintf("%s://%s", scheme, net.JoinHostPort(host(s.cfg), fmt.Sprint(s.cfg.Port)))
 }
 
 // InProcess connects without a socket.

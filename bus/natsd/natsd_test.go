@@ -1,7 +1,14 @@
 package natsd_test
 
 import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
+	"math/big"
 	"net"
 	"os"
 	"path/filepath"
@@ -104,6 +111,82 @@ func TestInProcessOnly(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.Close()
+}
+
+// With a certificate everybody beyond this process must speak TLS, and check it.
+func TestClientsSpeakTLS(t *testing.T) {
+	dir := t.TempDir()
+	cert, key := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	writeCertificate(t, cert, key)
+	cfg := config(t)
+	cfg.Port, cfg.TLS = -1, &natsd.TLS{Cert: cert, Key: key}
+	cfg.Workers = map[schemas.WorkerID]string{"w1": "w1-secret"}
+	s, err := natsd.Start(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Shutdown()
+	agent := bus.Config{User: "w1", Password: "w1-secret", InboxPrefix: schemas.AgentInbox("w1"), APIPrefix: schemas.AgentAPIPrefix}
+	plain := strings.Replace(s.URL(), "tls://", "nats://", 1)
+	if plain == s.URL() {
+		t.Errorf("the address is %s", plain)
+	}
+	for name, c := range map[string]struct {
+		url, ca string
+		in      bool
+	}{
+		"who trusts it":                       {s.URL(), cert, true},
+		"who trusts it and was told nats://":  {plain, cert, true},
+		"who trusts others":                   {s.URL(), "", false},
+		"who trusts others, and said nats://": {plain, "", false},
+	} {
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		if !c.in {
+			ctx, cancel = context.WithTimeout(t.Context(), 300*time.Millisecond)
+		}
+		k := agent
+		k.URL, k.CA = c.url, c.ca
+		conn, err := bus.Connect(ctx, k)
+		cancel()
+		if (err == nil) != c.in {
+			t.Errorf("%s: %v", name, err)
+		}
+		if err == nil {
+			if _, err := conn.NC.TLSConnectionState(); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+			conn.Close()
+		}
+	}
+	core, err := bus.Connect(t.Context(), bus.Config{InProcess: s.InProcess(), User: natsd.CoreUser, Password: "core-secret"})
+	if err != nil {
+		t.Fatal("within the process: ", err)
+	}
+	core.Close()
+}
+
+// writeCertificate makes one for this machine that signs itself.
+func writeCertificate(t *testing.T, certFile, keyFile string) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, IsCA: true, BasicConstraintsValid: true,
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour)}
+	cert, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	private, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, block := range map[string]*pem.Block{certFile: {Type: "CERTIFICATE", Bytes: cert}, keyFile: {Type: "PRIVATE KEY", Bytes: private}} {
+		if err := os.WriteFile(name, pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 func TestStartIsQuick(t *testing.T) {

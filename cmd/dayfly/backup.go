@@ -103,7 +103,7 @@ func (s *storeConfig) open(ctx context.Context) (conn *bus.Conn, stop func(), er
 		}
 		ctx, cancel := context.WithTimeout(ctx, longPatience)
 		defer cancel()
-		conn, err := bus.Connect(ctx, bus.Config{Name: "backup", URL: s.bus.nats, User: natsd.CoreUser, Password: secrets.Core, Logger: zerolog.Nop()})
+		conn, err := bus.Connect(ctx, bus.Config{Name: "backup", URL: s.bus.nats, CA: s.bus.ca, User: natsd.CoreUser, Password: secrets.Core, Logger: zerolog.Nop()})
 		if err != nil {
 			return nil, nil, refused(err)
 		}

@@ -331,29 +331,36 @@ func TestUpConfig(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, change := range map[string]func(*upConfig){
-		"the API for all":     func(u *upConfig) { u.gateway.http = "0.0.0.0:8080" },
-		"the ingress for all": func(u *upConfig) { u.gateway.ingress = "0.0.0.0:8081" },
-		"a URL without *":     func(u *upConfig) { u.gateway.endpointURL = "https://tasks.example" },
-		"a URL with a path":   func(u *upConfig) { u.gateway.endpointURL = "https://*.tasks.example/x" },
-		"ports backwards":     func(u *upConfig) { u.gateway.tcpPorts = "20-10" },
-		"one port":            func(u *upConfig) { u.gateway.tcpPorts = "20000" },
-		"a key alone":         func(u *upConfig) { u.gateway.key = "key.pem" },
-		"a proxy's name":      func(u *upConfig) { u.gateway.trusted = []string{"proxy.lan"} },
-		"no cookie's name":    func(u *upConfig) { u.gateway.private = []string{"a=b"} },
-		"every address":       func(u *upConfig) { u.gateway.http = ":8080" },
-		"NATS for all":        func(u *upConfig) { u.nats = "192.168.1.4:4222" },
-		"no port":             func(u *upConfig) { u.admin = "127.0.0.1" },
-		"a name with a dot":   func(u *upConfig) { u.agent.worker = "a.b" },
-		"sync sometimes":      func(u *upConfig) { u.sync = "sometimes" },
-		"an unknown allow":    func(u *upConfig) { u.gateway.allow = []string{"tmpfs", "root"} },
-		"a lifetime of zero":  func(u *upConfig) { u.gateway.maxTTL = 0 },
-		"a negative capacity": func(u *upConfig) { u.agent.slots = -1 },
+		"the API for all":           func(u *upConfig) { u.gateway.http = "0.0.0.0:8080" },
+		"the ingress for all":       func(u *upConfig) { u.gateway.ingress = "0.0.0.0:8081" },
+		"a URL without *":           func(u *upConfig) { u.gateway.endpointURL = "https://tasks.example" },
+		"a URL with a path":         func(u *upConfig) { u.gateway.endpointURL = "https://*.tasks.example/x" },
+		"ports backwards":           func(u *upConfig) { u.gateway.tcpPorts = "20-10" },
+		"one port":                  func(u *upConfig) { u.gateway.tcpPorts = "20000" },
+		"a key alone":               func(u *upConfig) { u.gateway.key = "key.pem" },
+		"a proxy's name":            func(u *upConfig) { u.gateway.trusted = []string{"proxy.lan"} },
+		"no cookie's name":          func(u *upConfig) { u.gateway.private = []string{"a=b"} },
+		"every address":             func(u *upConfig) { u.gateway.http = ":8080" },
+		"NATS for all":              func(u *upConfig) { u.nats = "192.168.1.4:4222" },
+		"no port":                   func(u *upConfig) { u.admin = "127.0.0.1" },
+		"a name with a dot":         func(u *upConfig) { u.agent.worker = "a.b" },
+		"sync sometimes":            func(u *upConfig) { u.sync = "sometimes" },
+		"an unknown allow":          func(u *upConfig) { u.gateway.allow = []string{"tmpfs", "root"} },
+		"a lifetime of zero":        func(u *upConfig) { u.gateway.maxTTL = 0 },
+		"a negative capacity":       func(u *upConfig) { u.agent.slots = -1 },
+		"NATS for all, unencrypted": func(u *upConfig) { u.nats = "0.0.0.0:4222" },
+		"a certificate without key": func(u *upConfig) { u.nats, u.tls.cert = "127.0.0.1:4222", "c" },
 	} {
 		u := good
 		change(&u)
 		if u.check() == nil {
 			t.Errorf("%s was taken", name)
 		}
+	}
+	encrypted := good
+	encrypted.nats, encrypted.tls = "0.0.0.0:4222", natsTLS{cert: "c", key: "k"}
+	if err := encrypted.check(); err != nil {
+		t.Error(err)
 	}
 	open := good
 	open.gateway.http, open.insecure = "0.0.0.0:8080", true

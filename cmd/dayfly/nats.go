@@ -2,11 +2,13 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"path/filepath"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"dayfly.dev/bus/natsd"
 )
@@ -19,6 +21,36 @@ type natsConfig struct {
 	clusterName        string
 	routes             []string
 	credentials, sync  string
+	tls                natsTLS
+}
+
+// natsTLS are the files by which a NATS server speaks TLS.
+type natsTLS struct{ cert, key, ca string }
+
+func (t *natsTLS) flags(f *pflag.FlagSet) {
+	f.StringVar(&t.cert, "nats-cert", "", "certificate of the NATS server with its chain, in PEM; clients then speak TLS")
+	f.StringVar(&t.key, "nats-key", "", "the key of --nats-cert, in PEM")
+}
+
+func (t *natsTLS) check() error {
+	if (t.cert == "") != (t.key == "") {
+		return errors.New("--nats-cert and --nats-key go together")
+	}
+	if t.ca != "" && t.cert == "" {
+		return errors.New("--routes-ca needs --nats-cert and --nats-key too")
+	}
+	return nil
+}
+
+// of makes the part of a server's configuration, nil without TLS.
+func (t *natsTLS) of() (*natsd.TLS, error) {
+	if t.cert == "" {
+		return nil, nil
+	}
+	if _, err := tls.LoadX509KeyPair(t.cert, t.key); err != nil {
+		return nil, &hintError{fmt.Errorf("certificate of NATS: %w", err), "--nats-cert and --nats-key with files in PEM that belong together"}
+	}
+	return &natsd.TLS{Cert: t.cert, Key: t.key, CA: t.ca}, nil
 }
 
 func (c *cli) natsCommand() *cobra.Command {
@@ -33,7 +65,8 @@ three times, and any one of them may die.
 It stays in the foreground. SIGTERM hands over what it leads and ends it; wait for
 /readyz before the next one of a cluster is ended.`,
 		Example: `  dayfly nats --name n1 --listen 10.0.0.1:4222 --cluster-listen 10.0.0.1:6222 \
-      --routes 10.0.0.1:6222,10.0.0.2:6222,10.0.0.3:6222 --credentials core.json --insecure-listen`,
+      --routes 10.0.0.1:6222,10.0.0.2:6222,10.0.0.3:6222 --credentials core.json \
+      --nats-cert n1.pem --nats-key n1-key.pem --routes-ca ca.pem`,
 	}
 	f := cmd.Flags()
 	n.flags(f, adminNATS)
@@ -44,13 +77,15 @@ It stays in the foreground. SIGTERM hands over what it leads and ends it; wait f
 	f.StringVar(&n.clusterName, "cluster-name", "dayfly", "name of the cluster")
 	f.StringSliceVar(&n.routes, "routes", nil, "HOST:PORT of the other servers' --cluster-listen, with commas between")
 	f.StringVar(&n.credentials, "credentials", "", "file of secrets; see dayfly credentials")
+	n.tls.flags(f)
+	f.StringVar(&n.tls.ca, "routes-ca", "", "who has signed the --nats-cert of all servers of the cluster, in PEM; they then speak TLS among themselves")
 	f.StringVar(&n.sync, "sync", "always", "when it writes to the disk: always, before an answer, or default, every two minutes")
 	_ = cmd.RegisterFlagCompletionFunc("sync", cobra.FixedCompletions([]string{"always", "default"}, cobra.ShellCompDirectiveNoFileComp))
 	return c.serving(cmd, n.check, func(ctx context.Context) error { return c.nats(ctx, n) })
 }
 
 func (n *natsConfig) check() error {
-	for _, err := range []error{n.processConfig.check(), checkSync(n.sync), n.listens("--listen", n.listen)} {
+	for _, err := range []error{n.processConfig.check(), checkSync(n.sync), n.tls.check(), n.listensNATS("--listen", n.listen, n.tls.cert != "")} {
 		if err != nil {
 			return err
 		}
@@ -64,7 +99,7 @@ func (n *natsConfig) check() error {
 		}
 		return nil
 	}
-	return n.listens("--cluster-listen", n.clusterListen)
+	return n.listensNATS("--cluster-listen", n.clusterListen, n.tls.ca != "")
 }
 
 // nats runs a NATS server until a signal.
@@ -87,6 +122,9 @@ func (c *cli) nats(ctx context.Context, n natsConfig) error {
 	nd := natsd.Config{
 		Name: n.name, Dir: filepath.Join(data, "nats"), SyncAlways: n.sync == "always",
 		CorePassword: secrets.Core, JoinSecret: secrets.Join, Logger: p.logger("nats"),
+	}
+	if nd.TLS, err = n.tls.of(); err != nil {
+		return err
 	}
 	usage := func(err error) error { return &usageError{err, "dayfly nats"} }
 	if nd.Host, nd.Port, err = natsAddress("--listen", n.listen); err != nil {

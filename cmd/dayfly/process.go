@@ -70,6 +70,20 @@ func (p *processConfig) listens(flag, addr string) error {
 		flag, addr)
 }
 
+// listensNATS is listens for NATS, which asks everybody for a password: without TLS that
+// can be read on the way.
+func (p *processConfig) listensNATS(flag, addr string, encrypted bool) error {
+	if encrypted {
+		_, _, err := natsAddress(flag, addr)
+		return err
+	}
+	if err := p.listens(flag, addr); err != nil {
+		return fmt.Errorf("%s %s would send passwords and tasks' inputs unencrypted beyond this machine.\n"+
+			"       Give --nats-cert and --nats-key (and --routes-ca for --cluster-listen), or --insecure-listen if the network is yours alone", flag, addr)
+	}
+	return nil
+}
+
 // scaled is one of the times that belong together: whoever waits for another's
 // silence waits longer than the other may be silent.
 func (p *processConfig) scaled(d time.Duration) time.Duration {

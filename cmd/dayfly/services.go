@@ -2,9 +2,11 @@ package main
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net/url"
+	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -29,11 +31,12 @@ const (
 
 // busConfig says where NATS is and by what it knows us.
 type busConfig struct {
-	nats, credentials string
+	nats, credentials, ca string
 }
 
 func (b *busConfig) flags(f *pflag.FlagSet) {
 	f.StringVar(&b.nats, "nats", nats.DefaultURL, "addresses of NATS servers, with commas between")
+	f.StringVar(&b.ca, "nats-ca", "", "who has signed the NATS servers' certificates, in PEM; then they must have one (default with tls://: whom this machine trusts)")
 	f.StringVar(&b.credentials, "credentials", "", "file of secrets; see dayfly credentials")
 }
 
@@ -44,8 +47,18 @@ func (b *busConfig) check() error {
 	for one := range strings.SplitSeq(b.nats, ",") {
 		u, err := url.Parse(strings.TrimSpace(one))
 		if err != nil || u.Host == "" || u.User != nil {
-			return errors.New("--nats must be nats://HOST:PORT, several with commas between")
+			return errors.New("--nats must be nats://HOST:PORT or tls://HOST:PORT, several with commas between")
 		}
+	}
+	if b.ca == "" {
+		return nil
+	}
+	pem, err := os.ReadFile(b.ca)
+	if err == nil && !x509.NewCertPool().AppendCertsFromPEM(pem) {
+		err = errors.New("no certificate in PEM is in it")
+	}
+	if err != nil {
+		return fmt.Errorf("--nats-ca %s: %w", b.ca, err)
 	}
 	return nil
 }
@@ -53,7 +66,7 @@ func (b *busConfig) check() error {
 // core connects a core service and makes what NATS stores, if that is missing.
 func (b *busConfig) core(p *process, name string, secrets credentials, assets assetConfig) connector {
 	return func(ctx context.Context) (*bus.Conn, error) {
-		conn, err := p.connect(ctx, bus.Config{Name: name, URL: b.nats, User: natsd.CoreUser, Password: secrets.Core})
+		conn, err := p.connect(ctx, bus.Config{Name: name, URL: b.nats, CA: b.ca, User: natsd.CoreUser, Password: secrets.Core})
 		if err != nil {
 			return nil, refused(err)
 		}
@@ -252,7 +265,7 @@ func (c *cli) agent(ctx context.Context, k processConfig, b busConfig, a agentCo
 		return fmt.Sprintf("dayfly agent is up: worker %s, admin %s", ad.Worker, ad.Admin)
 	}
 	p.agent(func(ctx context.Context) (*bus.Conn, error) {
-		conn, err := p.connect(ctx, agentLogin(bus.Config{URL: b.nats}, schemas.WorkerID(a.worker), secrets.Token))
+		conn, err := p.connect(ctx, agentLogin(bus.Config{URL: b.nats, CA: b.ca}, schemas.WorkerID(a.worker), secrets.Token))
 		return conn, refused(err)
 	}, rt, a)
 	return interruptedIsFine(ctx, p.run(ctx))

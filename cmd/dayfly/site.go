@@ -133,6 +133,10 @@ func (u *upConfig) startNATS(ctx context.Context, p *process, secrets credential
 			return nil, &usageError{err, "dayfly up"}
 		}
 	}
+	var err error
+	if nd.TLS, err = u.tls.of(); err != nil {
+		return nil, err
+	}
 	sayRelaxed(p, u.sync)
 	server, err := natsd.Start(ctx, nd)
 	if err != nil {

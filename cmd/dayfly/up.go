@@ -26,6 +26,7 @@ type upConfig struct {
 	agent      agentConfig
 	assets     assetConfig
 	nats, sync string
+	tls        natsTLS
 	retention  time.Duration
 }
 
@@ -91,6 +92,7 @@ Where OTEL_EXPORTER_OTLP_ENDPOINT is set it sends spans there.`,
 	u.assets.flags(f)
 	u.processConfig.flags(f, defaultAdmin)
 	f.StringVar(&u.nats, "nats", "", "address of the NATS server for other machines' agents; empty: none, it is used in this process only")
+	u.tls.flags(f)
 	f.StringVar(&u.sync, "sync", "always", "when NATS writes to the disk: always, before an answer, or default, every two minutes")
 	f.DurationVar(&u.retention, "retention", 24*time.Hour, "how long a task is kept after its end")
 	_ = cmd.RegisterFlagCompletionFunc("sync", cobra.FixedCompletions([]string{"always", "default"}, cobra.ShellCompDirectiveNoFileComp))
@@ -101,7 +103,7 @@ Where OTEL_EXPORTER_OTLP_ENDPOINT is set it sends spans there.`,
 // check says what of the configuration cannot be right, before anything is touched.
 func (u *upConfig) check() error {
 	for _, err := range []error{
-		u.agent.check(), checkSync(u.sync), u.assets.check(), checkRetention(u.retention), u.reaper.check(),
+		u.agent.check(), checkSync(u.sync), u.assets.check(), u.tls.check(), checkRetention(u.retention), u.reaper.check(),
 		u.gateway.check(&u.processConfig), u.processConfig.check(),
 	} {
 		if err != nil {
@@ -111,5 +113,5 @@ func (u *upConfig) check() error {
 	if u.nats == "" {
 		return nil
 	}
-	return u.listens("--nats", u.nats)
+	return u.listensNATS("--nats", u.nats, u.tls.cert != "")
 }
