@@ -20,6 +20,7 @@
 //	                      path with "hello", /status/N with that code, /slow never, and
 //	                      /until/D with 200 for that long, then with 500
 //	tcp PORT              listens on 127.0.0.1, prints "ready", sends back what comes
+//	deaf PORT             listens on 127.0.0.1 and takes nobody, once its queue is full
 //	orphans N             leaves N sleeping children behind, exits 0
 //	signal N              kills itself by signal N
 //	eat BYTES             touches so much memory, holds it until it is killed
@@ -35,6 +36,10 @@
 //	reopen                writes to /dev/stdout and /dev/stderr by opening them
 //	read-dayfly           tries to write, dial and read what is of dayfly
 //	suid                  prints its effective uid (call /bin/suid)
+//	terminal              tells of its terminal, its new sizes and lines; ends at Ctrl-C
+//	family                starts a child, one in another session, and a daemon; all sleep
+//	processes             prints how many there are beside init and this one
+//	things PATH           makes one of each kind of file in a folder
 //	try NAME              a hostile system call: exits 0 if the kernel DENIED it, 1 if not
 package main
 
@@ -113,6 +118,11 @@ func commands() map[string]func([]string) int {
 		"reopen":      reopen,
 		"read-dayfly": readDayfly,
 		"try":         try,
+		"deaf":        deaf,
+		"terminal":    terminal,
+		"family":      family,
+		"processes":   processes,
+		"things":      things,
 	}
 }
 
