@@ -26,13 +26,13 @@ import (
 
 func main() {
 	n := flag.Int("n", 0, "samples of each kind (0: the command's own default)")
-	bin := flag.String("bin", "bin/dayfly", "the dayfly binary, for cold, hop and scale")
+	bin := flag.String("bin", "bin/dayfly", "the dayfly binary, for cold, hop, ingress and scale")
 	profile := flag.String("cpuprofile", "", "write a CPU profile to this file")
 	agents := flag.String("agents", "50,1000", "numbers of agents, for scale")
 	live := flag.Int("live", 100_000, "tasks that sleep at a time, for scale")
 	syncs := flag.String("sync", "default", "when NATS syncs its files, for scale: default or always")
 	flag.Usage = func() {
-		fmt.Fprintln(os.Stderr, "usage: bench [-n N] [control|cold|hop|scale]")
+		fmt.Fprintln(os.Stderr, "usage: bench [-n N] [control|cold|hop|ingress|scale]")
 		flag.PrintDefaults()
 	}
 	flag.Parse()
@@ -57,6 +57,8 @@ func main() {
 		err = cold(ctx, *bin, *n)
 	case "hop":
 		err = hop(ctx, *bin, *n)
+	case "ingress":
+		err = ingress(ctx, *bin, *n)
 	case "scale":
 		o := scaleOptions{bin: *bin, sync: *syncs, through: cmp.Or(*n, 20_000), live: *live}
 		for f := range strings.SplitSeq(*agents, ",") {
