@@ -212,5 +212,15 @@ func api() Dashboard {
 			{Title: "Tasks refused", About: "By the code of the error.", Unit: perSecond, Queries: one(rate("code", "dayfly_tasks_rejected_total"), "{{code}}")},
 			{Title: "Replays", About: "Requests answered with the task that an earlier one with the same Idempotency-Key made.", Unit: perSecond, Queries: one(rate("", "dayfly_idempotent_replays_total"), "replays")},
 		}},
+		{"Reaching tasks", []Panel{
+			{Title: "Requests", About: "To hostnames of tasks, by the class of the answer, which is the task's own or dayfly's.", Unit: perSecond, Queries: one(rate("code_class", "dayfly_ingress_response_seconds_count"), "{{code_class}}")},
+			{Title: "Until the answer begins", About: "Requests to hostnames of tasks; how long a task thinks is in it.", Unit: seconds, Queries: quantiles("dayfly_ingress_response_seconds", 0.5, 0.95)},
+			{Title: "Answered by dayfly", About: "Requests to hostnames that no task answered, by the reason.", Unit: perSecond, Queries: one(rate("code", "dayfly_ingress_failures_total"), "{{code}}")},
+			{Title: "Connections", About: "From outside to tasks, by kind, and TCP ports that are listened on.", Unit: count, Queries: []Query{
+				{`sum by (kind) (dayfly_ingress_connections_open)`, "{{kind}}"}, {`max(dayfly_ingress_ports_open)`, "ports"}}},
+			{Title: "Bytes", About: "To tasks (in) and from them (out).", Unit: rateBytes, Queries: one(rate("kind, direction", "dayfly_ingress_bytes_total"), "{{kind}} {{direction}}")},
+			{Title: "Should not be", About: "New certificates that could not be used, and TCP ports of tasks that something else has.", Unit: count, Queries: []Query{
+				{`sum(dayfly_ingress_certificate_failures_total)`, "certificates"}, {`sum(dayfly_ingress_port_errors_total)`, "ports"}}},
+		}},
 	}}
 }

@@ -24,9 +24,11 @@ var _ ingress.Router = router{}
 
 // Find implements ingress.Router.
 func (r router) Find(ctx context.Context, label string) (ingress.Target, error) {
+	begin, cancel := context.WithTimeout(ctx, r.g.cfg.OpTimeout)
+	defer cancel()
 	select {
 	case <-r.g.tasks.Ready():
-	default:
+	case <-begin.Done():
 		return ingress.Target{}, unavailable()
 	}
 	e, ok := r.g.endpoints.find(label)

@@ -35,7 +35,7 @@ func main() {
 	followers := flag.Int("followers", 1000, "readers of all events, for rest")
 	syncs := flag.String("sync", "default", "when NATS syncs its files, for scale: default or always")
 	flag.Usage = func() {
-		fmt.Fprintln(os.Stderr, "usage: bench [-n N] [control|cold|hop|scale|rest]")
+		fmt.Fprintln(os.Stderr, "usage: bench [-n N] [control|cold|hop|ingress|scale|rest]")
 		flag.PrintDefaults()
 	}
 	flag.Parse()
@@ -60,6 +60,8 @@ func main() {
 		err = cold(ctx, *bin, *n)
 	case "hop":
 		err = hop(ctx, *bin, *n)
+	case "ingress":
+		err = ingress(ctx, *bin, *n)
 	case "scale":
 		o := scaleOptions{bin: *bin, sync: *syncs, through: cmp.Or(*n, 20_000), live: *live}
 		for f := range strings.SplitSeq(*agents, ",") {

@@ -124,3 +124,12 @@ func command(ctx context.Context, name string, args ...string) error {
 	}
 	return nil
 }
+
+// OutboundOnly refuses every connection to the namespace, as a NAT does; its own go on.
+func (ns *Namespace) OutboundOnly() error {
+	args := append(ns.Enter()[1:], "iptables", "-w", "-A", "INPUT", "-p", "tcp", "!", "--syn", "-j", "ACCEPT")
+	if err := command(context.Background(), "nsenter", args...); err != nil {
+		return err
+	}
+	return ns.policy("INPUT", "DROP")
+}

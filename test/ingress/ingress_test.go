@@ -164,7 +164,7 @@ func (s *site) create(spec map[string]any, query string) (t schemas.Task) {
 	s.Helper()
 	spec["image"] = s.image
 	spec["ttl"] = "5m"
-	spec["resources"] = map[string]any{"memory": "64MiB", "cpus": 1}
+	spec["resources"] = map[string]any{"memory": "64MiB", "cpus": 0.4}
 	if err := s.up.Call(deadline(s), "POST", "/v1/tasks"+query, spec, &t); err != nil {
 		s.Fatal(err)
 	}

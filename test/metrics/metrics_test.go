@@ -178,6 +178,16 @@ func (s *site) load(ctx context.Context) {
 			_ = s.call(ctx, "GET", "/v1/tasks", "", nil, nil)
 			s.contend(ctx, task(onDocker, "sleep 2s", time.Minute))
 		})
+		all.Go(func() {
+			req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+s.up.Ingress, nil)
+			if err != nil {
+				return
+			}
+			req.Host = strings.Repeat("a", schemas.LabelBytes) + ".localhost" // that of no task
+			if res, err := http.DefaultClient.Do(req); err == nil {
+				res.Body.Close()
+			}
+		})
 		all.Wait()
 	}
 }

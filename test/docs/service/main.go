@@ -52,7 +52,7 @@ func main() {
 	}
 	fmt.Println("the same task:", again.ID == task.ID)
 
-	job.Ports = []schemas.Port{{Port: 8080}}
+	job.Network = schemas.NetworkEgress
 	_, err = c.Create(ctx, job, client.CreateOptions{})
 	var problem *schemas.Error
 	if errors.As(err, &problem) {

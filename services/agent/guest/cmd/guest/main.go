@@ -16,7 +16,7 @@
 //	daemonize             leaves a process in a session of its own behind, exits 0
 //	flaky N [CODE [D]]    counts its runs in /tmp and prints "run K"; exits with CODE (1) in
 //	                      the first N, later prints "ready" and sleeps for D (0)
-//	http PORT [AFTER]     listens on 127.0.0.1 after a while, prints "ready"; answers any
+//	http PORT [AFTER]     listens on 127.0.0.1, or on ADDR:PORT, after a while, prints "ready"; answers any
 //	                      path with "hello", /status/N with that code, /slow never, and
 //	                      /until/D with 200 for that long, then with 500
 //	tcp PORT              listens on 127.0.0.1, prints "ready", sends back what comes

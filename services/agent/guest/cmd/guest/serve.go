@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -41,7 +42,11 @@ func serveHTTP(a []string) int {
 		}
 	})
 	time.Sleep(dur(a, 1, 0))
-	l, err := net.Listen("tcp4", "127.0.0.1:"+arg(a, 0, "8080"))
+	addr := arg(a, 0, "8080")
+	if !strings.Contains(addr, ":") {
+		addr = "127.0.0.1:" + addr
+	}
+	l, err := net.Listen("tcp4", addr)
 	if err != nil {
 		return report("listen", err)
 	}
