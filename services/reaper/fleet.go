@@ -39,10 +39,16 @@ func (f *fleet) saw(w schemas.WorkerID, revision uint64, now time.Time) {
 // absent says that no beat of a worker is there, and whether that has been so for the
 // fence: its key was lost with a server, and it has not come back to write it again.
 func (f *fleet) absent(w schemas.WorkerID, now time.Time, fence time.Duration) bool {
-	f.saw(w, 0, now)
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return now.Sub(f.seen[w].at) >= fence
+	s, ok := f.seen[w]
+	if !ok {
+		s = sighting{at: now}
+		f.seen[w] = s
+	}
+	// A beat that came since the view was asked stays what it is: it may be the last one,
+	// and a verdict is about its revision.
+	return s.revision == 0 && now.Sub(s.at) >= fence
 }
 
 // stood is how long a revision of a worker's beat has been the newest here, counted from

@@ -118,3 +118,18 @@ func TestAVerdictThatTheServerForgotGivesUpNothing(t *testing.T) {
 		t.Errorf("a verdict that stands: done %v, error %v", done, err)
 	}
 }
+
+// Whose first beat comes while it is looked for is silent from then on like any other.
+func TestABeatThatComesWhileItIsLookedForIsWatched(t *testing.T) {
+	f, start := newFleet(), time.Now()
+	f.saw("w1", 7, start)
+	if f.absent("w1", start.Add(time.Hour), time.Minute) {
+		t.Error("a worker with a beat is absent")
+	}
+	if list := f.silent(start.Add(time.Hour), time.Minute); list["w1"] != 7 {
+		t.Errorf("silent are %v, want the worker at the revision of its beat", list)
+	}
+	if f.absent("w2", start, time.Minute) || !f.absent("w2", start.Add(time.Minute), time.Minute) {
+		t.Error("a worker without a beat is absent after a fence, and not before")
+	}
+}
