@@ -224,6 +224,9 @@ const (
 	Stderr Stream = "stderr"
 )
 
+// MaxLogChunk is the most bytes of a log in one message.
+const MaxLogChunk = 64 << 10
+
 // Headers of messages. A log chunk's body is the bytes themselves.
 const (
 	HeaderState    = "S"              // on a record: its state, so that views need not decode

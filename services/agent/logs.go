@@ -19,10 +19,7 @@ import (
 // killed. Until then the spool is kept, and what may have been lost is sent again.
 const logSafe = time.Second
 
-// logChunk is the largest piece of a log in one message.
-const logChunk = 64 << 10
-
-var chunks = sync.Pool{New: func() any { return new([logChunk]byte) }}
+var chunks = sync.Pool{New: func() any { return new([schemas.MaxLogChunk]byte) }}
 
 var streams = []schemas.Stream{schemas.Stdout, schemas.Stderr}
 
@@ -56,7 +53,7 @@ type mark struct {
 // server that was away may have lost. Chunks of an attempt go one after the other, so
 // that a reader finds them in order; one that was stored twice is told by its offset.
 func (s *shipper) ship(ctx context.Context) error {
-	buf := chunks.Get().(*[logChunk]byte)
+	buf := chunks.Get().(*[schemas.MaxLogChunk]byte)
 	defer chunks.Put(buf)
 	for progress := true; progress; {
 		progress = s.rewind()

@@ -92,6 +92,35 @@ func TestSequencerHoldsNoMoreThanItMay(t *testing.T) {
 	if given != 100*len(block) {
 		t.Errorf("%d bytes", given)
 	}
+	for i := range int64(4 * maxHeldPieces) { // single bytes, none beside the one before
+		s.take(piece{offset: 1<<30 + 2*i, data: block[:1]})
+		if n := len(s.held); n > maxHeldPieces {
+			t.Fatalf("%d pieces", n)
+		}
+	}
+}
+
+// A chunk comes from a worker, which may say anything.
+func TestAChunkThatNobodyCouldShowIsNone(t *testing.T) {
+	stored := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+	chunk := func(at string, size int) bus.Msg {
+		return bus.Msg{Subject: schemas.LogSubject("w1", "t-01jd0000000000000000000000"), Time: stored, Data: make([]byte, size), Header: nats.Header{
+			schemas.HeaderAttempt: {"1"}, schemas.HeaderStream: {"stdout"}, schemas.HeaderOffset: {"0"}, schemas.HeaderTime: {at}}}
+	}
+	for _, at := range []string{"9999-12-31T23:59:59-23:00", "0000-01-01T00:00:00+23:00", "yesterday"} {
+		p, _, ok := parseChunk(chunk(at, 1))
+		if !ok || !p.at.Equal(stored) {
+			t.Errorf("%s: ok %v, at %s", at, ok, p.at)
+		}
+		if _, err := schemas.Encode(schemas.LogLine{At: p.at}); err != nil {
+			t.Error(at, err)
+		}
+	}
+	for size, want := range map[int]bool{0: false, 1: true, schemas.MaxLogChunk: true, schemas.MaxLogChunk + 1: false} {
+		if _, _, ok := parseChunk(chunk("2026-03-01T11:59:59Z", size)); ok != want {
+			t.Errorf("%d bytes: ok %v", size, ok)
+		}
+	}
 }
 
 func TestTailKeepsTheLastLines(t *testing.T) {
@@ -126,6 +155,13 @@ func TestTailKeepsTheLastLines(t *testing.T) {
 	}
 	if long.size != maxTail {
 		t.Error(long.size)
+	}
+	bytewise := &tail{lines: 3}
+	for range 2 * maxTailPieces {
+		bytewise.add(piece{data: []byte("x")})
+	}
+	if n := len(bytewise.pieces); n != maxTailPieces || bytewise.size != n {
+		t.Errorf("%d pieces, %d bytes", n, bytewise.size)
 	}
 }
 

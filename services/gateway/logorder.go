@@ -34,7 +34,12 @@ type sequencer struct {
 	size int // of what is held
 }
 
-const maxHeld = 1 << 20
+const (
+	maxHeld = 1 << 20
+	// maxHeldPieces bounds them where a worker sends single bytes: each costs more than it
+	// says, and is compared with all that comes.
+	maxHeldPieces = 2048
+)
 
 func (s *sequencer) at(l lane) int64 { return s.next[l] }
 
@@ -56,7 +61,7 @@ func (s *sequencer) take(p piece) []piece {
 		}
 		s.held = append(s.held, p)
 		s.size += len(p.data)
-		if s.size > maxHeld {
+		if s.size > maxHeld || len(s.held) > maxHeldPieces {
 			return s.release()
 		}
 		return nil
@@ -112,7 +117,8 @@ func (s *sequencer) pass(p piece) (piece, bool) {
 	return p, true
 }
 
-// tail keeps the last lines of a log, and no more than maxTail bytes of them.
+// tail keeps the last lines of a log, and no more than maxTail bytes of them in
+// maxTailPieces pieces.
 type tail struct {
 	lines  int
 	pieces []piece
@@ -120,7 +126,10 @@ type tail struct {
 	size   int
 }
 
-const maxTail = 1 << 20
+const (
+	maxTail       = 1 << 20
+	maxTailPieces = maxTailLines // one for each line is the most that makes sense
+)
 
 func (t *tail) add(p piece) {
 	if t.lines == 0 {
@@ -157,6 +166,9 @@ func (t *tail) trim() {
 	}
 	for t.size > maxTail {
 		t.drop(min(t.size-maxTail, len(t.pieces[0].data)))
+	}
+	if len(t.pieces) > maxTailPieces {
+		t.drop(len(t.pieces[0].data))
 	}
 }
 

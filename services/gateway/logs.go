@@ -398,8 +398,8 @@ func (l *logReader) live(ctx context.Context) error {
 	return err
 }
 
-// logAhead bounds what a reader that is slow holds in memory, to half a megabyte: a
-// chunk has up to 64 KiB.
+// logAhead bounds what a reader that is slow holds in memory, to half a megabyte of
+// chunks that are no longer than they may be.
 const logAhead = 8
 
 func (l *logReader) options(from uint64, follow bool) bus.ReadOptions {
@@ -524,16 +524,16 @@ func (l *logReader) held(ctx context.Context, c claim) (bool, error) {
 // anything may stand there.
 func parseChunk(m bus.Msg) (p piece, worker schemas.WorkerID, ok bool) {
 	parts := strings.Split(m.Subject, ".")
-	if len(parts) != 4 || len(m.Data) == 0 {
+	if len(parts) != 4 || len(m.Data) == 0 || len(m.Data) > schemas.MaxLogChunk {
 		return p, "", false
 	}
 	attempt, err := strconv.Atoi(m.Header.Get(schemas.HeaderAttempt))
 	offset, err2 := strconv.ParseInt(m.Header.Get(schemas.HeaderOffset), 10, 64)
 	at, err3 := time.Parse(time.RFC3339Nano, m.Header.Get(schemas.HeaderTime))
-	if err3 != nil {
-		at = m.Time
+	if at = at.UTC(); err3 != nil || at.Year() < 1 || at.Year() > 9999 { // a zone moves it out of what JSON can say
+		at = m.Time.UTC()
 	}
-	p = piece{lane{attempt, schemas.Stream(m.Header.Get(schemas.HeaderStream))}, offset, at.UTC(), m.Data}
+	p = piece{lane{attempt, schemas.Stream(m.Header.Get(schemas.HeaderStream))}, offset, at, m.Data}
 	ok = err == nil && err2 == nil && attempt >= 1 && offset >= 0 && offset < 1<<50 &&
 		(p.stream == schemas.Stdout || p.stream == schemas.Stderr)
 	return p, schemas.WorkerID(parts[2]), ok

@@ -39,10 +39,16 @@ func (f *fleet) saw(w schemas.WorkerID, revision uint64, now time.Time) {
 // absent says that no beat of a worker is there, and whether that has been so for the
 // fence: its key was lost with a server, and it has not come back to write it again.
 func (f *fleet) absent(w schemas.WorkerID, now time.Time, fence time.Duration) bool {
-	f.saw(w, 0, now)
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return now.Sub(f.seen[w].at) >= fence
+	s, ok := f.seen[w]
+	if !ok {
+		s = sighting{at: now}
+		f.seen[w] = s
+	}
+	// A beat that came since the view was asked stays what it is: it may be the last one,
+	// and a verdict is about its revision.
+	return s.revision == 0 && now.Sub(s.at) >= fence
 }
 
 // stood is how long a revision of a worker's beat has been the newest here, counted from
@@ -202,6 +208,20 @@ func (r *Reaper) verdict(ctx context.Context, w schemas.WorkerID, revision uint6
 // start what is given up.
 const verdictStands = 50
 
+// stands says whether the verdict over a record's holder, which the view has at revision,
+// can no longer be forgotten. A server that was killed may be away for longer than that
+// takes, and nobody has told us yet: so it is asked too.
+func (r *Reaper) stands(ctx context.Context, rec schemas.Record, revision uint64) (bool, error) {
+	if r.fleet.stood(rec.Worker, revision, time.Now()) < r.cfg.Fence/verdictStands {
+		return false, nil
+	}
+	e, err := r.workers.Get(ctx, string(rec.Worker))
+	if errors.Is(err, bus.ErrNotFound) {
+		return false, nil
+	}
+	return err == nil && e.Value.Lost() && e.Value.Epoch == rec.Epoch, err
+}
+
 // checkHolder gives up a task whose holder is lost, has another epoch by now, or has
 // been unknown for the fence. It says whether the task was dealt with.
 func (r *Reaper) checkHolder(ctx context.Context, e bus.Entry[schemas.Record]) (bool, error) {
@@ -218,9 +238,11 @@ func (r *Reaper) checkHolder(ctx context.Context, e bus.Entry[schemas.Record]) (
 		}
 	case !former && !(beat.Epoch == rec.Epoch && beat.Lost()):
 		return false, nil
-	case !former && r.fleet.stood(rec.Worker, revision, time.Now()) < r.cfg.Fence/verdictStands:
-		r.due.add(rec.ID, time.Now().Add(r.cfg.Fence/verdictStands))
-		return false, nil
+	case !former:
+		if stands, err := r.stands(ctx, rec, revision); !stands {
+			r.due.add(rec.ID, time.Now().Add(r.cfg.Fence/verdictStands))
+			return false, err
+		}
 	}
 	back := former && !beat.Lost()
 	if back && slices.Contains(beat.Kept, rec.ID) {

@@ -1,8 +1,15 @@
 package reaper
 
 import (
+	"crypto/rand"
 	"testing"
 	"time"
+
+	"github.com/rs/zerolog"
+
+	"dayfly.dev/bus"
+	"dayfly.dev/bus/natstest"
+	"dayfly.dev/schemas"
 )
 
 // A reaper that was itself stopped has not seen the beats of that time, so no worker
@@ -57,5 +64,72 @@ func TestAVerdictStandsFromTheLastReconnect(t *testing.T) {
 	}
 	if d := stood(8, 4*time.Second); d != 0 {
 		t.Fatalf("another revision stood %v", d)
+	}
+}
+
+// A server that was killed just after the verdict has forgotten it, and may be away for so
+// long that the verdict seems to have stood.
+func TestAVerdictThatTheServerForgotGivesUpNothing(t *testing.T) {
+	conn := natstest.Connect(t, natstest.Server(t))
+	if err := bus.Provision(t.Context(), conn, schemas.Assets(time.Hour), 1); err != nil {
+		t.Fatal(err)
+	}
+	cfg := DefaultConfig()
+	r := &Reaper{
+		cfg: cfg, conn: conn, log: zerolog.Nop(), metrics: newMetrics(nil, nil), due: newTimers[schemas.TaskID](), fleet: newFleet(),
+		table:   bus.NewTable(conn, schemas.BucketTasks, bus.JSON(schemas.Record.Wrote)),
+		workers: bus.NewTable(conn, schemas.BucketWorkers, bus.JSON[schemas.Beat](nil)),
+		tasks:   bus.NewView(conn, schemas.BucketTasks, decodeTask, bus.ViewOptions[task]{}),
+		beats:   bus.NewView(conn, schemas.BucketWorkers, decodeBeat, bus.ViewOptions[schemas.Beat]{}),
+	}
+	beat := schemas.Beat{Worker: "w1", Epoch: "e1"}
+	stored, err := r.workers.Create(t.Context(), "w1", beat, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	id, err := schemas.NewTaskID(time.Now(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rec, err := schemas.Next(schemas.NewRecord(id, schemas.DefaultSpec(), schemas.DefaultPolicy(), r.meta()),
+		schemas.Choose{Meta: r.meta(), Worker: "w1", Epoch: "e1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	e, err := r.table.Create(t.Context(), string(id), rec, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	lost := beat
+	lost.LostAt = time.Now()
+	r.beats.Observe("w1", lost, stored.Revision+1)
+	r.fleet.saw("w1", stored.Revision+1, time.Now().Add(-cfg.Fence))
+
+	if done, err := r.checkHolder(t.Context(), e); done || err != nil {
+		t.Errorf("done %v, error %v", done, err)
+	}
+	if now, err := r.table.Get(t.Context(), string(id)); err != nil || now.Value.State != schemas.Assigned {
+		t.Errorf("the task is %s, error %v", now.Value.State, err)
+	}
+	if _, err := r.workers.Replace(t.Context(), stored, lost, ""); err != nil {
+		t.Fatal(err)
+	}
+	if done, err := r.checkHolder(t.Context(), e); !done || err != nil {
+		t.Errorf("a verdict that stands: done %v, error %v", done, err)
+	}
+}
+
+// Whose first beat comes while it is looked for is silent from then on like any other.
+func TestABeatThatComesWhileItIsLookedForIsWatched(t *testing.T) {
+	f, start := newFleet(), time.Now()
+	f.saw("w1", 7, start)
+	if f.absent("w1", start.Add(time.Hour), time.Minute) {
+		t.Error("a worker with a beat is absent")
+	}
+	if list := f.silent(start.Add(time.Hour), time.Minute); list["w1"] != 7 {
+		t.Errorf("silent are %v, want the worker at the revision of its beat", list)
+	}
+	if f.absent("w2", start, time.Minute) || !f.absent("w2", start.Add(time.Minute), time.Minute) {
+		t.Error("a worker without a beat is absent after a fence, and not before")
 	}
 }

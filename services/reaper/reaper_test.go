@@ -271,6 +271,33 @@ func TestAWorkerCannotSpeakForAnother(t *testing.T) {
 	}
 }
 
+// Reports that no record explains are tried again for a while, and wait in the same line as
+// those of all workers.
+func TestAWorkerThatMakesTasksUpDoesNotStopTheOthers(t *testing.T) {
+	b := newBench(t)
+	b.cfg.Fence = time.Hour // no worker beats here
+	b.start()
+	for range 6000 {
+		id, err := schemas.NewTaskID(time.Now(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := schemas.Encode(schemas.Report{Assignment: schemas.Assignment{Task: id, Attempt: 1, Worker: "w2", Epoch: "e1"}, Phase: schemas.PhaseRunning})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := b.core.NC.Publish(schemas.ReportSubject("w2", id), body); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := b.core.NC.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	id := b.accept(nil)
+	b.report(ended(b.assign(id, "e1"), schemas.EndedItself, 0))
+	b.state(id, schemas.Completed)
+}
+
 func TestTwoReapersSettleEachReportOnce(t *testing.T) {
 	b := newBench(t)
 	b.start()

@@ -84,31 +84,57 @@ var errAhead = errors.New("the report is ahead of the record")
 // cannot tell, since a worker repeats its last report and each is a new message.
 type unknown struct {
 	mu    sync.Mutex
-	first map[schemas.Assignment]time.Time // under mu
+	first map[schemas.WorkerID]map[schemas.Assignment]time.Time // under mu
 }
 
-func newUnknown() *unknown { return &unknown{first: map[schemas.Assignment]time.Time{}} }
+// unknownMost is how many attempts of one worker are remembered. Each report that is tried
+// again takes one of the places that all reports share (MaxAckPending): a worker that
+// makes tasks up shall not take them all, and none that is honest has as many.
+const unknownMost = 1024
 
-func (u *unknown) since(a schemas.Assignment) time.Time {
+func newUnknown() *unknown {
+	return &unknown{first: map[schemas.WorkerID]map[schemas.Assignment]time.Time{}}
+}
+
+// since says since when there have been reports of a; not ok is one too many.
+func (u *unknown) since(a schemas.Assignment) (at time.Time, ok bool) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if _, ok := u.first[a]; !ok {
-		u.first[a] = time.Now()
+	of := u.first[a.Worker]
+	if at, ok = of[a]; ok {
+		return at, true
 	}
-	return u.first[a]
+	if len(of) >= unknownMost {
+		return at, false
+	}
+	if of == nil {
+		of = map[schemas.Assignment]time.Time{}
+		u.first[a.Worker] = of
+	}
+	of[a] = time.Now()
+	return of[a], true
 }
 
 func (u *unknown) forget(a schemas.Assignment) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	delete(u.first, a)
+	if of := u.first[a.Worker]; of != nil {
+		if delete(of, a); len(of) == 0 {
+			delete(u.first, a.Worker)
+		}
+	}
 }
 
 // prune forgets those of which nothing was heard any more.
 func (u *unknown) prune(before time.Time) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	maps.DeleteFunc(u.first, func(_ schemas.Assignment, at time.Time) bool { return at.Before(before) })
+	for w, of := range u.first {
+		maps.DeleteFunc(of, func(_ schemas.Assignment, at time.Time) bool { return at.Before(before) })
+		if len(of) == 0 {
+			delete(u.first, w)
+		}
+	}
 }
 
 // settle folds one report into its record. An attempt that the record has left
@@ -123,7 +149,11 @@ func (r *Reaper) settle(ctx context.Context, rep schemas.Report) (string, error)
 		}
 	}
 	if errors.Is(err, bus.ErrNotFound) || errors.Is(err, errAhead) {
-		if time.Since(r.unknown.since(rep.Assignment)) < r.cfg.Unknown {
+		since, ok := r.unknown.since(rep.Assignment)
+		switch {
+		case !ok:
+			return "refused", nil
+		case time.Since(since) < r.cfg.Unknown:
 			return "ahead", err
 		}
 		r.unknown.forget(rep.Assignment)
