@@ -195,8 +195,8 @@ func api() Dashboard {
 		{"Requests", []Panel{
 			{Title: "Rate", About: "By route. ?wait marks those that wait for a task.", Unit: perSecond, Queries: one(rate("method, route", requests+"_count"), "{{method}} {{route}}")},
 			{Title: "Not answered well", About: "4xx are the clients', 5xx ours.", Unit: perSecond, Alert: "DayflyApiErrors", Queries: one(rate("code_class, route", requests+`_count{code_class=~"4xx|5xx"}`), "{{code_class}} {{route}}")},
-			{Title: "p95", About: "Of those that wait for nothing.", Unit: seconds, Alert: "DayflyApiErrors", Queries: one(quantile(0.95, "method, route", requests, `{route!~".*(wait|logs)"}`), "{{method}} {{route}}")},
-			{Title: "p99", About: "Of those that wait for nothing.", Unit: seconds, Alert: "DayflyApiErrors", Queries: one(quantile(0.99, "method, route", requests, `{route!~".*(wait|logs)"}`), "{{method}} {{route}}")},
+			{Title: "p95", About: "Of those that wait for nothing.", Unit: seconds, Alert: "DayflyApiErrors", Queries: one(quantile(0.95, "method, route", requests, `{route!~".*(wait|logs|tunnel.*)"}`), "{{method}} {{route}}")},
+			{Title: "p99", About: "Of those that wait for nothing.", Unit: seconds, Alert: "DayflyApiErrors", Queries: one(quantile(0.99, "method, route", requests, `{route!~".*(wait|logs|tunnel.*)"}`), "{{method}} {{route}}")},
 		}},
 		{"Batches", []Panel{
 			{Title: "Under way", About: "Batches that are not done; 64 at the most.", Unit: count, Queries: one(`max(dayfly_batches_open)`, "open")},

@@ -61,6 +61,7 @@ type endpoints struct {
 
 	mu     sync.RWMutex
 	labels map[string]endpoint // under mu: as long as their records are in the view
+	news   chan struct{}       // under mu: closed when a label comes; nil if nobody waits for one
 }
 
 type endpoint struct {
@@ -94,6 +95,10 @@ func (e *endpoints) learn(id schemas.TaskID, it *item) {
 		label := e.key.Label(id, p.Name)
 		e.mu.Lock()
 		e.labels[label] = endpoint{id, p.Name}
+		if e.news != nil {
+			close(e.news)
+			e.news = nil
+		}
 		e.mu.Unlock()
 	}
 }
@@ -111,11 +116,36 @@ func (e *endpoints) forget(id schemas.TaskID, it *item) {
 	}
 }
 
-func (e *endpoints) find(label string) (endpoint, bool) {
+// find gives what a label stands for. It waits a moment for one that is not known: another
+// gateway may have answered with it just now.
+func (e *endpoints) find(ctx context.Context, label string, patience time.Duration) (endpoint, bool) {
 	e.mu.RLock()
-	defer e.mu.RUnlock()
 	p, ok := e.labels[label]
-	return p, ok
+	e.mu.RUnlock()
+	if ok {
+		return p, true
+	}
+	timer := time.NewTimer(patience)
+	defer timer.Stop()
+	for {
+		e.mu.Lock()
+		p, ok = e.labels[label]
+		if !ok && e.news == nil {
+			e.news = make(chan struct{})
+		}
+		news := e.news
+		e.mu.Unlock()
+		if ok {
+			return p, true
+		}
+		select {
+		case <-news:
+		case <-timer.C:
+			return p, false
+		case <-ctx.Done():
+			return p, false
+		}
+	}
 }
 
 // of lists the endpoints of a task that is not over.

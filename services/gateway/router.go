@@ -13,8 +13,8 @@ import (
 	"dayfly.dev/services/gateway/ingress"
 )
 
-// startWait is how long a request for a task that does not run yet is held: another
-// gateway may have seen it run already.
+// startWait is how long a request for a task that is not known or does not run yet is
+// held: another gateway may have said so already.
 const startWait = 250 * time.Millisecond
 
 // router shows the ingress what of the tasks it needs.
@@ -31,7 +31,7 @@ func (r router) Find(ctx context.Context, label string) (ingress.Target, error) 
 	case <-begin.Done():
 		return ingress.Target{}, unavailable()
 	}
-	e, ok := r.g.endpoints.find(label)
+	e, ok := r.g.endpoints.find(ctx, label, startWait)
 	if !ok {
 		return ingress.Target{}, noEndpoint()
 	}
