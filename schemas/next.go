@@ -413,9 +413,15 @@ func (r *Record) conclude(end End, ran bool, m Meta) {
 	}
 	if !gaveBack {
 		r.try()
-		r.Exit, r.Stdout, r.Stderr = end.Exit, end.Stdout, end.Stderr
+		r.Exit, r.Stdout, r.Stderr = nil, end.Stdout, end.Stderr
+		if end.Exit != nil {
+			exit := *end.Exit
+			exit.Unknown = exit.Unknown.few()
+			r.Exit = &exit
+		}
 		usage, logs := end.Usage, end.Logs
 		logs.Why = line(logs.Why, maxWordBytes)
+		usage.Unknown, logs.Unknown = usage.Unknown.few(), logs.Unknown.few()
 		r.Usage, r.Logs = &usage, &logs
 	}
 	timeOver := end.By == EndedDeadline || !r.ExpiresAt.IsZero() && !m.At.Before(r.ExpiresAt)
@@ -585,7 +591,21 @@ const (
 	maxWordBytes     = 64 // an actor, an op, a reason, an epoch
 	maxProgressBytes = 256
 	maxMessageBytes  = 512
+	maxUnknownBytes  = 1024 // fields of a part of a report that this version does not know
 )
+
+// few gives u if it is short: a newer worker may say more than this version knows, but no
+// worker shall make a record too large to write.
+func (u Unknown) few() Unknown {
+	n := 0
+	for name, v := range u {
+		n += len(name) + len(v)
+	}
+	if n > maxUnknownBytes {
+		return nil
+	}
+	return u
+}
 
 // fit keeps the record within MaxRecordBytes: the inline outputs give way. The spec
 // is bounded when it is accepted, and the rest by its counts and by line.

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-json-experiment/json/jsontext"
+
 	"dayfly.dev/schemas"
 )
 
@@ -421,6 +423,12 @@ func TestUntrustedReports(t *testing.T) {
 	}))
 	if b := encode(t, n); len(b) > schemas.MaxRecordBytes {
 		t.Errorf("the record takes %d bytes", len(b))
+	}
+	much := schemas.Unknown{"more": jsontext.Value(`"` + strings.Repeat("x", schemas.MaxRecordBytes) + `"`)}
+	n = must(t, held, ended(held, at, true, schemas.End{By: schemas.EndedItself, Stdout: "out",
+		Exit: &schemas.Exit{Code: 3, Unknown: much}, Usage: schemas.Usage{Unknown: much}, Logs: schemas.LogSum{Unknown: much}}))
+	if b := encode(t, n); len(b) > schemas.MaxRecordBytes || n.Stdout != "out" || n.Exit.Code != 3 {
+		t.Errorf("the record takes %d bytes, its output is %q", len(b), n.Stdout)
 	}
 	if n := must(t, held, report(held, at, schemas.Report{Phase: schemas.PhaseAccepted, Progress: long})); len(encode(t, n)) > 4096 {
 		t.Errorf("progress takes %d bytes", len(n.Progress))

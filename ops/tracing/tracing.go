@@ -7,6 +7,7 @@ package tracing
 
 import (
 	"context"
+	"strings"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -66,11 +67,19 @@ func (s Span) Traceparent() string {
 	return write(trace.ContextWithSpan(context.Background(), s.span))
 }
 
+// maxValue bounds an attribute. It may be a worker's word, and thousands of spans wait in
+// memory for the collector.
+const maxValue = 256
+
 // Set adds an attribute.
 func (s Span) Set(key, value string) {
-	if s.span != nil {
-		s.span.SetAttributes(attribute.String(key, value))
+	if s.span == nil {
+		return
 	}
+	if len(value) > maxValue {
+		value = strings.ToValidUTF8(value[:maxValue], "")
+	}
+	s.span.SetAttributes(attribute.String(key, value))
 }
 
 // SetInt adds an attribute.

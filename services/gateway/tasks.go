@@ -239,7 +239,7 @@ func (g *Gateway) restart(w *response, r *http.Request) error {
 	switch {
 	case e.Value.State.Final():
 		return conflict(schemas.CodeStateConflict, "the task ended before it was restarted")
-	case !heard:
+	case !heard, !e.Value.State.Held(): // back in the queue: it will run, but does not
 		return g.show(w, http.StatusAccepted, e)
 	}
 	return g.show(w, http.StatusOK, e)

@@ -439,6 +439,22 @@ func TestRestart(t *testing.T) {
 			t.Errorf("%d %s", r.status, r.body)
 		}
 	})
+	t.Run("202 when its worker is lost meanwhile", func(t *testing.T) {
+		w := w.in(t)
+		id := running(w)
+		got := make(chan reply, 1)
+		go func() {
+			r, _ := slow.try("POST", path(id), "{}")
+			got <- r
+		}()
+		until(t, "the record has it", func() bool { return len(w.task(id).History) > 3 })
+		w.next(id, func(e bus.Entry[schemas.Record]) schemas.Event {
+			return schemas.Lose{Meta: meta("reaper"), Worker: e.Value.Worker, Epoch: e.Value.Epoch}
+		})
+		if r := <-got; r.status != 202 || r.task(t).State != schemas.Queued {
+			t.Errorf("%d %s", r.status, r.body)
+		}
+	})
 	t.Run("409 when it ends meanwhile", func(t *testing.T) {
 		w := w.in(t)
 		id := running(w)
