@@ -104,7 +104,7 @@ func (t *tunnel) broken(err error) error {
 	switch {
 	case t.ctx.Err() != nil:
 		return context.Cause(t.ctx)
-	case errors.As(err, &closed):
+	case errors.As(err, &closed), errors.Is(err, io.EOF): // an end that is none: nobody has said eof
 		return fmt.Errorf("the connection to %s was broken: %w", t.name, io.ErrUnexpectedEOF)
 	}
 	return err

@@ -31,9 +31,11 @@ type sessions struct {
 
 	serving sync.WaitGroup
 
+	reading sync.Mutex
+	asked   time.Time // under reading: when the key was last read
+
 	mu       sync.Mutex
 	key      schemas.VerifyingKey        // under mu: zero until one was read
-	asked    time.Time                   // under mu: when it was last read
 	gateways map[string]*schemas.Numbers // under mu
 	open     int                         // under mu: sessions
 }
@@ -145,31 +147,36 @@ func (s *sessions) done() {
 }
 
 // verify checks the signature. A key that does not fit may be of a store that was made
-// anew, so it is read again, but not more often than each second.
+// anew, so it is read again, but not more often than each second. Whoever comes meanwhile
+// waits for it.
 func (s *sessions) verify(ctx context.Context, m *nats.Msg) error {
 	signature := m.Header.Get(schemas.HeaderSignature)
-	s.mu.Lock()
-	key, ask := s.key, time.Since(s.asked) > time.Second
-	if key.Verify(schemas.VerbOpen, m.Data, signature) == nil {
-		s.mu.Unlock()
+	fits := func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.key.Verify(schemas.VerbOpen, m.Data, signature) == nil
+	}
+	if fits() {
 		return nil
 	}
-	if ask {
-		s.asked = time.Now()
+	s.reading.Lock()
+	defer s.reading.Unlock()
+	if fits() {
+		return nil
 	}
-	s.mu.Unlock()
-	if !ask {
+	if time.Since(s.asked) <= time.Second {
 		return refuse(schemas.CodeNotAllowed, "%s", schemas.ErrSignature)
 	}
 	e, err := s.keys.Get(ctx, schemas.KeyVerifying)
 	if err != nil {
 		return fmt.Errorf("read the key of the gateways: %w", err)
 	}
+	s.asked = time.Now()
 	s.mu.Lock()
 	s.key = e.Value
 	s.mu.Unlock()
-	if err := e.Value.Verify(schemas.VerbOpen, m.Data, signature); err != nil {
-		return refuse(schemas.CodeNotAllowed, "%s", err)
+	if !fits() {
+		return refuse(schemas.CodeNotAllowed, "%s", schemas.ErrSignature)
 	}
 	return nil
 }

@@ -3,6 +3,7 @@ package agent_test
 import (
 	"crypto/rand"
 	"io"
+	"sync"
 	"testing"
 
 	"github.com/nats-io/nats.go"
@@ -135,6 +136,38 @@ func TestSessionsReachThePortsOfATask(t *testing.T) {
 	if answer := v.ask(v.dialTo(a, 7000), v.key); answer.Code != schemas.CodeStateConflict {
 		t.Errorf("after the end of the task: %v", answer)
 	}
+}
+
+// The first requests may come at once, before the agent has read the key of the gateways.
+func TestManySessionsAtOnce(t *testing.T) {
+	b := newBench(t)
+	b.start()
+	beat := b.registered("")
+	a := schemas.Assignment{Task: "t-1", Attempt: 1, Worker: worker, Epoch: beat.Epoch}
+	b.run(a, "tcp", "7000")
+	b.report(a, func(r schemas.Report) bool { return r.Phase == schemas.PhaseRunning })
+	v := b.visitor()
+	if answer := v.ask(schemas.Open{Worker: worker}, v.key); answer.Instance == "" { // it listens, and knows the key
+		t.Fatal(answer)
+	}
+	if err := b.halt(); err != nil {
+		t.Fatal(err)
+	}
+	b.start()
+	err := b.beats.Wait(b.context(), string(worker), func(now schemas.Beat, _ uint64, _ bool) bool { return now.Instance != beat.Instance })
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all sync.WaitGroup
+	for range 16 {
+		o := v.dialTo(a, 7000)
+		all.Go(func() {
+			if answer := v.ask(o, v.key); answer.Code != "" {
+				t.Errorf("%+v", answer)
+			}
+		})
+	}
+	all.Wait()
 }
 
 func TestSessionsEndWithTheAgent(t *testing.T) {

@@ -104,17 +104,21 @@ var errClientLeft = errors.New("the client has left")
 func (t *tunnel) run(ctx context.Context) {
 	ctx, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
-	stop := context.AfterFunc(ctx, func() { // the other side is to hear, and this one to read no more
+	closed := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() { // both sides are to hear, and neither to be read any more
+		defer close(closed)
 		if websocket.CloseStatus(context.Cause(ctx)) == websocket.StatusNormalClosure {
 			_ = t.far.Close() // what came before arrives
 		} else {
 			t.stream.Reset(session.CodeBroken, "the tunnel was broken")
 		}
+		_ = t.ws.Close(websocket.StatusInternalError, "the connection was broken")
 	})
+	free := context.WithoutCancel(ctx) // one that ends would cut the WebSocket off without a word
 	var ways, pings sync.WaitGroup
 	for _, way := range []func(context.Context, context.CancelCauseFunc) error{t.up, t.down} {
 		ways.Go(func() {
-			if err := way(ctx, fail); err != nil {
+			if err := way(free, fail); err != nil {
 				fail(err)
 			}
 		})
@@ -128,11 +132,10 @@ func (t *tunnel) run(ctx context.Context) {
 	ways.Wait()
 	over()
 	pings.Wait()
-	if ctx.Err() != nil {
-		_ = t.ws.Close(websocket.StatusInternalError, "the connection was broken")
+	if !stop() {
+		<-closed
 		return
 	}
-	stop()
 	_ = t.far.Close()
 	_ = t.ws.Close(websocket.StatusNormalClosure, "")
 }

@@ -187,8 +187,9 @@ func TestNothingIsLeftOfAThousandVisits(t *testing.T) {
 				return err
 			}
 			defer res.Body.Close()
-			if _, err = io.Copy(io.Discard, res.Body); err == nil && res.StatusCode != 200 {
-				err = errors.New(res.Status)
+			b, err := io.ReadAll(res.Body)
+			if err == nil && res.StatusCode != 200 {
+				err = fmt.Errorf("%s %s", res.Status, b)
 			}
 			return err
 		case 2: // broken off

@@ -156,6 +156,9 @@ func TestTunnels(t *testing.T) {
 		t.Errorf("after the end of the task: %v", err)
 	}
 	conn.Close()
+	if _, err := c.Wait(deadline(t), task.ID); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := c.Tunnel(deadline(t), task.ID, 7000); !errors.Is(err, schemas.CodeStateConflict) {
 		t.Errorf("after the end of the task: %v", err)
 	}

@@ -212,6 +212,7 @@ func (s *Server) failed(rw http.ResponseWriter, r *http.Request, err error) {
 		panic(http.ErrAbortHandler)
 	case errors.As(err, &e):
 	default:
+		s.log.Debug().Err(err).Str("task", string(targetOf(r.Context()).Task)).Msg("no answer of a task")
 		err = &schemas.Error{Status: http.StatusBadGateway, Code: schemas.CodeBadAnswer, Detail: "what runs here broke off, or did not answer as a web server does"}
 	}
 	s.refuse(w, r, err)
