@@ -384,3 +384,28 @@ func TestPublishAsync(t *testing.T) {
 	c.PublishAsync("nobody.listens", nil, []byte("x"), func(err error) { got <- err })
 	wantErr(t, <-got, bus.ErrUnavailable)
 }
+
+func TestThisConnectionEndsWithIt(t *testing.T) {
+	s, c := setup(t)
+	here, cancel := c.ThisConnection(testContext(t))
+	defer cancel()
+	other, cancelOther := c.ThisConnection(testContext(t))
+	cancelOther()
+	if here.Err() != nil || other.Err() == nil {
+		t.Errorf("before: %v, canceled: %v", here.Err(), other.Err())
+	}
+	natstest.Restart(t, s)
+	<-here.Done()
+	wantErr(t, context.Cause(here), bus.ErrUnavailable)
+	until(t, "it is connected again", c.Connected)
+	next, cancelNext := c.ThisConnection(testContext(t))
+	defer cancelNext()
+	if next.Err() != nil {
+		t.Errorf("on the next connection: %v", next.Err())
+	}
+	s.Shutdown()
+	<-next.Done()
+	away, cancelAway := c.ThisConnection(testContext(t))
+	defer cancelAway()
+	wantErr(t, context.Cause(away), bus.ErrUnavailable)
+}

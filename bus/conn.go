@@ -217,6 +217,22 @@ func (c *Conn) whenDisconnected(fn func()) (forget func()) {
 	}
 }
 
+// ThisConnection gives a context that ends when the connection is lost, and has ended if
+// it is away now: for what was concluded from what this connection showed, and may be
+// untrue on the next one. Call cancel.
+func (c *Conn) ThisConnection(ctx context.Context) (here context.Context, cancel context.CancelFunc) {
+	here, end := context.WithCancelCause(ctx)
+	lost := func() { end(fmt.Errorf("%w: connection lost", ErrUnavailable)) }
+	forget := c.whenDisconnected(lost)
+	if !c.NC.IsConnected() {
+		lost()
+	}
+	return here, func() {
+		forget()
+		end(nil)
+	}
+}
+
 func (c *Conn) tellDisconnected() {
 	c.mu.Lock()
 	fns := slices.Collect(maps.Keys(c.onDisconnect))

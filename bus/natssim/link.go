@@ -270,10 +270,11 @@ func (c *conn) send(m *packet) {
 		lane.to = "ack"
 	}
 	s.later(c, lane, func() {
-		if time.Now().After(c.lostAfter) {
-			return
-		}
-		c.l.arrive(func() { s.take(m, st) })
+		c.l.arrive(func() {
+			if !time.Now().After(c.lostAfter) {
+				s.take(m, st)
+			}
+		})
 	})
 }
 

@@ -170,15 +170,24 @@ func (r *Reaper) watchFleet(ctx context.Context) error {
 				r.fleet.restart(now)
 				continue
 			}
-			select {
-			case <-reconnected:
-				continue // it was away between two ticks
-			default:
-			}
-			for w, revision := range r.fleet.silent(now, r.cfg.Fence) {
-				r.verdict(ctx, w, revision)
-			}
+			r.verdicts(ctx, now, reconnected)
 		}
+	}
+}
+
+// verdicts declares those lost that were silent for the fence. What this connection has
+// shown counts for this connection: a server that was killed may have forgotten a beat
+// that its worker knows to be stored, and then an older revision is the newest again.
+func (r *Reaper) verdicts(ctx context.Context, now time.Time, reconnected <-chan struct{}) {
+	here, cancel := r.conn.ThisConnection(ctx)
+	defer cancel()
+	select {
+	case <-reconnected:
+		return // it was away between two ticks
+	default:
+	}
+	for w, revision := range r.fleet.silent(now, r.cfg.Fence) {
+		r.verdict(here, w, revision)
 	}
 }
 

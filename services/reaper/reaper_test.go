@@ -250,7 +250,8 @@ func TestATaskOfAWorkerThatNobodyKnowsIsLostAfterAFence(t *testing.T) {
 	a := b.assign(id, "e1")
 	b.start()
 	b.report(schemas.Report{Assignment: a, Phase: schemas.PhaseRunning, Ran: true})
-	if r := b.state(id, schemas.Queued); r.Reason != schemas.ReasonWorkerLost {
+	r := b.wait(id, "queued again", func(r schemas.Record) bool { return r.State == schemas.Queued && r.Attempt > 0 })
+	if r.Reason != schemas.ReasonWorkerLost {
 		t.Errorf("reason %s", r.Reason)
 	}
 }
@@ -277,7 +278,7 @@ func TestAWorkerThatMakesTasksUpDoesNotStopTheOthers(t *testing.T) {
 	b := newBench(t)
 	b.cfg.Fence = time.Hour // no worker beats here
 	b.start()
-	for range 6000 {
+	for range 4500 { // more than are under way at a time
 		id, err := schemas.NewTaskID(time.Now(), rand.Reader)
 		if err != nil {
 			t.Fatal(err)
@@ -295,7 +296,11 @@ func TestAWorkerThatMakesTasksUpDoesNotStopTheOthers(t *testing.T) {
 	}
 	id := b.accept(nil)
 	b.report(ended(b.assign(id, "e1"), schemas.EndedItself, 0))
-	b.state(id, schemas.Completed)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute) // each of the others is looked up first
+	defer cancel()
+	if err := b.view.Wait(ctx, string(id), func(r schemas.Record, _ uint64, _ bool) bool { return r.State == schemas.Completed }); err != nil {
+		t.Error(err)
+	}
 }
 
 func TestTwoReapersSettleEachReportOnce(t *testing.T) {
