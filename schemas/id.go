@@ -36,6 +36,11 @@ func NewEpoch(former Epoch, now time.Time, random string) Epoch {
 // other.
 func (e Epoch) Before(other Epoch) bool { return e < other }
 
+// Valid says whether e can be one: 1 to 64 of a-z, 0-9 and "-". It is a worker's word.
+func (e Epoch) Valid() bool {
+	return len(e) >= 1 && len(e) <= maxWordBytes && strings.Trim(string(e), "abcdefghijklmnopqrstuvwxyz0123456789-") == ""
+}
+
 // Assignment is what names one container: this try at this task, on this
 // registration of this worker.
 type Assignment struct {

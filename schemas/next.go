@@ -201,7 +201,7 @@ func (r *Record) choose(e Choose) error {
 		return ErrState
 	}
 	// The epoch comes from a beat: no worker shall make a record too large to write.
-	if _, err := ParseWorkerID(string(e.Worker)); err != nil || len(e.Epoch) > maxWordBytes {
+	if _, err := ParseWorkerID(string(e.Worker)); err != nil || !e.Epoch.Valid() {
 		return ErrState
 	}
 	r.Attempt++

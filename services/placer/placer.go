@@ -154,8 +154,13 @@ func (p *Placer) decodeTask(key string, h nats.Header, data []byte) (seen, error
 	return s, err
 }
 
+// decodeBeat refuses a beat for which no record could name the worker: every task would be
+// chosen for it, since nothing ever comes there.
 func decodeBeat(_ string, _ nats.Header, data []byte) (b schemas.Beat, err error) {
-	return b, schemas.Decode(data, &b)
+	if err = schemas.Decode(data, &b); err == nil && !b.Epoch.Valid() {
+		err = errors.New("a beat without a proper epoch")
+	}
+	return b, err
 }
 
 func (p *Placer) taskChanged(c bus.Change[seen]) {

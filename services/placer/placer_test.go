@@ -176,6 +176,19 @@ func eventually(t testing.TB, what string, fact func() bool) {
 	}
 }
 
+// Of two workers the better one lies about itself so that no record could name it.
+func TestAWorkerThatNoRecordCanNameGetsNothing(t *testing.T) {
+	w := newWorld(t)
+	large := schemas.Host{CPUs: 64, Memory: 1 << 40, Slots: 1000}
+	if _, err := w.beats.Create(t.Context(), "w1", schemas.Beat{Worker: "w1", Epoch: schemas.Epoch(strings.Repeat("e", 65)), Host: large}, ""); err != nil {
+		t.Fatal(err)
+	}
+	w.beat("w2", schemas.Host{CPUs: 4, Memory: 8 << 30, Slots: 10})
+	w.placer(quick("p1"))
+	w.posts(0, 3)
+	w.allPlaced(0, 3, 10)
+}
+
 // allPlaced checks that each task is assigned exactly once, and that each has orders
 // of just that revision.
 func (w *world) allPlaced(from, to int, atMost int) {
