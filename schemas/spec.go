@@ -73,7 +73,7 @@ type Mounts struct {
 type Timeouts struct {
 	Queue Duration `json:"queue,omitzero"` // waiting for a worker
 	Pull  Duration `json:"pull,omitzero"`  // pulling the image
-	Start Duration `json:"start,omitzero"` // from image present to process started
+	Start Duration `json:"start,omitzero"` // from when its worker begins with it, the image present, to process started
 	Stop  Duration `json:"stop"`           // grace between TERM and KILL; 0 is a choice
 
 	Unknown Unknown `json:",embed"`

@@ -210,17 +210,14 @@ func (t *attempt) start(ctx context.Context, spec schemas.Spec) (Attempt, *schem
 	t.given = t.deadline
 	left := t.deadline.remaining(t.agent.rt.Now(), 0)
 	t.mu.Unlock()
-	start, cancel := context.WithTimeoutCause(ctx, spec.Timeouts.Start.Std(), &StartError{
-		Reason: schemas.ReasonStartTimeout, Message: fmt.Sprintf("the process was not started within %s", spec.Timeouts.Start)})
-	defer cancel()
 	span = t.span("start", time.Now())
-	found, err := t.agent.rt.Start(span.In(start), StartRequest{
+	found, err := t.agent.rt.Start(span.In(ctx), StartRequest{
 		Assignment: t.Assignment, Spec: spec, Image: image, TimeLeft: left, NoPermit: t.noPermit,
-		Grace: spec.Timeouts.Stop.Std(), LogLimit: t.agent.cfg.LogLimit, GPUs: t.gpus,
+		Grace: spec.Timeouts.Stop.Std(), LogLimit: t.agent.cfg.LogLimit, GPUs: t.gpus, Within: spec.Timeouts.Start.Std(),
 	})
 	span.End(err)
 	if err != nil {
-		return nil, t.unstarted(ctx, because(start, err))
+		return nil, t.unstarted(ctx, because(ctx, err))
 	}
 	return found, nil
 }

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"dayfly.dev/schemas"
@@ -69,6 +70,21 @@ type StartRequest struct {
 	Grace      time.Duration // between TERM and KILL when the deadline passes, or the task is unhealthy
 	GPUs       []int         // the devices that are its own, by their numbers on this host
 	LogLimit   int64         // bytes of stdout and stderr together that are kept
+
+	// Within is how long the start may take from when the host begins with it; 0 is as long
+	// as its ctx. A host that starts a few at a time lets the others wait, and that is not
+	// their fault.
+	Within time.Duration
+}
+
+// Begin gives the context of a start that the host begins with now. Its cause at the end
+// of Within is a *StartError.
+func (r StartRequest) Begin(ctx context.Context) (context.Context, context.CancelFunc) {
+	if r.Within == 0 {
+		return context.WithCancel(ctx)
+	}
+	return context.WithTimeoutCause(ctx, r.Within, &StartError{
+		Reason: schemas.ReasonStartTimeout, Message: fmt.Sprintf("the process was not started within %s", schemas.Duration(r.Within))})
 }
 
 // Attempt is one container and what runs in it: the task's process with all that it

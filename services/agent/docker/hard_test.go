@@ -441,6 +441,33 @@ func TestStartErrors(t *testing.T) {
 	waitFor(t, "all to be removed", func() bool { return len(containersOf(t, "w-err")) == 0 })
 }
 
+// A start's time is its own: that others are before it is not its fault.
+func TestAStartThatWaitsForOthersLosesNoTime(t *testing.T) {
+	rt := openIn(t, t.TempDir(), "w-wait")
+	free := rt.OccupyStarts()
+	req := request(t, rt, "w-wait", "exit", "0")
+	req.Within = time.Nanosecond
+	ended := make(chan error, 1)
+	go func() {
+		_, err := rt.Start(t.Context(), req)
+		ended <- err
+	}()
+	image, err := rt.Image(t.Context(), req.Spec, nil) // as long as it takes to ask Docker twice
+	if err != nil || image.ID != req.Image.ID {
+		t.Fatal(image, err)
+	}
+	select {
+	case err := <-ended:
+		t.Errorf("it ended while it waited: %v", err)
+	default:
+	}
+	free()
+	if fault, ok := errors.AsType[*agent.StartError](<-ended); !ok || fault.Reason != schemas.ReasonStartTimeout {
+		t.Errorf("once it had begun: %v", fault)
+	}
+	waitFor(t, "all to be removed", func() bool { return len(containersOf(t, "w-wait")) == 0 })
+}
+
 // The image's own settings hold as with docker run.
 func TestImageConfig(t *testing.T) {
 	tag := "dayfly-guest-config:" + site.cluster

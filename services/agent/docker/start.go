@@ -28,7 +28,7 @@ const (
 )
 
 // Start implements agent.Runtime.
-func (r *Runtime) Start(ctx context.Context, req agent.StartRequest) (agent.Attempt, error) {
+func (r *Runtime) Start(ctx context.Context, req agent.StartRequest) (_ agent.Attempt, err error) {
 	b, err := r.box(ctx, req)
 	if err != nil {
 		return nil, err
@@ -37,6 +37,13 @@ func (r *Runtime) Start(ctx context.Context, req agent.StartRequest) (agent.Atte
 		return nil, fmt.Errorf("start %s: %w", req.Assignment, err)
 	}
 	leave := func() { <-r.starts }
+	ctx, cancel := req.Begin(ctx)
+	defer cancel()
+	defer func() {
+		if err != nil && ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+	}()
 	if req.Assignment.Worker != r.cfg.Worker {
 		leave()
 		return nil, fmt.Errorf("start %s: this worker is %s", req.Assignment, r.cfg.Worker)

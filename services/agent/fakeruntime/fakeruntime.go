@@ -123,6 +123,8 @@ func is(spec schemas.Spec, words ...string) bool {
 
 // Start implements agent.Runtime.
 func (r *Runtime) Start(ctx context.Context, req agent.StartRequest) (agent.Attempt, error) {
+	ctx, cancel := req.Begin(ctx)
+	defer cancel()
 	if r.cfg.StartDelay > 0 {
 		select {
 		case <-time.After(r.cfg.StartDelay):
