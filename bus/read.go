@@ -105,6 +105,12 @@ func (f *follower) stored(ctx context.Context) error {
 	return nil
 }
 
+// LastStored asks the leader for the newest revision of a bucket that is still there; 0
+// if there is none.
+func (c *Conn) LastStored(ctx context.Context, bucket string) (uint64, error) {
+	return c.lastStored(ctx, StreamOf(bucket), keySubject(bucket, ">"))
+}
+
 // lastStored asks the leader for the sequence of the last message of a stream that
 // the filter lets through and that is still there; 0 if there is none.
 func (c *Conn) lastStored(ctx context.Context, stream, filter string) (uint64, error) {

@@ -15,8 +15,8 @@ import (
 
 // Events are the history of the records, told in the order of the writes. A record in
 // its bucket has its newest revision alone, and in its history those before it. So what
-// was written up to a revision is known once all records up to the end of the stream
-// have been seen: only then is it sorted and given out. An event's id is the revision of
+// was written up to a revision is known once all records have been seen that were stored
+// by then: only then is it sorted and given out. An event's id is the revision of
 // its write; a client that has it has everything before it too, from any gateway.
 
 // eventAhead is how many records are fetched before they are asked for.
@@ -131,6 +131,10 @@ type eventReader struct {
 	held  []schemas.TaskEvent // of records up to next, after given, in no order
 	cut   uint64              // events from this revision on did not fit into held; 0: all did
 	over  bool                // of one task: it is final, or its record is gone
+
+	goal  uint64 // the end of the stream when it was opened
+	mark  uint64 // what was written up to here is known
+	until uint64 // once all up to here was read; 0: there is no mark
 }
 
 var (
@@ -163,7 +167,7 @@ func (e *eventReader) open(r *http.Request) error {
 	case e.ask.after > last:
 		return badQuery("after", "no event has this id yet: it is of another dayfly, or of one that lost its data; begin without it")
 	}
-	e.given, e.next = e.ask.after, e.ask.after+1
+	e.given, e.next, e.goal = e.ask.after, e.ask.after+1, last
 	if e.id != "" {
 		e.next = 1 // its one record says whether there is anything to wait for
 	}
@@ -202,18 +206,53 @@ func (e *eventReader) options(follow bool) bus.ReadOptions {
 // stored reads to the end of the stream.
 func (e *eventReader) stored(ctx context.Context) error {
 	for {
-		end := true
+		end, none := true, true
 		err := e.g.conn.Read(ctx, e.options(false), func(m bus.Msg) error {
-			end = m.Pending == 0
+			end, none = m.Pending == 0, false
 			return e.take(m)
 		})
-		if err != nil {
+		switch {
+		case err != nil:
+			return err
+		case none: // nothing stands behind what was read, so nothing can have gone there
+			e.until = 0
+			return e.give(e.next - 1)
+		case !end:
+			continue
+		}
+		if sure, err := e.complete(ctx); err != nil || sure || e.given >= e.goal {
 			return err
 		}
-		if end {
-			return e.give()
+	}
+}
+
+// complete gives out what is known by now, and says whether that is all that was read.
+// That the server has nothing more does not say so: it forgets a record that has changed
+// before it counts the new revision. So what was read is complete once all is read that
+// was stored by then.
+func (e *eventReader) complete(ctx context.Context) (sure bool, err error) {
+	read := e.next - 1
+	if e.id != "" { // the one record has it all
+		return true, e.give(read)
+	}
+	if e.until > 0 && read >= e.until {
+		e.until = 0
+		if err := e.give(e.mark); err != nil {
+			return false, err
 		}
 	}
+	if e.until > 0 {
+		return false, nil
+	}
+	last, err := e.g.newest.ask(ctx)
+	switch {
+	case err != nil: // it is asked again
+		return false, ctx.Err()
+	case last <= read:
+		return true, e.give(read)
+	}
+	e.mark, e.until = read, last
+	return false, nil
 }
 
 // live hands out what comes.
@@ -231,14 +270,17 @@ func (e *eventReader) live(ctx context.Context) error {
 		if err := e.take(m); err != nil {
 			return err
 		}
-		if m.Pending > 0 {
+		sure := false
+		if m.Pending == 0 || e.until > 0 && m.Sequence >= e.until {
+			var err error
+			if sure, err = e.complete(live); err != nil {
+				return err
+			}
+		}
+		switch {
+		case !sure:
 			quiet.Reset(eventQuiet)
-			return nil
-		}
-		if err := e.give(); err != nil {
-			return err
-		}
-		if e.over {
+		case e.over:
 			return errOver
 		}
 		return nil
@@ -324,25 +366,29 @@ func (e *eventReader) sort() {
 	e.held = once
 }
 
-// give hands out what is held, now that the end of the stream was seen.
-func (e *eventReader) give() error {
+// give hands out what is held up to a revision, now that all up to there is known.
+func (e *eventReader) give(bound uint64) error {
 	e.sort()
-	for i, v := range e.held {
+	n := 0
+	for ; n < len(e.held) && e.held[n].ID <= bound; n++ {
+		v := e.held[n]
 		id := strconv.FormatUint(v.ID, 10)
-		if i+1 < len(e.held) && e.held[i+1].ID == v.ID {
+		if n+1 < len(e.held) && e.held[n+1].ID == v.ID {
 			id = "" // a revision has been given when its last event has
 		}
 		if err := e.out.event(id, v); err != nil {
 			return err
 		}
 	}
-	clear(e.held)
-	e.held = e.held[:0]
+	rest := copy(e.held, e.held[n:])
 	var again error
-	if e.cut > 0 {
-		e.given, e.next, e.cut, e.over, again = e.cut-1, e.cut, 0, false, errAgain
+	if e.cut > 0 { // what did not fit is read again
+		bound, rest = min(bound, e.cut-1), 0
+		e.next, e.cut, e.until, e.over, again = bound+1, 0, 0, false, errAgain
 	}
-	e.given = max(e.given, e.next-1)
+	clear(e.held[rest:])
+	e.held = e.held[:rest]
+	e.given = max(e.given, bound)
 	return cmp.Or(e.out.reached(strconv.FormatUint(e.given, 10)), again)
 }
 

@@ -157,6 +157,7 @@ type Gateway struct {
 	page      func() ([]byte, error)    // the docs page
 	ui        func() (*ui.Pages, error) // the pages for people
 	followers chan struct{}             // one per open log or stream of events
+	newest    newest
 }
 
 // Run serves the API on deps.Listener, and tasks by their hostnames on deps.Ingress, until
@@ -244,6 +245,7 @@ func New(deps Deps, cfg Config) *Gateway {
 		ui:        sync.OnceValues(ui.New),
 		tally:     tally{of: map[schemas.State]int{}},
 	}
+	g.newest.look = func() (uint64, error) { return deps.Conn.LastStored(context.Background(), schemas.BucketTasks) }
 	g.batches = newBatches(g)
 	g.metrics = newMetrics(deps.Metrics, g.batches.unfinished)
 	g.sessions = newSessions()

@@ -351,3 +351,52 @@ func TestARecordThatComesTwiceTellsItsEventsOnce(t *testing.T) {
 
 // of is the header of a record in a state.
 func of(s schemas.State) nats.Header { return nats.Header{schemas.HeaderState: {string(s)}} }
+// The server forgets a record that has changed before it counts the new revision: for a
+// moment nothing more is there, and what the old revision told is nowhere that was read.
+func TestWhatWentWhileOthersWereReadIsToldInItsPlace(t *testing.T) {
+	at := func(by string, on uint64) schemas.Meta { return schemas.Meta{At: time.Now(), By: by, Op: by, On: on} }
+	accepted := func(n int) schemas.Record {
+		id := schemas.TaskID(fmt.Sprintf("t-01jd%022d", n))
+		return schemas.NewRecord(id, schemas.Spec{Image: "busybox"}, schemas.DefaultPolicy(), at("gateway", 0))
+	}
+	changed, err := schemas.Next(accepted(1), schemas.Choose{Meta: at("placer", 10), Worker: "w1", Epoch: "e1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	answer := httptest.NewRecorder()
+	last := uint64(12)
+	g := &Gateway{cfg: Config{EventWindow: 100, WriteStall: time.Minute}, newest: newest{look: func() (uint64, error) { return last, nil }}}
+	e := &eventReader{g: g, out: g.newStream(&response{ResponseWriter: answer}, formatJSON), given: 9, next: 10}
+	read := func(r schemas.Record, revision uint64, want bool) {
+		t.Helper()
+		data, err := schemas.Encode(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := e.take(bus.Msg{Sequence: revision, Data: data}); err != nil {
+			t.Fatal(err)
+		}
+		if sure, err := e.complete(t.Context()); sure != want || err != nil {
+			t.Fatalf("after %d: sure %v, error %v", revision, sure, err)
+		}
+	}
+	read(accepted(2), 11, false) // 10 is gone, and 12 did not come yet
+	if answer.Body.Len() > 0 {
+		t.Errorf("given too soon: %s", answer.Body)
+	}
+	last = 13
+	read(changed, 12, false) // who is behind is given what is known
+	last = 13
+	read(accepted(3), 13, true)
+	var got []uint64
+	for line := range strings.Lines(answer.Body.String()) {
+		var v schemas.TaskEvent
+		if err := schemas.Decode([]byte(line), &v); err != nil {
+			t.Fatal(err)
+		}
+		got = append(got, v.ID)
+	}
+	if !slices.Equal(got, []uint64{10, 11, 12, 13}) || e.given != 13 {
+		t.Errorf("%v, given %d", got, e.given)
+	}
+}
