@@ -351,6 +351,7 @@ func TestARecordThatComesTwiceTellsItsEventsOnce(t *testing.T) {
 
 // of is the header of a record in a state.
 func of(s schemas.State) nats.Header { return nats.Header{schemas.HeaderState: {string(s)}} }
+
 // The server forgets a record that has changed before it counts the new revision: for a
 // moment nothing more is there, and what the old revision told is nowhere that was read.
 func TestWhatWentWhileOthersWereReadIsToldInItsPlace(t *testing.T) {
