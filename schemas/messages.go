@@ -100,6 +100,7 @@ type Report struct {
 	Ran      bool     `json:"ran,omitzero"`      // the process was started at all
 	Ready    bool     `json:"ready,omitzero"`    // the present run has passed its health check
 	Last     *Exit    `json:"last,omitzero"`     // how the run before the present one ended
+	Port     int      `json:"port,omitzero"`     // with running: the lowest TCP port that the image exposes, if the spec names none
 	Progress string   `json:"progress,omitzero"` // with accepted
 	End      *End     `json:"end,omitzero"`      // with ended
 

@@ -311,6 +311,10 @@ func (r *Record) settle(e Settle) error {
 		r.Applied = applied
 		changed = true
 	}
+	if r.Exposed == 0 && len(r.Spec.Ports) == 0 && rep.Port >= 1 && rep.Port <= 65535 {
+		r.Exposed = rep.Port
+		changed = true
+	}
 	what := ""
 	if rep.Restarts > r.Restarts {
 		r.Restarts, r.ReadyAt = rep.Restarts, time.Time{}

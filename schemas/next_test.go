@@ -764,3 +764,37 @@ func TestHistoryKnowsItsRevisions(t *testing.T) {
 		t.Errorf("forgotten up to %d, the first that is kept is %d", r.Forgotten, first)
 	}
 }
+
+// The image's port counts where the spec names none, is told once, and goes with every record after.
+func TestTheImagesPort(t *testing.T) {
+	settle := func(spec schemas.Spec, port int) schemas.Record {
+		t.Helper()
+		r := schemas.NewRecord("t-01jd0000000000000000000000", spec, schemas.DefaultPolicy(), schemas.Meta{At: t0, By: "gateway", Op: "a"})
+		r, err := schemas.Next(r, schemas.Choose{Meta: schemas.Meta{At: t0, By: "placer", Op: "b"}, Worker: "w1", Epoch: "e1"})
+		if err == nil {
+			r, err = schemas.Next(r, schemas.Settle{Meta: schemas.Meta{At: t0, By: "reaper", Op: "c"}, Report: schemas.Report{Assignment: r.Assignment(), Phase: schemas.PhaseRunning, Ran: true, Port: port}})
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r
+	}
+	plain, named := schemas.DefaultSpec(), schemas.DefaultSpec()
+	plain.Image, named.Image, named.Ports = "busybox", "busybox", []schemas.Port{{Name: "web", Port: 80, Protocol: schemas.ProtocolHTTP}}
+	for name, c := range map[string]struct {
+		spec   schemas.Spec
+		port   int
+		header string
+	}{
+		"none":                   {plain, 0, ""},
+		"one":                    {plain, 8080, "default:8080:http"},
+		"one that there is not":  {plain, 70000, ""},
+		"the spec names another": {named, 8080, "web:80:http"},
+	} {
+		r := settle(c.spec, c.port)
+		got := strings.Join(r.Headers()[schemas.HeaderPorts], "")
+		if got != c.header {
+			t.Errorf("%s: %q", name, got)
+		}
+	}
+}

@@ -101,10 +101,22 @@ type OpenPort struct {
 	Public   int // with tcp: the port at the gateways
 }
 
+// DefaultPort is the name of a port that only the image names.
+const DefaultPort = "default"
+
+// Ports are those of the spec or, where it names none, the one that the image exposes,
+// once a worker has said which.
+func (r *Record) Ports() []Port {
+	if len(r.Spec.Ports) == 0 && r.Exposed != 0 {
+		return []Port{{Name: DefaultPort, Port: r.Exposed, Protocol: ProtocolHTTP}}
+	}
+	return r.Spec.Ports
+}
+
 // portsHeader is the value of HeaderPorts: "web:8080:http db:6379:tcp:20007".
 func (r *Record) portsHeader() string {
 	var words []string
-	for _, p := range r.Spec.Ports {
+	for _, p := range r.Ports() {
 		word := fmt.Sprintf("%s:%d:%s", p.Name, p.Port, p.Protocol)
 		if public := r.Public[p.Name]; public != 0 {
 			word += ":" + strconv.Itoa(public)

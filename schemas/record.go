@@ -68,6 +68,8 @@ type Record struct {
 	Batch   BatchID `json:"batch,omitzero"` // the batch that it is an item of
 	Spec    Spec    `json:"spec"`
 	Trace   string  `json:"trace,omitzero"` // W3C traceparent of the request that made it: what is done for the task belongs below it
+	// Exposed is the port that the image exposes; 0 if it is not known, or not asked for.
+	Exposed int `json:"exposed_port,omitzero"`
 	// Public has the ports at the gateways that belong to its tcp ports, by their names.
 	Public map[string]int `json:"public_ports,omitzero"`
 
@@ -235,7 +237,7 @@ func (r Record) Headers() map[string][]string {
 	if r.State.Held() {
 		h[HeaderHolder] = []string{string(r.Worker) + " " + string(r.Epoch)}
 	}
-	if len(r.Spec.Ports) > 0 {
+	if len(r.Ports()) > 0 {
 		h[HeaderPorts] = []string{r.portsHeader()}
 	}
 	if r.State.Final() && r.Spec.Callback != nil {

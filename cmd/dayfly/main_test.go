@@ -348,6 +348,8 @@ func TestUpConfig(t *testing.T) {
 		"an unknown allow":          func(u *upConfig) { u.gateway.allow = []string{"tmpfs", "root"} },
 		"a lifetime of zero":        func(u *upConfig) { u.gateway.maxTTL = 0 },
 		"a negative capacity":       func(u *upConfig) { u.agent.slots = -1 },
+		"negative CPUs":             func(u *upConfig) { u.agent.cpus = -1 },
+		"a memory that is no size":  func(u *upConfig) { u.agent.memory = "much" },
 		"NATS for all, unencrypted": func(u *upConfig) { u.nats = "0.0.0.0:4222" },
 		"a certificate without key": func(u *upConfig) { u.nats, u.tls.cert = "127.0.0.1:4222", "c" },
 	} {

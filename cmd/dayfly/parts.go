@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -149,6 +150,8 @@ func checkRetention(d time.Duration) error {
 type agentConfig struct {
 	worker, cluster, data string
 	slots, gpus           int
+	cpus                  float64
+	memory                string
 	labels                []string
 	init                  string
 	runtime               string
@@ -157,7 +160,9 @@ type agentConfig struct {
 
 func (a *agentConfig) flags(f *pflag.FlagSet) {
 	f.StringVar(&a.worker, "worker", defaultWorker(), "name of this machine's worker")
-	f.IntVar(&a.slots, "slots", 0, "tasks at a time on this machine (0: by its memory)")
+	f.IntVar(&a.slots, "slots", 0, "tasks at a time on this machine (0: 16 for each of its CPUs)")
+	f.Float64Var(&a.cpus, "cpus", 0, "CPUs that tasks may have together (0: all of this machine's; more promise them several times over, to tasks that mostly wait)")
+	f.StringVar(&a.memory, "memory", "", "memory that tasks may have together, such as 8GiB (default: all of this machine's)")
 	f.IntVar(&a.gpus, "gpus", -1, "GPUs of this machine that tasks may have (-1: as many as NVIDIA's driver shows)")
 	f.StringArrayVar(&a.labels, "worker-label", nil, "label K=V of this worker, for --constraint")
 	f.StringVar(&a.cluster, "cluster", "", "label of this dayfly's containers (default: made up once for the data folder)")
@@ -179,6 +184,12 @@ func (a *agentConfig) check() error {
 	if a.slots < 0 {
 		return errors.New("--slots must not be negative")
 	}
+	if a.cpus < 0 || a.cpus > 1e6 {
+		return errors.New("--cpus must be 0 to 1000000")
+	}
+	if _, err := a.memorySize(); err != nil {
+		return err
+	}
 	if a.runtime != "docker" && a.runtime != "fake" {
 		return errors.New("--runtime must be docker or fake")
 	}
@@ -187,6 +198,18 @@ func (a *agentConfig) check() error {
 	}
 	_, err := pairs("worker-label", a.labels)
 	return err
+}
+
+// memorySize is what tasks may have together; 0 is all that there is.
+func (a *agentConfig) memorySize() (schemas.Size, error) {
+	if a.memory == "" {
+		return 0, nil
+	}
+	size, err := schemas.ParseSize(a.memory)
+	if err != nil || size < 1<<20 {
+		return 0, errors.New("--memory must be a size such as 8GiB")
+	}
+	return size, nil
 }
 
 // stateDir is where an agent keeps what it must not forget.
@@ -211,11 +234,14 @@ func (a *agentConfig) open(p *process) (agent.Runtime, error) {
 	for k, v := range given {
 		labels[k] = v.(string)
 	}
+	memory, err := a.memorySize()
+	if err != nil {
+		return nil, err
+	}
 	if a.runtime == "fake" {
 		host := schemas.Host{OS: "linux", Arch: "amd64", CPUs: 1e6, Memory: 1 << 50, Slots: 1e6, GPUs: max(0, a.gpus), Engine: "fake", Labels: labels}
-		if a.slots > 0 {
-			host.Slots = a.slots
-		}
+		host.Slots = cmp.Or(a.slots, host.Slots)
+		host.CPUs, host.Memory = cmp.Or(schemas.CPUs(a.cpus), host.CPUs), cmp.Or(memory, host.Memory)
 		return fakeruntime.New(fakeruntime.Config{Host: host, Journal: a.fakeJournal, StateDir: a.stateDir()}), nil
 	}
 	initPath, err := findInit(a.init)
@@ -227,7 +253,7 @@ func (a *agentConfig) open(p *process) (agent.Runtime, error) {
 	}
 	rt, err := docker.New(docker.Config{
 		Cluster: a.cluster, Worker: schemas.WorkerID(a.worker), StateDir: a.stateDir(), InitPath: initPath,
-		Slots: a.slots, GPUs: a.gpus, Labels: labels, AuthFile: dockerConfig(), Logger: p.logger("agent"), Metrics: p.registry,
+		Slots: a.slots, CPUs: schemas.CPUs(a.cpus), Memory: memory, GPUs: a.gpus, Labels: labels, AuthFile: dockerConfig(), Logger: p.logger("agent"), Metrics: p.registry,
 	})
 	if err != nil {
 		return nil, &hintError{err, "dayfly doctor, which says what is missing on this machine"}

@@ -43,6 +43,7 @@ type attempt struct {
 
 	reserved bool   // of the attempt's goroutine: it holds room on the host
 	image    string // of the attempt's goroutine: how its image came
+	exposed  int    // of the attempt's goroutine: the port that its image exposes, if the spec names none
 
 	// reconnected is of the attempt's goroutine: closed by a reconnect to which the
 	// attempt has not answered yet. It outlives watch, so that none is missed.
@@ -199,6 +200,9 @@ func (t *attempt) start(ctx context.Context, spec schemas.Spec) (Attempt, *schem
 		return nil, t.unstarted(ctx, err)
 	}
 	t.agent.have(spec.Image)
+	if len(spec.Ports) == 0 {
+		t.exposed = image.Port
+	}
 
 	t.agent.mu.Lock()
 	lease := t.agent.lease
@@ -269,7 +273,7 @@ func (t *attempt) watch(found Attempt, startTook time.Duration) {
 	if startTook > hold || t.recovered {
 		hold = 0
 	}
-	t.say(schemas.Report{Phase: schemas.PhaseRunning, Ran: true}, hold)
+	t.say(schemas.Report{Phase: schemas.PhaseRunning, Ran: true, Port: t.exposed}, hold)
 
 	var checks sync.WaitGroup
 	defer checks.Wait()

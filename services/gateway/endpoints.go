@@ -153,7 +153,7 @@ func (e *endpoints) of(r schemas.Record) (list []schemas.Endpoint) {
 	if r.State.Final() {
 		return nil
 	}
-	for _, p := range r.Spec.Ports {
+	for _, p := range r.Ports() {
 		if p.Protocol == schemas.ProtocolTCP {
 			if public := r.Public[p.Name]; public != 0 {
 				list = append(list, schemas.Endpoint{Name: p.Name, Protocol: p.Protocol, Host: e.at.Domain, Port: public,

@@ -33,7 +33,7 @@ func rest(ctx context.Context, o restOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	up.Args = []string{"--slots", fmt.Sprint(o.sleepers + 10)}
+	up.Args = []string{"--slots", fmt.Sprint(o.sleepers + 10), "--cpus", fmt.Sprint(o.sleepers)}
 	image := "dayfly-bench:" + up.Cluster
 	defer func() {
 		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Minute)

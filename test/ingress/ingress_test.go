@@ -74,7 +74,7 @@ func makeImage(name, dir string) error {
 		return err
 	}
 	defer engine.Close()
-	_, err = guest.ImportImage(ctx, engine, archive.Bytes(), name, `ENTRYPOINT ["/web"]`)
+	_, err = guest.ImportImage(ctx, engine, archive.Bytes(), name, `ENTRYPOINT ["/web"]`, "EXPOSE 53/udp", "EXPOSE 9090/tcp", "EXPOSE 8080/tcp")
 	return err
 }
 
@@ -214,6 +214,21 @@ func (s *site) request(method, url string, body io.Reader) *http.Request {
 }
 
 func web(port int) schemas.Port { return schemas.Port{Name: "web", Port: port} }
+
+// Who names no port gets the one that the image exposes; who names one gets that alone.
+func TestTheImagesPort(t *testing.T) {
+	s := start(t)
+	task := s.create(map[string]any{"command": []string{"8080"}, "health": map[string]any{"tcp": map[string]any{"port": 8080}, "interval": "100ms"}}, "?wait=ready")
+	if len(task.Endpoints) != 1 || task.Endpoints[0].Name != schemas.DefaultPort || task.Endpoints[0].Protocol != schemas.ProtocolHTTP {
+		t.Fatalf("%s, %+v", task.State, task.Endpoints)
+	}
+	if a := s.ask(s.client(), s.request("GET", task.Endpoints[0].URL+"/headers", nil)); a.Host != task.Endpoints[0].Host+fmt.Sprintf(":%d", task.Endpoints[0].Port) {
+		t.Errorf("%+v", a)
+	}
+	if named := s.run(web(9090)); len(named.Endpoints) != 1 || named.Endpoints[0].Name != "web" {
+		t.Errorf("%+v", named.Endpoints)
+	}
+}
 
 func TestAWebServerWithoutANetwork(t *testing.T) {
 	s := start(t, "--private-cookie", "session")

@@ -1,6 +1,7 @@
 package docker
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -34,11 +35,11 @@ type Config struct {
 	StateDir string
 	InitPath string // the dayfly-init binary; a copy of it is used
 
-	Slots         int // tasks at a time; 0 is 16 for each processor
-	GPUs          int // that tasks may have; below 0: as many as NVIDIA's driver shows here
-	Labels        map[string]string
-	ReserveCPUs   schemas.CPUs // kept from tasks
-	ReserveMemory schemas.Size
+	Slots  int          // tasks at a time; 0 is 16 for each processor
+	CPUs   schemas.CPUs // that tasks may have together; 0: all of the machine's. More promise them several times over
+	Memory schemas.Size // that tasks may have together; 0: all of the machine's
+	GPUs   int          // that tasks may have; below 0: as many as NVIDIA's driver shows here
+	Labels map[string]string
 
 	StartsInFlight   int // 0 is the number of processors, at least 2
 	RemovalsInFlight int // 0 is the number of processors, at least 2
@@ -195,14 +196,17 @@ func (r *Runtime) Host(ctx context.Context) (schemas.Host, error) {
 	if err != nil {
 		return schemas.Host{}, fmt.Errorf("ask docker: %w", err)
 	}
+	if total := schemas.Size(info.Info.MemTotal); r.cfg.Memory > total {
+		return schemas.Host{}, fmt.Errorf("tasks may have %s of memory, but this machine has %s", r.cfg.Memory, total)
+	}
 	version, err := r.docker.ServerVersion(ctx, client.ServerVersionOptions{})
 	if err != nil {
 		return schemas.Host{}, fmt.Errorf("ask docker: %w", err)
 	}
 	h := schemas.Host{
 		OS: "linux", Arch: goArch(info.Info.Architecture),
-		CPUs:   max(0, schemas.CPUs(info.Info.NCPU)-r.cfg.ReserveCPUs),
-		Memory: max(0, schemas.Size(info.Info.MemTotal)-r.cfg.ReserveMemory),
+		CPUs:   cmp.Or(r.cfg.CPUs, schemas.CPUs(info.Info.NCPU)),
+		Memory: cmp.Or(r.cfg.Memory, schemas.Size(info.Info.MemTotal)),
 		Slots:  r.cfg.Slots, Labels: r.cfg.Labels,
 		Engine: "docker " + info.Info.ServerVersion, Runtime: info.Info.DefaultRuntime,
 	}
