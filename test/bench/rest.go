@@ -57,7 +57,7 @@ func rest(ctx context.Context, o restOptions) (err error) {
 	watch("no task")
 
 	body, err := json.Marshal(map[string]any{"image": image, "command": []string{"sleep", "1h"}, "ttl": "2h",
-		"resources": map[string]any{"cpus": 0.01, "memory": "16MiB", "disk": "1MiB"}, "timeouts": map[string]string{"stop": "0s"}})
+		"resources": map[string]any{"memory": "16MiB", "disk": "1MiB"}, "timeouts": map[string]string{"stop": "0s"}})
 	if err != nil {
 		return err
 	}
