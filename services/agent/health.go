@@ -104,7 +104,7 @@ func probe(ctx context.Context, found Attempt, h schemas.Health) error {
 		}
 		return c.Close()
 	}
-	exit, err := found.Exec(ctx, Command{Argv: h.Exec})
+	exit, err := Execute(ctx, found, Command{Argv: h.Exec}, nil, nil)
 	if err == nil && exit.Code != 0 {
 		err = fmt.Errorf("exit code %d", exit.Code)
 	}

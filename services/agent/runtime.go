@@ -2,12 +2,10 @@ package agent
 
 import (
 	"context"
-	"errors"
-	"io"
-	"net"
 	"time"
 
 	"dayfly.dev/schemas"
+	"dayfly.dev/services/agent/files"
 )
 
 // Runtime runs attempts on one host. There are two: services/agent/docker, and an
@@ -57,6 +55,7 @@ type Image struct {
 	ID     string // content address, "sha256:…": what containers are made of
 	Digest string // repository digest, if it has one
 	Bytes  int64
+	Port   int // the lowest TCP port that it exposes; 0 if none
 }
 
 // StartRequest is everything that Start needs.
@@ -95,13 +94,25 @@ type Attempt interface {
 	// the start; between two runs the next one begins. It survives the agent.
 	Restart(to int)
 
-	// Dial connects to a port on the task's own loopback interface.
-	Dial(ctx context.Context, port int) (net.Conn, error)
+	// Dial connects to a port on the task's own loopback interface: ErrRefused where nobody
+	// listens.
+	Dial(ctx context.Context, port int) (Conn, error)
 
-	// Exec runs a program beside the task's process, with the task's rights and its
-	// environment, and says how it ended. It is killed when ctx ends and when the run does.
-	// A program that is not there has the exit code 127, one that cannot be run 126.
-	Exec(ctx context.Context, c Command) (schemas.Exit, error)
+	// Exec starts a program beside the task's process, with the task's rights and its
+	// environment. ctx is of the start alone. A program that is not there, or cannot be run,
+	// is a *StartError with the exit code that a shell would give.
+	Exec(ctx context.Context, c Command) (Foreground, error)
+
+	// Launch starts a program in the background, with nothing to read.
+	Launch(ctx context.Context, c Command) (Background, error)
+
+	// Backgrounds lists the programs in the background: those that run, and the last of
+	// those that have ended, oldest first.
+	Backgrounds() []Background
+
+	// Files starts the program that reads and writes the task's files, with the task's
+	// rights. Its streams are what package files says.
+	Files(ctx context.Context, r files.Request) (Foreground, error)
 
 	// Done is closed when no process of the attempt is left, its pipes are drained into
 	// Output, and Outcome is known.
@@ -125,26 +136,11 @@ type Attempt interface {
 	Remove(ctx context.Context) error
 }
 
-// ErrAway is wrapped by errors of Dial and Exec that say nothing of the task: no run
-// is there, or its init is out of reach for the moment.
-var ErrAway = errors.New("the task cannot be asked now")
-
 // RunState is the present run of the task's process.
 type RunState struct {
 	Restarts int
 	Up       bool          // false between two runs and after the last
 	Last     *schemas.Exit // how the last run that is over ended; nil while there is none
-}
-
-// Command is what Exec runs.
-type Command struct {
-	Argv []string
-	Env  []string // K=V, laid over the task's
-	Dir  string   // "" is the task's working directory
-
-	// Stdout and Stderr get its output; nil drops it. Nothing is written to them once
-	// Exec has returned.
-	Stdout, Stderr io.Writer
 }
 
 // Outcome is how an attempt ended.

@@ -81,7 +81,7 @@ func BenchmarkExec(b *testing.B) {
 	rt := openIn(b, b.TempDir(), "w-bench")
 	a := start(b, rt, request(b, rt, "w-bench", "sleep", "1h"))
 	for b.Loop() {
-		if exit, err := a.Exec(b.Context(), agent.Command{Argv: []string{"/bin/exit", "0"}}); err != nil || exit.Code != 0 {
+		if exit, err := agent.Execute(b.Context(), a, agent.Command{Argv: []string{"/bin/exit", "0"}}, nil, nil); err != nil || exit.Code != 0 {
 			b.Fatal(exit, err)
 		}
 	}

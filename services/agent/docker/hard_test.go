@@ -622,7 +622,7 @@ func TestManyExecs(t *testing.T) {
 	refused := make(chan error, 3*initproto.MaxExecs)
 	for range cap(refused) {
 		all.Go(func() {
-			_, err := a.Exec(ctx, agent.Command{Argv: []string{"/bin/sleep", "1h"}})
+			_, err := agent.Execute(ctx, a, agent.Command{Argv: []string{"/bin/sleep", "1h"}}, nil, nil)
 			refused <- err
 		})
 	}
@@ -633,7 +633,7 @@ func TestManyExecs(t *testing.T) {
 	}
 	cancel()
 	all.Wait()
-	if exit, err := a.Exec(t.Context(), agent.Command{Argv: []string{"/bin/exit", "3"}}); err != nil || exit.Code != 3 {
+	if exit, err := agent.Execute(t.Context(), a, agent.Command{Argv: []string{"/bin/exit", "3"}}, nil, nil); err != nil || exit.Code != 3 {
 		t.Errorf("%+v, %v", exit, err)
 	}
 }

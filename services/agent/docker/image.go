@@ -10,6 +10,7 @@ import (
 	"maps"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -116,6 +117,7 @@ func (r *Runtime) inspectImage(ctx context.Context, name, asked string) (image, 
 		img.entrypoint, img.command, img.env = c.Entrypoint, c.Cmd, c.Env
 		img.user, img.workdir = c.User, c.WorkingDir
 		img.volumes = slices.Sorted(maps.Keys(c.Volumes))
+		img.Port = lowestPort(slices.Collect(maps.Keys(c.ExposedPorts)))
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -124,6 +126,19 @@ func (r *Runtime) inspectImage(ctx context.Context, name, asked string) (image, 
 	}
 	r.images[got.ID] = img
 	return img, nil
+}
+
+// lowestPort is the lowest TCP port of what an image exposes, such as "8080/tcp"; 0 if
+// there is none.
+func lowestPort(exposed []string) (lowest int) {
+	for _, e := range exposed {
+		number, protocol, _ := strings.Cut(e, "/")
+		n, err := strconv.ParseUint(number, 10, 16)
+		if err == nil && n > 0 && (protocol == "" || protocol == "tcp") && (lowest == 0 || int(n) < lowest) {
+			lowest = int(n)
+		}
+	}
+	return lowest
 }
 
 // repoDigest picks what the repository that was asked for calls an image, of all

@@ -228,6 +228,21 @@ func newPipe(uid, gid int) (pipe, error) {
 	return pipe{os.NewFile(uintptr(fds[0]), "pipe"), os.NewFile(uintptr(fds[1]), "pipe")}, nil
 }
 
+// newInput makes a pipe whose read end a program gets as stdin, and may open again.
+func newInput(uid, gid int) (pipe, error) {
+	var fds [2]int
+	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
+		return pipe{}, fmt.Errorf("make pipe: %w", err)
+	}
+	_ = unix.Fchown(fds[0], uid, gid)
+	if err := unix.SetNonblock(fds[1], true); err != nil {
+		_ = unix.Close(fds[0])
+		_ = unix.Close(fds[1])
+		return pipe{}, fmt.Errorf("make pipe: %w", err)
+	}
+	return pipe{os.NewFile(uintptr(fds[0]), "pipe"), os.NewFile(uintptr(fds[1]), "pipe")}, nil
+}
+
 // adoptPipe takes a read end that init handed back, after a look at what it is.
 func adoptPipe(fd int) (*os.File, error) {
 	var st unix.Stat_t

@@ -433,6 +433,12 @@ func refused(m initproto.Reply) error {
 		return &agent.StartError{Reason: schemas.ReasonNotExec, Exit: &schemas.Exit{Code: 126}, Message: "command cannot be run: " + clip(m.Message)}
 	case initproto.FaultWorkdir:
 		return &agent.StartError{Reason: schemas.ReasonStart, Exit: &schemas.Exit{Code: 126}, Message: clip(m.Message)}
+	case initproto.FaultStopped:
+		return fmt.Errorf("%w: %s", agent.ErrAway, clip(m.Message))
+	case initproto.FaultBusy:
+		return fmt.Errorf("%w: %s", agent.ErrBusy, clip(m.Message))
+	case initproto.FaultRefused:
+		return fmt.Errorf("%w: %s", agent.ErrRefused, clip(m.Message))
 	}
 	return fmt.Errorf("init refuses: %s (%s)", clip(m.Message), m.Fault)
 }

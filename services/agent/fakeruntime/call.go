@@ -3,16 +3,16 @@ package fakeruntime
 import (
 	"bufio"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"path/filepath"
+	"os"
 	"strings"
 	"time"
 
-	"dayfly.dev/schemas"
+	"golang.org/x/sys/unix"
+
 	"dayfly.dev/services/agent"
 )
 
@@ -27,7 +27,7 @@ func (a *attempt) up() error {
 
 // Dial implements agent.Attempt, for the commands http and tcp. The other side ends
 // with the connection, and the connection at the latest with the run.
-func (a *attempt) Dial(_ context.Context, port int) (net.Conn, error) {
+func (a *attempt) Dial(_ context.Context, port int) (agent.Conn, error) {
 	a.r.mu.Lock()
 	defer a.r.mu.Unlock()
 	if err := a.up(); err != nil {
@@ -38,15 +38,46 @@ func (a *attempt) Dial(_ context.Context, port int) (net.Conn, error) {
 		began := a.began
 		serve = func(c net.Conn) { a.serveHTTP(c, began) }
 	} else if !is(a.req.Spec, "tcp", fmt.Sprint(port)) {
-		return nil, fmt.Errorf("dial port %d: connection refused", port)
+		return nil, fmt.Errorf("%w: port %d", agent.ErrRefused, port)
 	}
-	ours, theirs := net.Pipe()
+	ours, theirs, err := pair()
+	if err != nil {
+		return nil, err
+	}
 	a.conns = append(a.conns, theirs)
 	go func() { // ends when either side closes; the caller waits for that by reading
 		defer theirs.Close()
 		serve(theirs)
 	}()
 	return ours, nil
+}
+
+// pair makes a connection whose directions end each by itself.
+func pair() (ours, theirs *net.UnixConn, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	var ends [2]*net.UnixConn
+	for i, fd := range fds {
+		f := os.NewFile(uintptr(fd), "dialed")
+		c, e := net.FileConn(f) // a duplicate
+		_ = f.Close()
+		if e != nil {
+			err = e
+			continue
+		}
+		ends[i] = c.(*net.UnixConn)
+	}
+	if err != nil {
+		for _, c := range ends {
+			if c != nil {
+				_ = c.Close()
+			}
+		}
+		return nil, nil, err
+	}
+	return ends[0], ends[1], nil
 }
 
 func (a *attempt) echo(c net.Conn) { _, _ = io.Copy(c, c) }
@@ -66,46 +97,4 @@ func (a *attempt) serveHTTP(c net.Conn, began time.Duration) {
 		}
 	}
 	fmt.Fprintf(c, "HTTP/1.1 %d %s\r\nContent-Length: 6\r\nConnection: close\r\n\r\nhello\n", code, http.StatusText(code))
-}
-
-// Exec implements agent.Attempt, for echo, exit and sleep.
-func (a *attempt) Exec(ctx context.Context, c agent.Command) (schemas.Exit, error) {
-	a.r.mu.Lock()
-	err := a.up()
-	done, runs := a.done, a.runs
-	a.r.mu.Unlock()
-	size := 0
-	for _, w := range c.Argv {
-		size += len(w)
-	}
-	switch {
-	case err != nil:
-		return schemas.Exit{}, err
-	case len(c.Argv) == 0 || size > 16<<10:
-		return schemas.Exit{}, errors.New("no command, or one that is too long")
-	}
-	argv := append(append([]string(nil), c.Argv...), "", "")
-	switch filepath.Base(argv[0]) {
-	case "echo":
-		if c.Stdout != nil {
-			fmt.Fprintln(c.Stdout, strings.Join(c.Argv[1:], " "))
-		}
-		return schemas.Exit{}, nil
-	case "exit":
-		return schemas.Exit{Code: number(argv[1])}, nil
-	case "sleep":
-		d, _ := time.ParseDuration(argv[1])
-		timer := time.NewTimer(d)
-		defer timer.Stop()
-		select {
-		case <-timer.C:
-			return schemas.Exit{}, nil
-		case <-ctx.Done():
-			return schemas.Exit{}, context.Cause(ctx)
-		case <-done:
-		case <-runs:
-		}
-		return schemas.Exit{Code: 137, Signal: 9}, nil
-	}
-	return schemas.Exit{Code: 127}, nil
 }

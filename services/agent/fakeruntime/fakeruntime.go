@@ -71,6 +71,9 @@ type Runtime struct {
 	starts map[schemas.TaskID][]schemas.Assignment // under mu: every start there ever was
 
 	journal *journal // nil without Config.Journal
+
+	closing sync.Once
+	closed  chan struct{}
 }
 
 // New makes an empty host.
@@ -78,7 +81,7 @@ func New(cfg Config) *Runtime {
 	if cfg.Host.Slots == 0 {
 		cfg.Host = schemas.Host{OS: "linux", Arch: "amd64", CPUs: 1e6, Memory: 1 << 50, Slots: 1e6, Engine: "fake"}
 	}
-	return &Runtime{cfg: cfg, began: time.Now(), all: map[schemas.Assignment]*attempt{}, starts: map[schemas.TaskID][]schemas.Assignment{}}
+	return &Runtime{cfg: cfg, began: time.Now(), all: map[schemas.Assignment]*attempt{}, starts: map[schemas.TaskID][]schemas.Assignment{}, closed: make(chan struct{})}
 }
 
 // Host implements agent.Runtime.
@@ -220,8 +223,12 @@ func (r *Runtime) Now() time.Duration {
 	return time.Since(r.began) + time.Hour
 }
 
-// Close implements agent.Runtime: what runs goes on.
-func (r *Runtime) Close() error { return nil }
+// Close implements agent.Runtime: what runs goes on, save for the functions that stand
+// for programs.
+func (r *Runtime) Close() error {
+	r.closing.Do(func() { close(r.closed) })
+	return nil
+}
 
 // Kill ends the process of an attempt as somebody else would.
 func (r *Runtime) Kill(id schemas.TaskID) {
@@ -249,6 +256,9 @@ type attempt struct {
 	pause    time.Duration // before the next
 	resumeAt time.Duration // when it begins; never while one is there
 	conns    []net.Conn    // that were dialed
+
+	backgrounds []*program
+	folder      string // of its files, "" until they are asked for
 
 	out      []byte
 	dropped  int64
@@ -622,6 +632,7 @@ func (a *attempt) remove() error {
 	now := a.r.Now()
 	a.catchUp(now)
 	a.end(now, agent.Outcome{By: schemas.EndedStop, Exit: &schemas.Exit{Code: 137, Signal: 9}})
+	a.removeFolder()
 	delete(a.r.all, a.req.Assignment)
 	return a.r.journal.write(entry{At: now, Do: doRemove, Assignment: a.req.Assignment})
 }

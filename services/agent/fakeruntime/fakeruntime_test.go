@@ -36,6 +36,7 @@ func TestJournal(t *testing.T) {
 			Runtime: rt, Worker: "w", Image: "fake", Missing: fakeruntime.MissingImage,
 			Left: func(*testing.T) int { return rt.Live() },
 			Reopen: func(*testing.T) agent.Runtime {
+				_ = rt.Close()
 				rt = fakeruntime.New(cfg)
 				return rt
 			},

@@ -29,6 +29,8 @@ const (
 	doStop     = "stop"
 	doFail     = "fail" // unhealthy
 	doRestart  = "restart"
+	doLaunch   = "launch" // a program in the background
+	doQuit     = "quit"   // the end of one
 	doDeadline = "deadline"
 	doEnd      = "end"
 	doRemove   = "remove"
@@ -43,6 +45,9 @@ type entry struct {
 	Request    *agent.StartRequest `json:"request,omitzero"` // of start
 	Outcome    *agent.Outcome      `json:"outcome,omitzero"` // of end
 	State      string              `json:"state,omitzero"`   // of open: which state folder
+	Program    string              `json:"program,omitzero"` // of launch and quit
+	Command    *agent.Command      `json:"command,omitzero"` // of launch
+	Exit       *schemas.Exit       `json:"exit,omitzero"`    // of quit
 }
 
 type journal struct{ file *os.File }
@@ -119,6 +124,17 @@ func (r *Runtime) reopen() error {
 		case e.Do == doStop:
 			a.catchUp(e.At)
 			a.stop(e.At, e.Until-e.At, agent.Outcome{By: schemas.EndedStop, Exit: &schemas.Exit{}})
+		case e.Do == doLaunch:
+			p := a.newProgram(*e.Command, e.At)
+			p.id = e.Program
+			a.backgrounds = append(a.backgrounds, p)
+		case e.Do == doQuit:
+			for _, p := range a.backgrounds {
+				if p.id == e.Program && !p.over() {
+					p.exit = *e.Exit
+					close(p.done)
+				}
+			}
 		case e.Do == doEnd:
 			a.catchUp(e.At)
 			a.finish(e.At, *e.Outcome)
@@ -142,8 +158,29 @@ func (r *Runtime) reopen() error {
 			continue
 		}
 		r.all[id] = a
+		a.relaunch()
 	}
 	return nil
+}
+
+// relaunch lets the programs in the background go on, or says that they ended with their
+// run. It runs under r.mu.
+func (a *attempt) relaunch() {
+	old := a.backgrounds
+	a.backgrounds = nil
+	for _, p := range old {
+		f, err := p.function()
+		switch {
+		case p.over():
+			a.backgrounds = append(a.backgrounds, p)
+		case err == nil && a.run.Up && p.started >= a.began:
+			p.launch(f, a.runs)
+		default:
+			p.exit = schemas.Exit{Code: 137, Signal: 9}
+			close(p.done)
+			a.backgrounds = append(a.backgrounds, p)
+		}
+	}
 }
 
 // stateID names a state folder for as long as it is not wiped.

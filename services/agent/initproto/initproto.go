@@ -14,12 +14,17 @@
 //	  │── stop grace ─────────────────────────────────▶│ TERM all, KILL after grace
 //	  │── exec {stdin stdout stderr}, dial port ──────▶│
 //	  │◀──────── started, exited; connected {socket} ──│
+//	  │── exec tty, signal, end ──────────────────────▶│
+//	  │◀──────── started {terminal}, exited ───────────│
+//	  │── exec name {…, read ends twice} ─────────────▶│ goes on without an agent
+//	  │◀──────── started; kept {exit} at its end ──────│
 //	  │◀──────── paused {exit}, started {restarts} ────│ it runs again: its policy, or an again
 //	  │◀──────────── exited {code, by} ────────────────│ no process is left
 //	  │── taken (pipes drained, outcome kept) ────────▶│ exits with the same code
 //	  ╎                                                ╎
 //	  ╎ agent restarts                                 ╎ dials each 10…250 ms
 //	  │◀── hello running|ended {output stdout stderr} ─│
+//	  │◀── kept name {stdout stderr}, for each ────────│
 //
 // A request carries an id and its replies the same one: so exec and dial find their
 // answers. What init says of the run itself has no id once the run was started. The hello of a container that has been
@@ -43,7 +48,7 @@ import (
 )
 
 // Version is that of this protocol, said in each hello. Fields are only ever added.
-const Version = 1
+const Version = 2
 
 // Where things are in the container.
 const (
@@ -70,9 +75,19 @@ const (
 	MaxFiles   = 5
 
 	// How many init does at a time; more are refused.
-	MaxExecs = 16
+	MaxExecs = 32
+	MaxKept  = 8
 	MaxDials = 64
+	// MaxEnded is how many background programs that have ended are remembered.
+	MaxEnded = 16
 )
+
+// FilesMode is the first argument of this binary where it serves files.
+const FilesMode = "files"
+
+// Marker is a variable that a program beside the run has in its environment, and what
+// it starts inherits: how init knows its children once they have left its session.
+const Marker = "DAYFLY_PROGRAM"
 
 // The exit codes of init where the task did not end by itself. Docker's State keeps
 // them for an agent that comes back after init is gone. Otherwise init exits with
@@ -97,8 +112,9 @@ const (
 	OpTaken  Op = "taken"  // the exit is kept and the pipes are drained: init may go
 	OpFail   Op = "fail"   // the run number Restarts is unhealthy: end it, with the run's grace, as a failure
 	OpAgain  Op = "again"  // while there were fewer than Restarts: end the run, with its grace, and run the command again
-	OpExec   Op = "exec"   // with descriptors: stdin, stdout, stderr; ends with the task and with the connection
-	OpKill   Op = "kill"   // the exec of this id, and all in its process group
+	OpExec   Op = "exec"   // with descriptors: stdin, stdout, stderr; ends with the run and with the connection
+	OpSignal Op = "signal" // to the process group of the exec of this id or name
+	OpEnd    Op = "end"    // TERM to all that this exec has started, KILL after grace, or once it has ended itself
 	OpDial   Op = "dial"   // connect to a port of 127.0.0.1
 )
 
@@ -111,11 +127,22 @@ type Request struct {
 	Env   []string      `json:"env,omitempty"`   // run: laid over init's own, which is the image's; exec: laid over the run's
 	Dir   string        `json:"dir,omitempty"`   // run, exec: "" is where init is
 	Free  bool          `json:"free,omitempty"`  // run: the permit must last at the start, and does not end it later
-	Grace time.Duration `json:"grace,omitempty"` // run: at the deadline, or unhealthy; stop: now
+	Grace time.Duration `json:"grace,omitempty"` // run: at the deadline, or unhealthy; stop, end: now; exec: once the connection is lost
 
 	Again    *Again `json:"again,omitempty"`    // run: when to run it again
 	Restarts int    `json:"restarts,omitempty"` // fail, again
 	Port     int    `json:"port,omitempty"`     // dial
+
+	Tty    *Window `json:"tty,omitempty"`    // exec: on a terminal, whose master comes back; no descriptors
+	Name   string  `json:"name,omitempty"`   // exec: goes on without the connection, with five descriptors as a run; signal, end, taken: which
+	Bare   bool    `json:"bare,omitempty"`   // exec: nothing in its environment but Env
+	Signal int     `json:"signal,omitempty"` // signal
+}
+
+// Window is the size of a terminal.
+type Window struct {
+	Rows uint16 `json:"rows"`
+	Cols uint16 `json:"cols"`
 }
 
 // Again says when the command runs again in the same container without being asked to:
@@ -141,6 +168,7 @@ const (
 	EventPaused    Event = "paused"    // no process of the task is left, and it will run again
 	EventExited    Event = "exited"    // to exec; without id: once, when no process of the task is left
 	EventConnected Event = "connected" // to dial, with the socket
+	EventKept      Event = "kept"      // a program with a name: after each hello, and when it ends
 )
 
 // Phase is how far init has come, said in the hello.
@@ -158,6 +186,8 @@ const (
 	FileOutput = "output" // the directory /task/output
 	FileStdout = "stdout" // read end of the pipe
 	FileStderr = "stderr"
+	// FileTerminal comes with the answer to an exec.
+	FileTerminal = "terminal"
 )
 
 // Reply is what init sends.
@@ -175,6 +205,9 @@ type Reply struct {
 	Fault    Fault         `json:"fault,omitempty"`    // error
 	Code     int           `json:"code,omitempty"`     // error: 126 or 127 where a shell would say so
 	Message  string        `json:"message,omitempty"`  // error
+
+	Name string   `json:"name,omitempty"` // kept
+	Argv []string `json:"argv,omitempty"` // kept, after a hello: the beginning of it
 }
 
 // Fault says what kept a run or an exec from starting, or a dial from connecting.
@@ -189,8 +222,10 @@ const (
 	FaultPermit   Fault = "permit"   // it is over, or cannot be read
 	FaultStopped  Fault = "stopped"
 	FaultRequest  Fault = "request" // not a run that can be done
-	FaultSystem   Fault = "system"  // fork failed, or too many
-	FaultDial     Fault = "dial"    // nobody listens, or does not answer
+	FaultSystem   Fault = "system"  // fork failed
+	FaultBusy     Fault = "busy"    // too many at a time
+	FaultRefused  Fault = "refused" // nobody listens
+	FaultDial     Fault = "dial"    // nobody answers
 )
 
 // Exit is how the main process ended.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 	"testing"
 	"time"
@@ -268,8 +269,23 @@ func dials(t *testing.T, b *bench) {
 			t.Fatalf("%q, %v", got, err)
 		}
 	}
-	if _, err := a.Dial(t.Context(), 8081); err == nil || errors.Is(err, agent.ErrAway) {
+	if _, err := a.Dial(t.Context(), 8081); !errors.Is(err, agent.ErrRefused) || errors.Is(err, agent.ErrAway) {
 		t.Errorf("where nobody listens: %v", err)
+	}
+	c, err := a.Dial(t.Context(), 8080)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(patience))
+	if _, err := c.Write([]byte("half")); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := io.ReadAll(c); err != nil || string(got) != "half" {
+		t.Errorf("after its end was said: %q, %v", got, err)
 	}
 	a.Stop(0)
 	done(t, a)
@@ -292,8 +308,7 @@ func execs(t *testing.T, b *bench) {
 		t.Helper()
 		out.Reset()
 		err.Reset()
-		c.Stdout, c.Stderr = &out, &err
-		exit, e := a.Exec(t.Context(), c)
+		exit, e := agent.Execute(t.Context(), a, c, &out, &err)
 		if e != nil {
 			t.Fatal(e)
 		}
@@ -335,12 +350,12 @@ func execKilled(t *testing.T, b *bench) {
 	ready(t, a)
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
-	if exit, err := a.Exec(ctx, agent.Command{Argv: []string{"/bin/sleep", "1h"}}); !errors.Is(err, context.DeadlineExceeded) {
+	if exit, err := agent.Execute(ctx, a, agent.Command{Argv: []string{"/bin/sleep", "1h"}}, nil, nil); !errors.Is(err, context.DeadlineExceeded) {
 		t.Fatalf("%+v, %v", exit, err)
 	}
 	ended := make(chan error, 1)
 	go func() {
-		_, err := a.Exec(t.Context(), agent.Command{Argv: []string{"/bin/sleep", "1h"}})
+		_, err := agent.Execute(t.Context(), a, agent.Command{Argv: []string{"/bin/sleep", "1h"}}, nil, nil)
 		ended <- err
 	}()
 	a.Stop(patience) // the program does not keep the task from ending
@@ -365,7 +380,7 @@ func recoveredCalls(t *testing.T, b *bench) {
 	if got, err := talk(t, a, 8080, "echo\n"); err != nil || got != "echo\n" {
 		t.Errorf("%q, %v", got, err)
 	}
-	if exit, err := a.Exec(t.Context(), agent.Command{Argv: []string{"/bin/exit", "3"}}); err != nil || exit.Code != 3 {
+	if exit, err := agent.Execute(t.Context(), a, agent.Command{Argv: []string{"/bin/exit", "3"}}, nil, nil); err != nil || exit.Code != 3 {
 		t.Errorf("%+v, %v", exit, err)
 	}
 }

@@ -85,6 +85,21 @@ func Run(t *testing.T, open func(t *testing.T) Bench) {
 		"a program is run beside the task":          execs,
 		"a program beside the task can be ended":    execKilled,
 		"what is recovered can be asked":            recoveredCalls,
+		"a program reads until its input ends":      programStreams,
+		"a program gets signals":                    programSignals,
+		"a program ends with its streams":           programClosed,
+		"a program on a terminal":                   programTerminal,
+		"what a program started ends with it":       programFamily,
+		"too many programs are refused":             programsBusy,
+		"a background program ends by itself":       backgroundEnds,
+		"a background program is stopped":           backgroundStopped,
+		"a background program ends with the run":    backgroundRun,
+		"a background program outlives the agent":   backgroundRecovered,
+		"a background program never waits":          backgroundFloods,
+		"ended background programs are bounded":     backgroundsEnded,
+		"files are put, read, listed and deleted":   filesAround,
+		"a put is all or nothing":                   filesNothing,
+		"files keep to the sandbox":                 filesSandbox,
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := &bench{Bench: open(t)}

@@ -57,7 +57,7 @@ func (s *supervisor) resume() {
 	s.resumeAt, s.began = 0, initproto.Now()
 	s.restarts++
 	_, _ = unix.Seek(s.stdio[0], 0, io.SeekStart)
-	pid, f := s.spawn(s.req.Argv, s.env, s.req.Dir, s.stdio)
+	pid, f := s.spawn(s.req.Argv, s.env, s.req.Dir, s.stdio, false)
 	if f != nil {
 		s.exit = initproto.Exit{Code: cmp.Or(f.code, 126), Wall: s.began - s.started}
 		s.ended()

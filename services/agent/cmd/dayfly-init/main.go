@@ -13,7 +13,8 @@
 // handle, PR_SET_DUMPABLE 0 keeps its memory and descriptors closed to the same
 // user, and everything it reads lies on read-only mounts.
 //
-// All decisions are taken by one goroutine, in supervisor.loop.
+// All decisions are taken by one goroutine, in supervisor.loop. The same binary is run
+// beside the task to read and write its files: see files.go.
 package main
 
 import (
@@ -29,6 +30,9 @@ import (
 )
 
 func main() {
+	if request, ok := asked(os.Args); ok {
+		os.Exit(serveFiles(request))
+	}
 	runtime.GOMAXPROCS(2) // fewer threads: they count in the task's pids
 	debug.SetGCPercent(50)
 

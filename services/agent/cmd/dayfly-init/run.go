@@ -50,7 +50,7 @@ func (s *supervisor) start(req initproto.Request, fds []int) *fault {
 		return &fault{initproto.FaultDeadline, 0, "the deadline is over"}
 	}
 	s.env = merge(os.Environ(), req.Env)
-	pid, f := s.spawn(req.Argv, s.env, req.Dir, fds[:3])
+	pid, f := s.spawn(req.Argv, s.env, req.Dir, fds[:3], false)
 	if f != nil {
 		return f
 	}
@@ -65,7 +65,7 @@ func (s *supervisor) start(req initproto.Request, fds []int) *fault {
 }
 
 // spawn starts a process of the task.
-func (s *supervisor) spawn(argv, env []string, dir string, stdio []int) (int, *fault) {
+func (s *supervisor) spawn(argv, env []string, dir string, stdio []int, tty bool) (int, *fault) {
 	if dir != "" {
 		if err := unix.Access(dir, unix.X_OK); err != nil {
 			return 0, &fault{initproto.FaultWorkdir, 126, fmt.Sprintf("workdir %s: %s", dir, err)}
@@ -81,7 +81,7 @@ func (s *supervisor) spawn(argv, env []string, dir string, stdio []int) (int, *f
 	s.setOOM(min(adj+400, 1000))
 	pid, err := syscall.ForkExec(path, argv, &syscall.ProcAttr{
 		Dir: dir, Env: env, Files: []uintptr{uintptr(stdio[0]), uintptr(stdio[1]), uintptr(stdio[2])},
-		Sys: &syscall.SysProcAttr{Setsid: true},
+		Sys: &syscall.SysProcAttr{Setsid: true, Setctty: tty}, // of its stdin
 	})
 	s.setOOM(adj)
 	if err != nil {

@@ -52,10 +52,11 @@ type supervisor struct {
 	away     time.Duration // since when no agent is connected
 	taken    bool
 
-	env    []string       // of the task
-	execs  map[int]uint64 // ids of the exec requests by pid
-	dials  int            // under way
-	dialed chan dialed
+	env      []string   // of the task
+	programs []*program // that execs have started, oldest first
+	marks    int        // given to them
+	dials    int        // under way
+	dialed   chan dialed
 
 	again    *initproto.Again // nil: the command runs again only where that is asked for
 	req      initproto.Request
@@ -83,7 +84,7 @@ func (s *supervisor) loop(signals <-chan os.Signal) int {
 	messages := make(chan message)
 	forgotten := make(chan struct{})
 	s.lost = make(chan struct{}, 1)
-	s.execs, s.dialed = map[int]uint64{}, make(chan dialed)
+	s.dialed = make(chan dialed)
 	s.away = initproto.Now()
 	go dial(conns, s.lost, forgotten)
 	for {
@@ -166,6 +167,7 @@ func (s *supervisor) connected(c *initproto.Conn) {
 		}
 	}
 	s.send(hello, fds...)
+	s.showKept()
 }
 
 // send drops the connection if it does not work: the hello of the next one says
@@ -189,9 +191,7 @@ func (s *supervisor) message(m message) {
 		initproto.CloseAll(m.fds)
 		_ = s.conn.Close()
 		s.conn = nil
-		for pid := range s.execs { // who asked for them is gone
-			_ = unix.Kill(-pid, unix.SIGKILL)
-		}
+		s.hangUp(m.conn)
 		s.away = initproto.Now()
 		s.lost <- struct{}{}
 		return
@@ -203,12 +203,12 @@ func (s *supervisor) message(m message) {
 	case initproto.OpExec:
 		s.reap() // what it would run beside may have ended
 		s.exec(m.req, m.fds)
-	case initproto.OpKill:
-		for pid, id := range s.execs {
-			if id == m.req.ID {
-				_ = unix.Kill(-pid, unix.SIGKILL)
-			}
-		}
+	case initproto.OpSignal:
+		s.reap() // its pid may be another's
+		s.signalProgram(s.find(m.req), m.req.Signal)
+	case initproto.OpEnd:
+		s.reap()
+		s.endProgram(s.find(m.req), m.req.Grace)
 	case initproto.OpDial:
 		s.dial(m.req)
 	case initproto.OpFail:
@@ -227,6 +227,10 @@ func (s *supervisor) message(m message) {
 	case initproto.OpReread:
 		s.reread()
 	case initproto.OpTaken:
+		if m.req.Name != "" {
+			s.drained(s.find(m.req))
+			break
+		}
 		s.taken = s.phase != initproto.PhaseRunning
 	}
 }
@@ -260,6 +264,7 @@ func (s *supervisor) check() {
 			s.end(initproto.ByDeadline, s.grace)
 		}
 	}
+	s.checkPrograms(now)
 	switch {
 	case s.resumeAt > 0 && s.by != "":
 		s.finish()
@@ -299,6 +304,11 @@ func (s *supervisor) next() time.Duration {
 		}
 		if s.resumeAt > 0 {
 			sooner(s.resumeAt)
+		}
+		for _, p := range s.programs {
+			if p.killAt > 0 {
+				sooner(p.killAt)
+			}
 		}
 	case initproto.PhaseEnded:
 		if s.conn == nil {
@@ -431,11 +441,7 @@ func (s *supervisor) reap() {
 			s.exit.Wall = initproto.Now() - s.started
 			s.kill()
 		default:
-			if id, ok := s.execs[pid]; ok {
-				delete(s.execs, pid)
-				exit := exitOf(ws)
-				s.send(initproto.Reply{ID: id, Event: initproto.EventExited, Exit: &exit})
-			}
+			s.reaped(pid, ws)
 		}
 	}
 }

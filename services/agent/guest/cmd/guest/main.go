@@ -35,6 +35,10 @@
 //	reopen                writes to /dev/stdout and /dev/stderr by opening them
 //	read-dayfly           tries to write, dial and read what is of dayfly
 //	suid                  prints its effective uid (call /bin/suid)
+//	terminal              tells of its terminal, its new sizes and lines; ends at Ctrl-C
+//	family                starts a child, one in another session, and a daemon; all sleep
+//	processes             prints how many there are beside init and this one
+//	things PATH           makes one of each kind of file in a folder
 //	try NAME              a hostile system call: exits 0 if the kernel DENIED it, 1 if not
 package main
 
@@ -113,6 +117,10 @@ func commands() map[string]func([]string) int {
 		"reopen":      reopen,
 		"read-dayfly": readDayfly,
 		"try":         try,
+		"terminal":    terminal,
+		"family":      family,
+		"processes":   processes,
+		"things":      things,
 	}
 }
 
