@@ -43,6 +43,10 @@ const (
 	CodeBadAnswer       Code = "bad_answer"          // 502: the task broke off, or did not answer as it should
 	CodeBadRequest      Code = "bad_request"         // 400, 408: the request to a task could not be read
 	CodeWorkerAway      Code = "worker_away"         // 503: the task's worker cannot be reached at the moment
+	CodeBadArchive      Code = "bad_archive"         // 422: the archive cannot be unpacked: its form, a name, a link
+	CodeCutOff          Code = "cut_off"             // 400: the body broke off; nothing was changed
+	CodePermission      Code = "permission_denied"   // 403: the task's own user may not do that there
+	CodeNoSpace         Code = "no_space"            // 507: the task has no room for it
 	CodeUnavailable     Code = "unavailable"         // 503: the bus is away; nothing was done
 	CodeUnknownOutcome  Code = "unknown_outcome"     // 503: it may have been done; ask again with the same Idempotency-Key
 	CodeTooManyRequests Code = "too_many"            // 429
