@@ -109,7 +109,7 @@ func (s *sessions) request(ctx context.Context, m *nats.Msg) {
 
 // begin checks a request and takes the first step of what it asks for. What it returns
 // serves the session; its stream is there already.
-func (s *sessions) begin(ctx context.Context, m *nats.Msg, answer *schemas.Opened) (serve func(), err error) {
+func (s *sessions) begin(ctx context.Context, m *nats.Msg, answer *schemas.Opened) (func(), error) {
 	var o schemas.Open
 	if err := s.verify(ctx, m); err != nil {
 		return nil, err
@@ -121,6 +121,7 @@ func (s *sessions) begin(ctx context.Context, m *nats.Msg, answer *schemas.Opene
 	if err != nil {
 		return nil, err
 	}
+	var serve func()
 	stream, err := s.mux.Open(o.Address()) // before the gateway may ask after it
 	if err == nil {
 		serve, err = s.step(ctx, t, o, stream, answer)
