@@ -234,6 +234,45 @@ func TestRestartsAndHealth(t *testing.T) {
 	}
 }
 
+// A client's restart keeps container, log and deadline, with a health check and over a
+// kill of dayfly.
+func TestAskedRestart(t *testing.T) {
+	s := newSite(t, testImage(t), newUp(t))
+	task := s.post(map[string]any{"health": map[string]any{"exec": []string{"/bin/exit", "0"}, "interval": "500ms"}}, "flaky", "0", "0", "1h")
+	first := s.until(task.ID, isReady)
+	s.wrote(task.ID, "run 1\nready\n")
+	path := "/v1/tasks/" + string(task.ID) + "/restart"
+	for n := 1; n <= 3; n++ {
+		if n == 3 {
+			if err := s.Kill(); err != nil {
+				t.Fatal(err)
+			}
+			if err := s.Start(s.ctx); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var again schemas.Task
+		if err := s.Call(s.ctx, "POST", path, map[string]any{}, &again); err != nil {
+			t.Fatal(err)
+		}
+		again = s.until(task.ID, func(t schemas.Task) bool { return t.Restarts == n && t.Ready })
+		if again.Attempt != 1 || !again.ExpiresAt.Equal(first.ExpiresAt) || !again.Timings.Ready.After(first.Timings.Ready) {
+			t.Errorf("attempt %d, expires %s, ready %s\n%s", again.Attempt, again.ExpiresAt, again.Timings.Ready, history(again))
+		}
+		s.wrote(task.ID, fmt.Sprintf("run %d\nready\n", n+1)) // the file that it counts in is still there
+	}
+	var refused schemas.Task
+	if err := s.Call(s.ctx, "DELETE", "/v1/tasks/"+string(task.ID), nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	if end := s.ends(task.ID, schemas.Canceled, schemas.ReasonCanceled); end.Restarts != 3 {
+		t.Errorf("%d restarts\n%s", end.Restarts, history(end))
+	}
+	if err := s.Call(s.ctx, "POST", path, map[string]any{}, &refused); err == nil || !strings.Contains(err.Error(), "state_conflict") {
+		t.Errorf("a restart of what is over: %v", err)
+	}
+}
+
 // What a worker says of its labels and GPUs decides what is placed on it.
 func TestLabelsAndGPUs(t *testing.T) {
 	s := newSite(t, "fake", newUp(t, "--runtime", "fake", "--gpus", "2", "--worker-label", "zone=a"))

@@ -21,7 +21,7 @@ var (
 	// ErrBusy says that so many are under way in the task that no more are taken.
 	ErrBusy = errors.New("too many at a time in this task")
 	// ErrRefused says that nobody listens on the port.
-	ErrRefused = errors.New("nobody listens on that port of the task")
+	ErrRefused = errors.New("connection refused: nobody listens on that port of the task")
 )
 
 // Conn is a connection to a port of a task. Each direction ends by itself.

@@ -637,3 +637,46 @@ func TestManyExecs(t *testing.T) {
 		t.Errorf("%+v, %v", exit, err)
 	}
 }
+
+// More dials than init does at a time are refused, and a port that does not answer is
+// told from one on which nobody listens.
+func TestManyDials(t *testing.T) {
+	rt := openIn(t, t.TempDir(), "w-dials")
+	a := start(t, rt, request(t, rt, "w-dials", "deaf", "80"))
+	for kept := int64(0); kept == 0; {
+		changed := a.Output().Changed()
+		if kept, _ = a.Output().Size(schemas.Stdout); kept == 0 {
+			<-changed
+		}
+	}
+	type outcome struct {
+		conn agent.Conn
+		err  error
+	}
+	const more = 20
+	got := make(chan outcome, initproto.MaxDials+more)
+	for range cap(got) {
+		go func() {
+			c, err := a.Dial(t.Context(), 80)
+			got <- outcome{c, err}
+		}()
+	}
+	busy := 0
+	for range cap(got) {
+		o := <-got
+		switch {
+		case o.err == nil:
+			_ = o.conn.Close()
+		case errors.Is(o.err, agent.ErrBusy):
+			busy++
+		case errors.Is(o.err, agent.ErrAway) || errors.Is(o.err, agent.ErrRefused):
+			t.Error(o.err)
+		}
+	}
+	if busy == 0 || busy > more {
+		t.Errorf("%d of %d were refused", busy, cap(got))
+	}
+	if _, err := a.Dial(t.Context(), 81); !errors.Is(err, agent.ErrRefused) {
+		t.Errorf("where nobody listens: %v", err)
+	}
+}

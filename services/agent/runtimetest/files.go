@@ -3,11 +3,14 @@ package runtimetest
 import (
 	"archive/tar"
 	"bytes"
+	"context"
 	"encoding/json"
 	"io"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"dayfly.dev/services/agent"
 	"dayfly.dev/services/agent/files"
@@ -260,6 +263,146 @@ func filesNothing(t *testing.T, b *bench) {
 	}
 	_, out := serve(t, a, files.Request{Op: files.Get, Path: "/tmp/set"}, nil, false)
 	same(t, "in the end", contents(t, out), before)
+}
+
+// left waits until a folder has n names, hidden ones too.
+func left(t *testing.T, a agent.Attempt, dir string, n int) {
+	t.Helper()
+	late := time.Now().Add(patience)
+	for {
+		var out strings.Builder
+		if _, err := agent.Execute(t.Context(), a, agent.Command{Argv: []string{"/bin/ls", dir}}, &out, nil); err != nil {
+			t.Fatal(err)
+		}
+		if strings.Count(out.String(), "\n") == n {
+			return
+		}
+		if time.Now().After(late) {
+			t.Fatalf("%s has %q, not %d", dir, out.String(), n)
+		}
+	}
+}
+
+func filesGivenUp(t *testing.T, b *bench) {
+	if !b.Files {
+		t.Skip("has no processes")
+	}
+	a := b.sleeping(t)
+	begun := func(n int) agent.Foreground {
+		t.Helper()
+		p, err := a.Files(t.Context(), files.Request{Op: files.Write, Path: "/tmp/f"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := p.Stdin().Write(make([]byte, 1<<20)); err != nil {
+			t.Fatal(err)
+		}
+		left(t, a, "/tmp", n)
+		return p
+	}
+	if err := begun(1).Close(); err != nil { // the client went away
+		t.Error(err)
+	}
+	left(t, a, "/tmp", 0)
+	p := begun(1)
+	if err := p.Signal(syscall.SIGKILL); err != nil {
+		t.Error(err)
+	}
+	exited(t, p)
+	_ = p.Close()
+	left(t, a, "/tmp", 1)
+	if res, _ := serve(t, a, files.Request{Op: files.Write, Path: "/tmp/g"}, []byte("x"), true); res.Code != "" {
+		t.Errorf("%+v", res)
+	}
+	left(t, a, "/tmp", 1) // the next one has tidied up
+	if b.Reopen == nil {
+		return
+	}
+	begun(2)
+	b.Runtime = b.Reopen(t)
+	list, err := b.Runtime.Recover(t.Context())
+	if err != nil || len(list) != 1 {
+		t.Fatalf("%d attempts, %v", len(list), err)
+	}
+	a = list[0]
+	t.Cleanup(func() { _ = a.Remove(context.Background()) })
+	b.permit(t, time.Minute)
+	until(t, a, up)
+	left(t, a, "/tmp", 1)
+	same(t, "after the agent is gone", listed(t, a, "/tmp"), []string{"g:file"})
+}
+
+// pattern gives n bytes that no two places have in common.
+type pattern struct{ at, n int64 }
+
+func (p *pattern) Read(b []byte) (int, error) {
+	if p.at >= p.n {
+		return 0, io.EOF
+	}
+	b = b[:min(int64(len(b)), p.n-p.at)]
+	for i := range b {
+		at := p.at + int64(i)
+		b[i] = byte(at>>(8*(at%4))) ^ byte(at*7)
+	}
+	p.at += int64(len(b))
+	return len(b), nil
+}
+
+func filesLarge(t *testing.T, b *bench) {
+	if !b.Files {
+		t.Skip("has no tmpfs")
+	}
+	const n = 500_000_000
+	req := b.request(t, "sleep", "1h")
+	req.Spec.Resources.Disk, req.Spec.Resources.Memory = 512<<20, 560<<20 // the files count in it
+	a := b.start(t, req)
+	begin := time.Now()
+	p, err := a.Files(t.Context(), files.Request{Op: files.Write, Path: "/task/output/large"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(p.Stdin(), &pattern{n: n}); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Stdin().Close(); err != nil {
+		t.Fatal(err)
+	}
+	said, _ := io.ReadAll(p.Stderr())
+	if exit := exited(t, p); exit.Code != 0 {
+		t.Fatalf("%+v, %s", exit, said)
+	}
+	_ = p.Close()
+	in := time.Since(begin)
+	begin = time.Now()
+	p, err = a.Files(t.Context(), files.Request{Op: files.Get, Path: "/task/output"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	r := tar.NewReader(p.Stdout())
+	for {
+		h, err := r.Next()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h.Name == "output/large" && h.Size == n {
+			break
+		}
+	}
+	want, got, expect := &pattern{n: n}, make([]byte, 64<<10), make([]byte, 64<<10)
+	for at := int64(0); at < n; {
+		k, err := io.ReadFull(r, got)
+		_, _ = io.ReadFull(want, expect[:k])
+		if !bytes.Equal(got[:k], expect[:k]) || k == 0 {
+			t.Fatalf("at %d: %v", at, err)
+		}
+		at += int64(k)
+	}
+	_, _ = io.Copy(io.Discard, p.Stdout())
+	if exit := exited(t, p); exit.Code != 0 {
+		t.Errorf("%+v", exit)
+	}
+	t.Logf("%d MB in within %s, out within %s, with what it takes to make and compare them", n/1_000_000, in, time.Since(begin))
 }
 
 func filesSandbox(t *testing.T, b *bench) {

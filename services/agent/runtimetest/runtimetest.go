@@ -100,6 +100,8 @@ func Run(t *testing.T, open func(t *testing.T) Bench) {
 		"files are put, read, listed and deleted":   filesAround,
 		"a put is all or nothing":                   filesNothing,
 		"files keep to the sandbox":                 filesSandbox,
+		"a put that is given up leaves nothing":     filesGivenUp,
+		"half a gigabyte goes in and out":           filesLarge,
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := &bench{Bench: open(t)}

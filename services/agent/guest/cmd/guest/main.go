@@ -20,6 +20,7 @@
 //	                      path with "hello", /status/N with that code, /slow never, and
 //	                      /until/D with 200 for that long, then with 500
 //	tcp PORT              listens on 127.0.0.1, prints "ready", sends back what comes
+//	deaf PORT             listens on 127.0.0.1 and takes nobody, once its queue is full
 //	orphans N             leaves N sleeping children behind, exits 0
 //	signal N              kills itself by signal N
 //	eat BYTES             touches so much memory, holds it until it is killed
@@ -117,6 +118,7 @@ func commands() map[string]func([]string) int {
 		"reopen":      reopen,
 		"read-dayfly": readDayfly,
 		"try":         try,
+		"deaf":        deaf,
 		"terminal":    terminal,
 		"family":      family,
 		"processes":   processes,

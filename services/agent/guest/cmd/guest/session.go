@@ -61,6 +61,23 @@ func terminal([]string) int {
 	}
 }
 
+// deaf listens on a port of 127.0.0.1 and takes nobody, once its queue is full.
+func deaf(a []string) int {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+	if err == nil {
+		err = unix.Bind(fd, &unix.SockaddrInet4{Port: num(a, 0, 80), Addr: [4]byte{127, 0, 0, 1}})
+	}
+	if err == nil {
+		err = unix.Listen(fd, 0)
+	}
+	if err != nil {
+		return report("deaf", err)
+	}
+	fmt.Println("ready")
+	time.Sleep(time.Hour)
+	return 0
+}
+
 // family starts a child, one in a session of its own, and one whose parent is gone, and
 // sleeps. All ignore TERM.
 func family(a []string) int {
