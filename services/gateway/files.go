@@ -91,8 +91,11 @@ func (g *Gateway) upload(w *response, r *http.Request, v *visit) (schemas.FilesE
 	}()
 	_, end, err := v.filesEnd(ctx, io.Discard)
 	cancel()
-	_ = control.SetReadDeadline(time.Unix(1, 0)) // it may wait for more
+	// A client that sends on is not to be cut off before it has read the answer, as a read
+	// that fails would do; one that sends nothing holds the answer up no longer than this.
+	slow := time.AfterFunc(time.Second, func() { _ = control.SetReadDeadline(time.Unix(1, 0)) })
 	failed := <-sent
+	slow.Stop()
 	_ = control.SetReadDeadline(time.Time{})
 	var cut bodyCutOff
 	if err != nil && errors.As(failed, &cut) {
