@@ -47,6 +47,7 @@ type Console struct {
 	came    schemas.ExecOffsets // under mu
 	in      []byte              // under mu: written, and not taken over by the other side
 	base    int64               // under mu: offset of in
+	has     int64               // under mu: of stdin, the program
 	shut    bool                // under mu: nothing more is written
 	window  *schemas.Window     // under mu: to be told
 	signals []string            // under mu: to be told
@@ -244,10 +245,15 @@ func (s *Console) receive(ctx context.Context, ws *websocket.Conn, began chan st
 				s.err = ErrLostOutput
 				s.came = schemas.ExecOffsets{Stdout: m.Started.Stdout, Stderr: m.Started.Stderr}
 			}
+			if len(s.in) == 0 { // it may be the console of an earlier client
+				s.base = max(s.base, m.Started.Stdin)
+			}
 			s.tookLocked(m.Started.Stdin)
+			s.has = max(s.has, m.Started.Has)
 			close(began)
 		case m.Stdin > 0:
 			s.tookLocked(m.Stdin)
+			s.has = max(s.has, m.Stdin)
 		case m.Exit != nil:
 			s.exit = m.Exit
 		case m.Lost != "":
@@ -263,12 +269,9 @@ func (s *Console) receive(ctx context.Context, ws *websocket.Conn, began chan st
 
 // tookLocked drops what the other side has taken over.
 func (s *Console) tookLocked(to int64) {
-	if n := to - s.base; n > 0 {
-		n = min(n, int64(len(s.in)))
+	if n := min(to-s.base, int64(len(s.in))); n > 0 {
 		s.in = s.in[n:]
-		s.base = to
-	} else if to < s.base && len(s.in) == 0 { // the console of somebody else began there
-		s.base = to
+		s.base += n
 	}
 }
 
@@ -298,7 +301,7 @@ func (s *Console) output(b []byte) error {
 
 const (
 	ackEvery  = 64 << 10
-	maxInputs = 256 << 10 // written and not taken over
+	maxInputs = schemas.ExecWindow // written, and the program does not have it
 )
 
 // send sends what is to be sent, from what the other side has on.
@@ -309,7 +312,6 @@ func (s *Console) send(ctx context.Context, ws *websocket.Conn) error {
 	for {
 		var control schemas.ExecControl
 		var input []byte
-		end := false
 		s.mu.Lock()
 		changed := s.changed
 		next = max(next, s.base)
@@ -327,7 +329,7 @@ func (s *Console) send(ctx context.Context, ws *websocket.Conn) error {
 		case len(rest) > 0:
 			input = append([]byte{schemas.ChannelStdin}, rest[:min(len(rest), maxMessage)]...)
 		case s.shut && !shut:
-			end, shut = true, true
+			control.End, shut = true, true
 		}
 		s.mu.Unlock()
 		var err error
@@ -337,8 +339,6 @@ func (s *Console) send(ctx context.Context, ws *websocket.Conn) error {
 		case input != nil:
 			next += int64(len(input) - 1)
 			err = ws.Write(ctx, websocket.MessageBinary, input)
-		case end:
-			err = ws.Write(ctx, websocket.MessageBinary, []byte{schemas.ChannelStdin})
 		case control != schemas.ExecControl{}:
 			var b []byte
 			if b, err = schemas.Encode(control); err == nil {
@@ -397,7 +397,7 @@ func (s *Console) Read(p []byte) (int, error) {
 func (s *Console) Write(p []byte) (n int, err error) {
 	for len(p) > 0 {
 		s.mu.Lock()
-		room := maxInputs - len(s.in)
+		room := maxInputs - int(s.base+int64(len(s.in))-s.has)
 		switch {
 		case s.exit != nil || s.err != nil && s.err != ErrLostOutput || s.shut:
 			s.mu.Unlock()

@@ -134,7 +134,7 @@ type ExecStarted struct {
 // Channels of the frames of an exec's session, and of the binary messages of its
 // WebSocket, each of which begins with one of them.
 const (
-	ChannelStdin   byte = 0 // to the program; a frame that is an end, or a message without bytes, is its end
+	ChannelStdin   byte = 0 // to the program
 	ChannelStdout  byte = 0 // from the program
 	ChannelStderr  byte = 1
 	ChannelControl byte = 2 // an ExecControl, which is a text message on the WebSocket
@@ -142,18 +142,21 @@ const (
 
 // ExecWindow is how many bytes of one stream may be under way that the client has not
 // acknowledged; a program that writes more waits. So many are kept for one that comes back.
+// A client that acknowledges sends no more than so many bytes that the program does not
+// have, or its acknowledgements are stuck behind them.
 const ExecWindow = 256 << 10
 
 // ExecControl is a message about the program. One field is set.
 type ExecControl struct {
 	// To the program.
+	End    bool         `json:"end,omitzero"` // nothing more comes on stdin
 	Resize *Window      `json:"resize,omitzero"`
 	Signal string       `json:"signal,omitzero"` // INT, TERM, KILL…
 	Ack    *ExecOffsets `json:"ack,omitzero"`    // the client has so much, and needs it no more
 
 	// From the program.
 	Started *ExecBegin `json:"started,omitzero"` // the first message
-	Stdin   int64      `json:"stdin,omitzero"`   // so many bytes were taken over
+	Stdin   int64      `json:"stdin,omitzero"`   // so many bytes the program has
 	Exit    *ExecExit  `json:"exit,omitzero"`    // the last one
 	Lost    string     `json:"lost,omitzero"`    // the last one: a sentence for why nothing more comes
 }
@@ -175,6 +178,7 @@ type ExecOffsets struct {
 type ExecBegin struct {
 	ID     ExecID `json:"id"`
 	Stdin  int64  `json:"stdin"`
+	Has    int64  `json:"has"` // of stdin, the program; the rest waits for it
 	Stdout int64  `json:"stdout"`
 	Stderr int64  `json:"stderr"`
 }

@@ -52,6 +52,12 @@ With -d it goes on in the background, and exec prints its id.`,
 	f.StringVarP(&flags.workdir, "workdir", "w", "", "folder that it begins in")
 	f.DurationVar(&flags.timeout, "timeout", 0, "kill it after so long")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if args[1] == "--" {
+			args = append(args[:1:1], args[2:]...)
+		}
+		if len(args) == 1 {
+			return &usageError{errors.New("there is no command after --"), cmd.CommandPath()}
+		}
 		req, err := flags.request(args[1:])
 		if err == nil && flags.terminal && !isTerminal(c.in) {
 			err = errors.New("-t needs a terminal here; leave it out for a pipe or a file")

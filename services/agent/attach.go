@@ -15,7 +15,7 @@ import (
 	"dayfly.dev/schemas"
 )
 
-// stdinTold is how much of stdin is taken over before the client hears of it.
+// stdinTold is how much of stdin the program takes before the client hears of it.
 const stdinTold = 32 << 10
 
 // errTaken ends a session whose program another has taken.
@@ -72,14 +72,14 @@ func (h *holder) take(a schemas.ExecAttach) schemas.ExecBegin {
 		e.holder.end(errTaken)
 	}
 	e.holder = h
-	h.told = e.taken
+	h.told = e.fed
 	for i, from := range []int64{a.Stdout, a.Stderr} {
 		o := &e.out[i]
 		h.next[i] = min(max(from, o.begin()), o.end)
 		o.acked = h.next[i]
 	}
 	e.wakeLocked()
-	return schemas.ExecBegin{ID: e.id, Stdin: e.taken, Stdout: h.next[0], Stderr: h.next[1]}
+	return schemas.ExecBegin{ID: e.id, Stdin: e.taken, Has: e.fed, Stdout: h.next[0], Stderr: h.next[1]}
 }
 
 // leave gives the streams back. A client that closed its session will not come back.
@@ -108,7 +108,10 @@ func (h *holder) send(ctx context.Context) error {
 	b := make([]byte, session.MaxFrame)
 	for {
 		e.mu.Lock()
-		changed, taken, i, n := e.changed, e.taken, 0, 0
+		changed, fed, i, n := e.changed, e.fed, 0, 0
+		if e.deaf { // nor will it ever
+			fed = e.taken
+		}
 		for i = range e.out {
 			o := &e.out[i]
 			if h.next[i] < o.end {
@@ -126,9 +129,9 @@ func (h *holder) send(ctx context.Context) error {
 			}
 		case last.Exit != nil || last.Lost != "":
 			return h.control(ctx, last)
-		case taken-h.told >= stdinTold:
-			h.told = taken
-			err = h.control(ctx, schemas.ExecControl{Stdin: taken})
+		case fed-h.told >= stdinTold:
+			h.told = fed
+			err = h.control(ctx, schemas.ExecControl{Stdin: fed})
 		default:
 			select {
 			case <-changed:
@@ -201,7 +204,7 @@ func (h *holder) input(ctx context.Context, f session.Frame) error {
 				e.in = append(e.in, f.Data...)
 			}
 			e.taken += int64(len(f.Data))
-			e.inEnd = e.inEnd || f.End
+			e.inEnd = e.inEnd || f.End // of a gateway that has all of it
 			e.wakeLocked()
 			e.mu.Unlock()
 			return nil
@@ -223,6 +226,12 @@ func (h *holder) obey(c schemas.ExecControl) {
 	}
 	if p == nil {
 		return
+	}
+	if c.End {
+		h.e.mu.Lock()
+		h.e.inEnd = h.e.inEnd || h.e.holder == h
+		h.e.wakeLocked()
+		h.e.mu.Unlock()
 	}
 	if c.Resize != nil {
 		_ = p.Resize(Window(*c.Resize))

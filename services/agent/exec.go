@@ -34,6 +34,7 @@ type execution struct {
 	out      [2]execOutput     // under mu: stdout, stderr
 	in       []byte            // under mu: taken over, and not yet written to the program
 	taken    int64             // under mu: bytes of stdin ever taken over
+	fed      int64             // under mu: of which the program has so many
 	inEnd    bool              // under mu: nothing more comes
 	deaf     bool              // under mu: the program reads no more
 	holder   *holder           // under mu: the session that has the streams
@@ -204,23 +205,21 @@ func (e *execution) feed(p Foreground) {
 	}
 	for {
 		e.mu.Lock()
-		b, end, deaf, changed := e.in, e.inEnd, e.deaf, e.changed
-		e.in = nil
-		if len(b) > 0 {
-			e.wakeLocked()
-		}
+		b, end, deaf, changed := e.in[:min(len(e.in), 32<<10)], e.inEnd, e.deaf, e.changed
 		e.mu.Unlock()
 		switch {
 		case deaf:
 			return
 		case len(b) > 0:
-			if _, err := in.Write(b); err != nil {
-				e.mu.Lock()
-				e.deaf = true
-				e.wakeLocked()
-				e.mu.Unlock()
-				return
+			_, err := in.Write(b)
+			e.mu.Lock()
+			e.in, e.fed = e.in[len(b):], e.fed+int64(len(b))
+			if len(e.in) == 0 {
+				e.in = nil
 			}
+			e.deaf = e.deaf || err != nil
+			e.wakeLocked()
+			e.mu.Unlock()
 		case end:
 			_ = in.Close()
 			return

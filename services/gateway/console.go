@@ -197,19 +197,23 @@ func (c *console) close(cause error, unread func()) error {
 // up carries what the client sends, until it closes.
 func (c *console) up(ctx, reading context.Context) error {
 	c.ws.SetReadLimit(-1) // messages are not held
+	over := false
 	for {
 		kind, r, err := c.ws.Reader(reading)
-		if err != nil {
+		switch {
+		case err != nil:
 			return err
-		}
-		if kind == websocket.MessageText {
+		case over: // only a close counts: after a gap nothing may follow
+			_, err = io.Copy(io.Discard, r)
+		case kind == websocket.MessageText:
 			err = c.control(ctx, r)
-		} else {
+		default:
 			err = c.input(ctx, r)
 		}
 		if err != nil && ctx.Err() == nil {
 			return err
 		}
+		over = over || err != nil || ctx.Err() != nil
 	}
 }
 
@@ -228,26 +232,21 @@ func (c *console) control(ctx context.Context, r io.Reader) error {
 	return c.visit.send(ctx, schemas.ChannelControl, text)
 }
 
-// input carries a piece of stdin, or its end.
+// input carries a piece of stdin.
 func (c *console) input(ctx context.Context, r io.Reader) error {
 	b := make([]byte, 1, session.MaxFrame)
 	if _, err := io.ReadFull(r, b); err != nil || b[0] != schemas.ChannelStdin {
 		return errBadMessage
 	}
 	b = b[:cap(b)]
-	for any := false; ; any = true {
-		n, err := r.Read(b)
-		if n > 0 {
-			c.full.Add(1)
-			failed := c.visit.send(ctx, schemas.ChannelStdin, b[:n])
-			c.full.Add(-1)
-			if failed != nil {
-				return failed
-			}
-		}
+	for {
+		n, err := unmasked{r}.Read(b)
+		c.full.Add(1)
+		failed := c.visit.send(ctx, schemas.ChannelStdin, b[:n])
+		c.full.Add(-1)
 		switch {
-		case err == io.EOF && n == 0 && !any:
-			return c.visit.stream.SendEnd(ctx, schemas.ChannelStdin)
+		case failed != nil:
+			return failed
 		case err == io.EOF:
 			return nil
 		case err != nil:

@@ -51,3 +51,15 @@ func (w waiting) Write(b []byte) (int, error) {
 	defer w.p.full.Add(-1)
 	return w.w.Write(b)
 }
+
+// unmasked reads a message of a client. Bytes that come together with an error are still
+// masked, and are not the client's.
+type unmasked struct{ r io.Reader }
+
+func (u unmasked) Read(p []byte) (int, error) {
+	n, err := u.r.Read(p)
+	if err != nil && err != io.EOF {
+		n = 0
+	}
+	return n, err
+}

@@ -197,7 +197,7 @@ func operations() []operation {
 				{status: 201, about: "It runs in the background.", value: schemas.ExecStarted{}, header: []string{"Location"}}},
 			fails: fails(bodyFails, ofOne, ofState, tooMany, badValue, unknown, away)},
 		{method: "GET", path: "/v1/tasks/{id}/exec", name: "openConsole", handle: (*Gateway).console,
-			about: "A WebSocket that is the streams of a program beside the task's process, on a terminal or not. A binary message is a channel and bytes: 0 is stdin and stdout, 1 stderr; one without bytes is the end of stdin. A text message is an ExecControl. The answer's Dayfly-Exec names the program: with exec it is resumed, for a minute after the connection broke, and nothing is lost where the client acknowledges. Refusals come before the upgrade.",
+			about: "A WebSocket that is the streams of a program beside the task's process, on a terminal or not. A binary message is a channel and bytes: 0 is stdin and stdout, 1 stderr. A text message is an ExecControl. The answer's Dayfly-Exec names the program: with exec it is resumed, for a minute after the connection broke, and nothing is lost where the client acknowledges. Refusals come before the upgrade.",
 			params: []param{
 				{name: "command", in: "query", many: true, about: "The program and its arguments, a parameter for each.", schema: `{"type": "string"}`},
 				{name: "env", in: "query", many: true, about: "NAME=value, laid over the task's environment.", schema: `{"type": "string", "pattern": "^[A-Za-z_]"}`},

@@ -152,7 +152,7 @@ func (t *tunnel) up(ctx context.Context, fail context.CancelCauseFunc) error {
 		if err != nil {
 			return err
 		}
-		if _, err := io.CopyBuffer(waiting{&t.pulse, t.far}, r, make([]byte, session.MaxFrame)); err != nil {
+		if _, err := io.CopyBuffer(waiting{&t.pulse, t.far}, unmasked{r}, make([]byte, session.MaxFrame)); err != nil {
 			return err
 		}
 	}

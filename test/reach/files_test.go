@@ -303,6 +303,8 @@ type pattern struct{ r *rand.ChaCha8 }
 
 func (p pattern) Read(b []byte) (int, error) { return p.r.Read(b) }
 
+func newPattern(seed byte) pattern { return pattern{rand.NewChaCha8([32]byte{seed})} }
+
 // Half a gigabyte goes in and comes out, alone and in an archive, and no process holds it.
 func TestFilesThatAreLarge(t *testing.T) {
 	s := start(t)
@@ -327,7 +329,7 @@ func TestFilesThatAreLarge(t *testing.T) {
 	before := metric(t, s.up.Admin, "go_memstats_heap_inuse_bytes", "")
 	sum := md5.New()
 	began := time.Now()
-	in := io.TeeReader(io.LimitReader(pattern{rand.NewChaCha8([32]byte{1})}, size), sum)
+	in := io.TeeReader(io.LimitReader(newPattern(1), size), sum)
 	if _, err := s.PutFile(long(t), id, "/big/a", in, size, 0); err != nil {
 		t.Fatal(err)
 	}
