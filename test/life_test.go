@@ -239,7 +239,7 @@ func TestRestartsAndHealth(t *testing.T) {
 func TestAskedRestart(t *testing.T) {
 	s := newSite(t, testImage(t), newUp(t))
 	task := s.post(map[string]any{"health": map[string]any{"exec": []string{"/bin/exit", "0"}, "interval": "500ms"}}, "flaky", "0", "0", "1h")
-	first := s.until(task.ID, isReady)
+	first := s.until(task.ID, func(t schemas.Task) bool { return t.Ready })
 	s.wrote(task.ID, "run 1\nready\n")
 	path := "/v1/tasks/" + string(task.ID) + "/restart"
 	for n := 1; n <= 3; n++ {
