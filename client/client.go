@@ -120,6 +120,9 @@ type request struct {
 	path   string
 	query  url.Values
 	body   []byte
+	stream io.Reader // the body instead, of the media type kind; size is -1 if nobody knows it
+	kind   string
+	size   int64
 	accept string
 	header http.Header // beside the usual ones
 	key    string      // Idempotency-Key
@@ -165,9 +168,21 @@ func (c *Client) send(ctx context.Context, r request) (*http.Response, error) {
 	if len(r.query) > 0 {
 		u += "?" + r.query.Encode()
 	}
-	req, err := http.NewRequestWithContext(ctx, r.method, u, bytes.NewReader(r.body))
+	var body io.Reader = bytes.NewReader(r.body)
+	if r.stream != nil {
+		body = io.NopCloser(r.stream) // whoever gave it closes it
+	}
+	req, err := http.NewRequestWithContext(ctx, r.method, u, body)
 	if err != nil {
 		return nil, err
+	}
+	if r.stream != nil {
+		req.ContentLength = r.size
+		if r.size == 0 {
+			req.Body = http.NoBody
+		}
+		req.Header.Set("Content-Type", r.kind)
+		req.Header.Set("Expect", "100-continue") // it may be refused unread
 	}
 	maps.Copy(req.Header, r.header)
 	req.Header.Set("User-Agent", c.userAgent)

@@ -2,6 +2,7 @@ package schemas
 
 import (
 	"bytes"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"reflect"
@@ -20,6 +21,14 @@ func Encode(v any) ([]byte, error) { return json.Marshal(v, json.Deterministic(t
 // the type has a place for them and skipped elsewhere: a newer service may have
 // written them.
 func Decode(b []byte, v any) error { return json.Unmarshal(b, v) }
+
+// Text gives bytes as JSON can hold them: as text where they are UTF-8, else in base64.
+func Text(b []byte) (text, base64ed string) {
+	if utf8.Valid(b) {
+		return string(b), ""
+	}
+	return "", base64.StdEncoding.EncodeToString(b)
+}
 
 // Limits of a JSON body from outside.
 const (

@@ -44,6 +44,10 @@ const (
 	CodeBadRequest      Code = "bad_request"         // 400, 408: the request to a task could not be read
 	CodeWorkerAway      Code = "worker_away"         // 503: the task's worker cannot be reached at the moment
 	CodeNoPorts         Code = "no_ports"            // 503: all TCP ports of the site are taken
+	CodeBadArchive      Code = "bad_archive"         // 422: the archive cannot be unpacked: its form, a name, a link
+	CodeCutOff          Code = "cut_off"             // 400: the body broke off; nothing was changed
+	CodePermission      Code = "permission_denied"   // 403: the task's own user may not do that there
+	CodeNoSpace         Code = "no_space"            // 507: the task has no room for it
 	CodeUnavailable     Code = "unavailable"         // 503: the bus is away; nothing was done
 	CodeUnknownOutcome  Code = "unknown_outcome"     // 503: it may have been done; ask again with the same Idempotency-Key
 	CodeTooManyRequests Code = "too_many"            // 429

@@ -36,9 +36,16 @@ const (
 	SessionDial   SessionKind = "dial"   // a connection to a port of the task
 	SessionPut    SessionKind = "put"    // a tar, to be unpacked in the task
 	SessionGet    SessionKind = "get"    // a file or a folder of the task, as a tar
-	SessionList   SessionKind = "list"
-	SessionDelete SessionKind = "delete"
+	SessionList   SessionKind = "list"   // of files
+	SessionDelete SessionKind = "delete" // of files
+	SessionExecs  SessionKind = "execs"  // lists programs: an ExecList on channel 0
+	SessionEnd    SessionKind = "end"    // ends a program
 )
+
+// SessionKinds gives all of them.
+func SessionKinds() []SessionKind {
+	return []SessionKind{SessionExec, SessionAttach, SessionDial, SessionPut, SessionGet, SessionList, SessionDelete, SessionExecs, SessionEnd}
+}
 
 // Open asks the agent of Worker for a session with the task that it holds under Epoch.
 // Instance is that of the agent's process, and Gateway and Number never come twice: so a
@@ -52,9 +59,34 @@ type Open struct {
 	Task     TaskID      `json:"task"`
 	Epoch    Epoch       `json:"epoch"`
 
-	Port int `json:"port,omitzero"` // dial
+	Port   int         `json:"port,omitzero"`   // dial
+	Exec   *ExecOpen   `json:"exec,omitzero"`   // exec
+	Attach *ExecAttach `json:"attach,omitzero"` // exec in the foreground, attach; execs, end: of one program
+	Grace  Duration    `json:"grace,omitzero"`  // end: between TERM and KILL
+	Files  *FilesOpen  `json:"files,omitzero"`  // put, get, list, delete
 
 	Unknown Unknown `json:",embed"`
+}
+
+// ExecOpen is the program of a session.
+type ExecOpen struct {
+	Argv       []string `json:"argv"`
+	Env        []string `json:"env,omitzero"` // K=V
+	Workdir    string   `json:"workdir,omitzero"`
+	Timeout    Duration `json:"timeout,omitzero"`
+	Background bool     `json:"background,omitzero"`
+	Terminal   *Window  `json:"terminal,omitzero"`
+	Stdin      bool     `json:"stdin,omitzero"` // something comes; a terminal always has it
+	Keep       bool     `json:"keep,omitzero"`  // it waits a while for a client that is gone
+}
+
+// ExecAttach says how somebody takes the streams of a program. Who had them before has
+// them no more.
+type ExecAttach struct {
+	ID     ExecID `json:"id,omitzero"`     // attach, execs, end
+	Stdout int64  `json:"stdout,omitzero"` // output from there on
+	Stderr int64  `json:"stderr,omitzero"`
+	Acks   bool   `json:"acks,omitzero"` // the client acknowledges output; else what is sent counts as taken
 }
 
 // Address is that of the session's streams.
@@ -68,6 +100,7 @@ type Opened struct {
 	Code     Code   `json:"code,omitzero"`
 	Message  string `json:"message,omitzero"` // a sentence for people
 	Instance string `json:"instance,omitzero"`
+	Exec     ExecID `json:"exec,omitzero"` // that was started, or taken
 
 	Unknown Unknown `json:",embed"`
 }

@@ -33,6 +33,7 @@ const (
 	CodeClosing = Code("closing")         // the other process goes down
 	CodeGone    = Code("gone")            // the other process heard nothing for too long
 	CodeBroken  = Code("broken")          // what the stream was joined to broke
+	CodeTaken   = Code("taken")           // another session has what it was joined to
 	CodeFlood   = Code("flood")           // more came than the window lets through
 )
 

@@ -93,7 +93,7 @@ could not do it, 124 that the time was over, 130 Ctrl-C, 2 a wrong command line.
 		&cobra.Group{ID: "single", Title: "The services, each as a process of its own, and their records:"})
 	for _, cmd := range []*cobra.Command{
 		c.runCommand(), c.psCommand(), c.inspectCommand(), c.logsCommand(), c.eventsCommand(), c.cancelCommand(), c.extendCommand(), c.restartCommand(), c.waitCommand(),
-		c.batchCommand(), c.forwardCommand(),
+		c.batchCommand(), c.execCommand(), c.cpCommand(), c.forwardCommand(),
 	} {
 		cmd.GroupID = "tasks"
 		root.AddCommand(cmd)

@@ -41,6 +41,10 @@ type Config struct {
 	// closed and its containers are removed. The next agent does what is left.
 	Linger      time.Duration
 	MaxSessions int // sessions with tasks at a time; 0: this worker offers none
+
+	// ExecKeep is how long a program waits for its client to come back before it is hung
+	// up on, and ExecGrace how long it then has until it is killed.
+	ExecKeep, ExecGrace time.Duration
 }
 
 // DefaultConfig has the values that production uses, for one worker.
@@ -51,6 +55,7 @@ func DefaultConfig(w schemas.WorkerID, stateDir string) Config {
 		HoldBack: 30 * time.Millisecond, LogLimit: 64 << 20, LogDelay: 50 * time.Millisecond,
 		Linger:      3 * time.Second,
 		MaxSessions: 1024,
+		ExecKeep:    time.Minute, ExecGrace: 5 * time.Second,
 	}
 }
 

@@ -16,6 +16,8 @@ type metrics struct {
 	adopted  prometheus.Counter
 	logBytes prometheus.Counter
 	beats    *prometheus.CounterVec
+	sessions *prometheus.GaugeVec
+	execs    prometheus.Gauge
 }
 
 // What came of the image of an attempt.
@@ -35,6 +37,11 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		adopted:  prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_agent_attempts_adopted_total", Help: "Attempts of an earlier agent taken back."}),
 		logBytes: prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_agent_log_bytes_total", Help: "Bytes of task logs stored on the bus."}),
 		beats:    prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_agent_beats_total", Help: "Heartbeats, by result."}, []string{"result"}),
+		sessions: prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "dayfly_agent_sessions_open", Help: "Sessions with tasks of this worker, by kind."}, []string{"kind"}),
+		execs:    prometheus.NewGauge(prometheus.GaugeOpts{Name: "dayfly_agent_execs", Help: "Programs in the foreground beside tasks, held by a session or waiting for their client to come back."}),
+	}
+	for _, kind := range schemas.SessionKinds() {
+		m.sessions.WithLabelValues(string(kind))
 	}
 	for _, result := range []string{"ok", "conflict", "error"} {
 		m.beats.WithLabelValues(result)
@@ -46,7 +53,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		m.ended.WithLabelValues(string(by))
 	}
 	if reg != nil {
-		reg.MustRegister(m.orders, m.again, m.image, m.started, m.ended, m.adopted, m.logBytes, m.beats)
+		reg.MustRegister(m.orders, m.again, m.image, m.started, m.ended, m.adopted, m.logBytes, m.beats, m.sessions, m.execs)
 	}
 	return m
 }

@@ -35,9 +35,10 @@ type sessions struct {
 	asked   time.Time // under reading: when the key was last read
 
 	mu       sync.Mutex
-	key      schemas.VerifyingKey        // under mu: zero until one was read
-	gateways map[string]*schemas.Numbers // under mu
-	open     int                         // under mu: sessions
+	key      schemas.VerifyingKey          // under mu: zero until one was read
+	gateways map[string]*schemas.Numbers   // under mu
+	open     int                           // under mu: sessions
+	execs    map[schemas.ExecID]*execution // under mu
 }
 
 // serveSessions answers gateways until ctx ends.
@@ -58,6 +59,7 @@ func (a *Agent) serveSessions(ctx context.Context) error {
 		agent: a, conn: conn, mux: mux, log: a.log,
 		keys:     bus.NewTable(conn, schemas.BucketKeys, bus.JSON[schemas.VerifyingKey](nil)),
 		gateways: map[string]*schemas.Numbers{},
+		execs:    map[schemas.ExecID]*execution{},
 	}
 	defer s.serving.Wait()
 	ctx, cancel := context.WithCancel(ctx)
@@ -80,8 +82,8 @@ func (a *Agent) serveSessions(ctx context.Context) error {
 
 // request answers one request for a session, and then serves the session.
 func (s *sessions) request(ctx context.Context, m *nats.Msg) {
-	serve, err := s.begin(ctx, m)
 	answer := schemas.Opened{}
+	serve, err := s.begin(ctx, m, &answer)
 	var refused *schemas.Error
 	switch {
 	case err == nil:
@@ -109,7 +111,7 @@ func (s *sessions) request(ctx context.Context, m *nats.Msg) {
 
 // begin checks a request and takes the first step of what it asks for. What it returns
 // serves the session; its stream is there already.
-func (s *sessions) begin(ctx context.Context, m *nats.Msg) (serve func(), err error) {
+func (s *sessions) begin(ctx context.Context, m *nats.Msg, answer *schemas.Opened) (func(), error) {
 	var o schemas.Open
 	if err := s.verify(ctx, m); err != nil {
 		return nil, err
@@ -121,14 +123,10 @@ func (s *sessions) begin(ctx context.Context, m *nats.Msg) (serve func(), err er
 	if err != nil {
 		return nil, err
 	}
+	var serve func()
 	stream, err := s.mux.Open(o.Address()) // before the gateway may ask after it
 	if err == nil {
-		switch o.Kind {
-		case schemas.SessionDial:
-			serve, err = s.dial(ctx, t, o, stream)
-		default:
-			err = refuse(schemas.CodeNotAvailable, "this worker's agent is too old for that; upgrade it")
-		}
+		serve, err = s.step(ctx, t, o, stream, answer)
 		if err != nil {
 			stream.Reset(session.CodeUnknown, "the session was refused")
 		}
@@ -137,7 +135,81 @@ func (s *sessions) begin(ctx context.Context, m *nats.Msg) (serve func(), err er
 		s.done()
 		return nil, err
 	}
-	return serve, nil
+	open := s.agent.metrics.sessions.WithLabelValues(string(o.Kind))
+	open.Inc()
+	return func() {
+		defer open.Dec()
+		serve()
+	}, nil
+}
+
+// step takes the first step of a session.
+func (s *sessions) step(ctx context.Context, t Attempt, o schemas.Open, stream *session.Stream, answer *schemas.Opened) (serve func(), err error) {
+	within, cancel := context.WithTimeout(ctx, openMay)
+	defer cancel()
+	attach := schemas.ExecAttach{}
+	if o.Attach != nil {
+		attach = *o.Attach
+	}
+	switch {
+	case o.Kind == schemas.SessionDial:
+		return s.dial(ctx, t, o, stream)
+	case o.Kind == schemas.SessionExec && o.Exec != nil && o.Exec.Background:
+		answer.Exec, err = s.launch(within, t, *o.Exec)
+		return func() { _ = stream.Close() }, err
+	case o.Kind == schemas.SessionExec && o.Exec != nil:
+		e, err := s.exec(ctx, within, t, *o.Exec)
+		if err != nil {
+			return nil, err
+		}
+		answer.Exec = e.id
+		return func() { e.serve(ctx, stream, attach) }, nil
+	case o.Kind == schemas.SessionAttach:
+		e, err := s.find(t, attach.ID)
+		if err != nil {
+			return nil, err
+		}
+		answer.Exec = e.id
+		return func() { e.serve(ctx, stream, attach) }, nil
+	case o.Kind == schemas.SessionExecs:
+		list, err := s.list(t, attach.ID)
+		return func() { s.send(ctx, stream, list) }, err
+	case o.Kind == schemas.SessionEnd:
+		err := s.end(t, attach.ID, o.Grace.Std())
+		return func() { _ = stream.Close() }, err
+	case o.Files != nil:
+		return s.files(ctx, within, t, o, stream)
+	}
+	return nil, refuse(schemas.CodeNotAvailable, "this worker's agent is too old for that; upgrade it")
+}
+
+// send sends a value in as many frames as it takes, and closes the stream.
+func (s *sessions) send(ctx context.Context, stream *session.Stream, v any) {
+	b, err := schemas.Encode(v)
+	for err == nil && len(b) > 0 {
+		n := min(len(b), session.MaxFrame)
+		err = stream.Send(ctx, 0, b[:n])
+		b = b[n:]
+	}
+	if err != nil {
+		stream.Reset(session.CodeBroken, "the answer could not be sent")
+		return
+	}
+	_ = stream.Close()
+}
+
+// unable is what a gateway hears of an error of an Attempt.
+func unable(err error) error {
+	var fault *StartError
+	switch {
+	case errors.Is(err, ErrAway):
+		return refuse(schemas.CodeStateConflict, "%s", err)
+	case errors.Is(err, ErrBusy):
+		return refuse(schemas.CodeTooManyRequests, "%s", err)
+	case errors.As(err, &fault):
+		return refuse(schemas.CodeInvalidValue, "%s", fault.Message)
+	}
+	return err
 }
 
 func (s *sessions) done() {

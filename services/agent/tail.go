@@ -83,6 +83,14 @@ func (t *Tail) ReadAt(s schemas.Stream, p []byte, off int64) (n int, at int64, e
 	return n, at, nil
 }
 
+// all gives what is kept of a stream.
+func (t *Tail) all(s schemas.Stream) []byte {
+	oldest, end := t.Size(s)
+	p := make([]byte, end-oldest)
+	n, _, _ := t.ReadAt(s, p, oldest)
+	return p[:n]
+}
+
 // Size is where the kept bytes of a stream begin and end.
 func (t *Tail) Size(s schemas.Stream) (oldest, end int64) {
 	t.mu.Lock()

@@ -18,6 +18,11 @@ type metrics struct {
 	panics    prometheus.Counter
 	foreign   prometheus.Counter
 
+	sessions     *prometheus.CounterVec
+	sessionsOpen *prometheus.GaugeVec
+	sessionBytes *prometheus.CounterVec
+	execs        prometheus.Histogram
+
 	batches    prometheus.Counter
 	batchItems *prometheus.CounterVec
 	itemMade   prometheus.Histogram
@@ -40,6 +45,11 @@ func newMetrics(reg prometheus.Registerer, open func() int) *metrics {
 		panics:    prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_http_panics_total", Help: "Requests that ended in a panic: each is a bug."}),
 		foreign:   prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_log_chunks_foreign_total", Help: "Log chunks of workers that did not hold the attempt."}),
 
+		sessions:     prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_sessions_total", Help: "Execs, consoles and requests for files of tasks that were begun, by result: ok, failed, or broken where a side was lost."}, []string{"kind", "result"}),
+		sessionsOpen: prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "dayfly_sessions_open", Help: "Execs, consoles and requests for files of tasks under way."}, []string{"kind"}),
+		sessionBytes: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_session_bytes_total", Help: "Bytes of execs, consoles and files: in is to the task."}, []string{"kind", "direction"}),
+		execs:        prometheus.NewHistogram(prometheus.HistogramOpts{Name: "dayfly_exec_seconds", Help: "Execs that were waited for, from the request to the end of the program.", Buckets: ops.BucketsFast}),
+
 		batches:    prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_batches_accepted_total", Help: "Batches accepted."}),
 		batchItems: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_batch_items_total", Help: "Items of batches that got their result, by result."}, []string{"result"}),
 		itemMade:   prometheus.NewHistogram(prometheus.HistogramOpts{Name: "dayfly_batch_item_make_seconds", Help: "How long it took to make the task of a batch's item.", Buckets: ops.BucketsFast}),
@@ -50,11 +60,21 @@ func newMetrics(reg prometheus.Registerer, open func() int) *metrics {
 	for _, result := range schemas.ItemResults() {
 		m.batchItems.WithLabelValues(string(result))
 	}
+	for _, kind := range []string{visitExec, visitConsole, visitFiles} {
+		m.sessionsOpen.WithLabelValues(kind)
+		for _, result := range []string{resultOK, resultFailed, resultBroken} {
+			m.sessions.WithLabelValues(kind, result)
+		}
+		for _, direction := range []string{"in", "out"} {
+			m.sessionBytes.WithLabelValues(kind, direction)
+		}
+	}
 	for _, kind := range []string{"logs", "sse", "wait"} {
 		m.streams.WithLabelValues(kind)
 	}
 	if reg != nil {
 		reg.MustRegister(m.requests, m.inFlight, m.submitted, m.rejected, m.replays, m.streams, m.panics, m.foreign,
+			m.sessions, m.sessionsOpen, m.sessionBytes, m.execs,
 			m.batches, m.batchItems, m.itemMade, m.batchDone, m.batchOpen)
 	}
 	return m

@@ -62,7 +62,7 @@ func document(t *testing.T) []byte {
 		}
 		paths[o.path].(object)[strings.ToLower(o.method)] = g.operation(o)
 	}
-	for _, v := range []any{schemas.LogLine{}, schemas.TaskEvent{}, problem{}} {
+	for _, v := range []any{schemas.LogLine{}, schemas.TaskEvent{}, schemas.ExecControl{}, schemas.FilesSkipped{}, problem{}} {
 		g.schema(reflect.TypeOf(v))
 	}
 	g.made["Spec"].(object)["examples"] = []any{object{"image": "busybox", "command": []string{"echo", "hi"}, "ttl": "5m",
@@ -97,6 +97,9 @@ func (g *generator) operation(o operation) object {
 			of = reflect.TypeFor[schemas.BatchID]()
 		}
 		schema := g.schema(of)
+		if m[1] == "exec" {
+			schema = g.schema(reflect.TypeFor[schemas.ExecID]())
+		}
 		if m[1] == "port" {
 			schema = object{"type": "integer", "minimum": 1, "maximum": 65535}
 		}
@@ -108,6 +111,9 @@ func (g *generator) operation(o operation) object {
 			schema = object{"type": "array", "items": schema}
 		}
 		params = append(params, object{"name": p.name, "in": p.in, "description": p.about, "schema": schema})
+		if p.required {
+			params[len(params)-1].(object)["required"] = true
+		}
 	}
 	op := object{"operationId": o.name, "summary": strings.SplitAfter(o.about, ".")[0], "description": o.about, "responses": g.responses(o)}
 	if len(params) > 0 {
@@ -115,6 +121,13 @@ func (g *generator) operation(o operation) object {
 	}
 	if o.body != nil {
 		op["requestBody"] = object{"required": true, "content": object{"application/json": object{"schema": g.schema(reflect.TypeOf(o.body))}}}
+	}
+	if len(o.kinds) > 0 {
+		content := object{}
+		for _, kind := range o.kinds {
+			content[kind] = object{"schema": object{"type": "string"}}
+		}
+		op["requestBody"] = object{"required": true, "content": content}
 	}
 	return op
 }
@@ -166,6 +179,7 @@ var words = map[reflect.Type]object{
 	reflect.TypeFor[time.Time]():         {"type": "string", "format": "date-time"},
 	reflect.TypeFor[schemas.TaskID]():    {"type": "string", "pattern": "^t-[0-7][0-9a-hjkmnp-tv-z]{25}$", "examples": []string{"t-01jd6q0t000000000000000000"}},
 	reflect.TypeFor[schemas.BatchID]():   {"type": "string", "pattern": "^b-[0-7][0-9a-hjkmnp-tv-z]{25}$"},
+	reflect.TypeFor[schemas.ExecID]():    {"type": "string", "pattern": "^[A-Za-z0-9]{1,64}$"},
 	reflect.TypeFor[schemas.WorkerID]():  {"type": "string", "pattern": "^[a-z0-9-]{1,63}$"},
 	reflect.TypeFor[schemas.Duration]():  {"type": "string", "pattern": `^-?([0-9]+(\.[0-9]+)?(ns|us|µs|ms|s|m|h))+$|^0$`, "examples": []string{"90s", "15m", "1h30m"}},
 	reflect.TypeFor[schemas.Size]():      {"type": []string{"integer", "string"}, "pattern": `^[0-9.]+ ?([bB]|[kKmMgGtTpP]([iI]?[bB])?)?$`, "examples": []any{"256MiB", 268435456}},
@@ -214,7 +228,7 @@ func (g *generator) form(t reflect.Type) object {
 		return object{"type": "string"}
 	case reflect.Bool:
 		return object{"type": "boolean"}
-	case reflect.Int, reflect.Int64, reflect.Uint64:
+	case reflect.Int, reflect.Int64, reflect.Uint64, reflect.Uint16:
 		return object{"type": "integer"}
 	case reflect.Float64:
 		return object{"type": "number"}

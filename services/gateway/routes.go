@@ -15,7 +15,8 @@ type operation struct {
 	about        string
 	handle       func(*Gateway, *response, *http.Request) error
 	params       []param
-	body         any // of this type, as JSON
+	body         any      // of this type, as JSON
+	kinds        []string // other media types of the body
 	answers      []reply
 	fails        []failure
 }
@@ -26,6 +27,7 @@ type param struct {
 	about    string
 	schema   string
 	many     bool // it may come more than once
+	required bool
 }
 
 // reply is an answer of success.
@@ -89,6 +91,10 @@ var (
 	unknown    = failure{503, []schemas.Code{schemas.CodeUnknownOutcome}}
 	tooMany    = failure{429, []schemas.Code{schemas.CodeTooManyRequests}}
 	elsewhere  = failure{403, []schemas.Code{schemas.CodeCrossOrigin}}
+	ofState    = failure{409, []schemas.Code{schemas.CodeStateConflict}}
+	badValue   = failure{422, []schemas.Code{schemas.CodeInvalidValue, schemas.CodeNotAvailable}}
+	away       = failure{503, []schemas.Code{schemas.CodeWorkerAway}}
+	aPath      = param{name: "path", in: "query", required: true, about: "Of the file or folder in the task; relative to its working directory if it does not begin with a slash.", schema: `{"type": "string", "minLength": 1, "maxLength": 4096}`}
 	bodyFails  = []failure{
 		elsewhere,
 		{400, []schemas.Code{schemas.CodeInvalidJSON, schemas.CodeDuplicateField}}, {408, []schemas.Code{schemas.CodeInvalidJSON}},
@@ -184,6 +190,57 @@ func operations() []operation {
 			answers: []reply{{status: 101, about: "The connection is open."}},
 			fails: fails(elsewhere, ofOne, badHeaders, failure{409, []schemas.Code{schemas.CodeStateConflict}}, failure{422, []schemas.Code{schemas.CodeInvalidValue}},
 				tooMany, failure{502, []schemas.Code{schemas.CodeNoListener}}, failure{503, []schemas.Code{schemas.CodeWorkerAway}})},
+		{method: "POST", path: "/v1/tasks/{id}/exec", name: "exec", handle: (*Gateway).exec,
+			about: "Runs a program beside the task's process, with its rights and its environment, and waits for its end; a client that leaves ends it. A program that is not there has the exit code 127. One in the background goes on by itself, through restarts of the worker's agent too, until it ends, is ended, or the task's run is over.",
+			body:  schemas.ExecRequest{},
+			answers: []reply{{status: 200, about: "It has ended.", value: schemas.ExecResult{}},
+				{status: 201, about: "It runs in the background.", value: schemas.ExecStarted{}, header: []string{"Location"}}},
+			fails: fails(bodyFails, ofOne, ofState, tooMany, badValue, unknown, away)},
+		{method: "GET", path: "/v1/tasks/{id}/exec", name: "openConsole", handle: (*Gateway).console,
+			about: "A WebSocket that is the streams of a program beside the task's process, on a terminal or not. A binary message is a channel and bytes: 0 is stdin and stdout, 1 stderr. A text message is an ExecControl. The answer's Dayfly-Exec names the program: with exec it is resumed, for a minute after the connection broke, and nothing is lost where the client acknowledges. Refusals come before the upgrade.",
+			params: []param{
+				{name: "command", in: "query", many: true, about: "The program and its arguments, a parameter for each.", schema: `{"type": "string"}`},
+				{name: "env", in: "query", many: true, about: "NAME=value, laid over the task's environment.", schema: `{"type": "string", "pattern": "^[A-Za-z_]"}`},
+				{name: "workdir", in: "query", about: "Where it begins; the task's, if not given.", schema: `{"type": "string"}`},
+				{name: "tty", in: "query", about: "On a terminal of its own; all it writes is then stdout.", schema: aSwitch},
+				{name: "rows", in: "query", about: "Of the terminal; 24 if not given.", schema: `{"type": "integer", "minimum": 1, "maximum": 10000}`},
+				{name: "cols", in: "query", about: "Of the terminal; 80 if not given.", schema: `{"type": "integer", "minimum": 1, "maximum": 10000}`},
+				{name: "stdin", in: "query", about: "Something comes; else stdin is at its end. A terminal always has it.", schema: aSwitch},
+				{name: "timeout", in: "query", about: "After which it is killed; none if not given.", schema: aDuration},
+				{name: "exec", in: "query", about: "Go on with this program, which is taken from who has it.", schema: `{"$ref": "#/components/schemas/ExecID"}`},
+				{name: "stdout", in: "query", about: "With exec: so many bytes of stdout have come.", schema: `{"type": "integer", "minimum": 0}`},
+				{name: "stderr", in: "query", about: "With exec: so many bytes of stderr have come.", schema: `{"type": "integer", "minimum": 0}`},
+				{name: "acks", in: "query", about: "The client acknowledges output, at least every 128 KiB, and closes the WebSocket when the program has ended. Else what was sent counts as come.", schema: aSwitch}},
+			answers: []reply{{status: 101, about: "The connection is open.", header: []string{headerExec}}},
+			fails:   fails(elsewhere, ofOne, badHeaders, ofState, tooMany, badValue, away)},
+		{method: "GET", path: "/v1/tasks/{id}/execs", name: "listExecs", handle: (*Gateway).listExecs,
+			about:   "Lists the programs beside the task's process, oldest first: those in the background, the last 16 of them that have ended, and consoles.",
+			answers: []reply{{status: 200, about: "All of them.", value: schemas.ExecList{}}}, fails: fails(ofOne, ofState, tooMany, unknown, away)},
+		{method: "GET", path: "/v1/tasks/{id}/execs/{exec}", name: "getExec", handle: (*Gateway).getExec,
+			about:   "Shows a program, and of one in the background the newest 128 KiB that it wrote to each stream.",
+			answers: []reply{{status: 200, about: "The program.", value: schemas.Exec{}}}, fails: fails(ofOne, ofState, tooMany, unknown, away)},
+		{method: "DELETE", path: "/v1/tasks/{id}/execs/{exec}", name: "endExec", handle: (*Gateway).endExec,
+			about:   "Ends a program: TERM to it and all that it has started, KILL after the grace. It does not wait for the end.",
+			params:  []param{{name: "grace", in: "query", about: "Between TERM and KILL; 10s if not given.", schema: aDuration}},
+			answers: []reply{{status: 204, about: "It is being ended, or has ended."}}, fails: fails(elsewhere, ofOne, ofState, tooMany, away)},
+		{method: "GET", path: "/v1/tasks/{id}/files", name: "getFiles", handle: (*Gateway).getFiles,
+			about:   "Gives a file of the task as its bytes, or a folder as a tar archive, or lists it. Links are not followed. An answer that breaks off has not come whole; what a folder's archive lacks is in the trailer Dayfly-Skipped.",
+			params:  []param{aPath, {name: "list", in: "query", about: "Say what is in a folder instead: the first 10,000 names.", schema: aSwitch}},
+			answers: []reply{{status: 200, about: "The file, the folder, or the list.", value: schemas.FileList{}, kinds: []string{kindBytes, kindTar}}},
+			fails:   fails(ofOne, ofState, tooMany, unknown, away, failure{403, []schemas.Code{schemas.CodePermission}}, failure{413, []schemas.Code{schemas.CodeTooLarge}}, badValue)},
+		{method: "PUT", path: "/v1/tasks/{id}/files", name: "putFiles", handle: (*Gateway).putFiles,
+			about:   "Writes one file, or unpacks a tar archive into a folder, which is made if it is not there: all of it or nothing.",
+			params:  []param{aPath, {name: "mode", in: "query", about: "Of one file, octal; 644 if not given.", schema: `{"type": "string", "pattern": "^0*[0-7]{1,3}$"}`}},
+			kinds:   []string{kindBytes, kindTar},
+			answers: []reply{{status: 200, about: "It is there.", value: schemas.FilesDone{}}},
+			fails: fails(elsewhere, ofOne, ofState, tooMany, unknown, away, failure{400, []schemas.Code{schemas.CodeCutOff}}, failure{403, []schemas.Code{schemas.CodePermission}},
+				failure{413, []schemas.Code{schemas.CodeTooLarge}}, failure{415, []schemas.Code{schemas.CodeContentType}},
+				failure{422, []schemas.Code{schemas.CodeInvalidValue, schemas.CodeBadArchive}}, failure{507, []schemas.Code{schemas.CodeNoSpace}})},
+		{method: "DELETE", path: "/v1/tasks/{id}/files", name: "deleteFiles", handle: (*Gateway).deleteFiles,
+			about:   "Deletes a file, or a folder.",
+			params:  []param{aPath, {name: "recursive", in: "query", about: "A folder with all that is in it; else it must be empty.", schema: aSwitch}},
+			answers: []reply{{status: 200, about: "It is gone.", value: schemas.FilesDone{}}},
+			fails:   fails(elsewhere, ofOne, ofState, tooMany, unknown, away, failure{403, []schemas.Code{schemas.CodePermission}}, failure{413, []schemas.Code{schemas.CodeTooLarge}}, badValue)},
 		{method: "GET", path: "/v1/events", name: "events", handle: (*Gateway).events,
 			about:   "The changes of all tasks in the order of their writes, as SSE or NDJSON (of TaskEvent), by Accept. An id is a place from which any gateway goes on; nothing is lost and nothing comes twice while records are kept, and truncated says where a record no longer has it all.",
 			params:  params(eventParams, labels, worker),

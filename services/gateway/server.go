@@ -125,7 +125,7 @@ func (g *Gateway) guard(next http.Handler) http.Handler {
 		case host != nil:
 			g.fail(w, r, host)
 		case r.Method == http.MethodOptions && r.URL.Path == "*":
-			h.Set("Allow", "DELETE, GET, HEAD, OPTIONS, POST")
+			h.Set("Allow", "DELETE, GET, HEAD, OPTIONS, POST, PUT")
 			w.WriteHeader(http.StatusNoContent)
 		case !plainPath(r.URL.EscapedPath()):
 			g.fail(w, r, noPath())

@@ -96,21 +96,27 @@ func firstOf[T any](ctx context.Context, table *bus.Table[T], key string, v T) (
 
 // openSession asks the agent that runs the task for a session. It is the caller's to close.
 func (g *Gateway) openSession(ctx context.Context, id schemas.TaskID, o schemas.Open) (*session.Stream, error) {
+	stream, _, err := g.openExec(ctx, id, o)
+	return stream, err
+}
+
+// openExec is openSession, and says which program the session is with.
+func (g *Gateway) openExec(ctx context.Context, id schemas.TaskID, o schemas.Open) (*session.Stream, schemas.ExecID, error) {
 	select {
 	case <-g.sessions.ready:
 	default:
-		return nil, unavailable()
+		return nil, "", unavailable()
 	}
 	if err := g.locate(id, &o); err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	stream, err := g.sessions.open(ctx, &o)
+	stream, exec, err := g.sessions.open(ctx, &o)
 	if errors.Is(err, errOtherInstance) {
-		if stream, err = g.sessions.open(ctx, &o); errors.Is(err, errOtherInstance) {
+		if stream, exec, err = g.sessions.open(ctx, &o); errors.Is(err, errOtherInstance) {
 			err = workerAway(id)
 		}
 	}
-	return stream, err
+	return stream, exec, err
 }
 
 // locate says whom to ask for a session of the task.
@@ -141,28 +147,29 @@ func workerAway(id schemas.TaskID) *schemas.Error {
 		Detail: "the task's worker cannot be reached at the moment; the task may run on, try again", RetryAfter: schemas.Duration(2 * time.Second)}
 }
 
-func (s *sessions) open(ctx context.Context, o *schemas.Open) (*session.Stream, error) {
+func (s *sessions) open(ctx context.Context, o *schemas.Open) (*session.Stream, schemas.ExecID, error) {
 	o.Gateway, o.Number = s.id, s.last.Add(1)
 	stream, err := s.mux.Open(o.Address()) // before the agent may send
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	if err := s.ask(ctx, o); err != nil {
+	exec, err := s.ask(ctx, o)
+	if err != nil {
 		stream.Reset(session.CodeUnknown, "the session was not opened")
-		return nil, err
+		return nil, "", err
 	}
-	return stream, nil
+	return stream, exec, nil
 }
 
 // ask sends the request and waits for the answer.
-func (s *sessions) ask(ctx context.Context, o *schemas.Open) error {
+func (s *sessions) ask(ctx context.Context, o *schemas.Open) (schemas.ExecID, error) {
 	body, err := schemas.Encode(o)
 	if err != nil {
-		return err
+		return "", err
 	}
 	signature, err := s.key.Sign(schemas.VerbOpen, body)
 	if err != nil {
-		return err
+		return "", err
 	}
 	ctx, cancel := context.WithTimeout(ctx, openMay)
 	defer cancel()
@@ -171,19 +178,19 @@ func (s *sessions) ask(ctx context.Context, o *schemas.Open) error {
 	})
 	if err != nil {
 		if context.Cause(ctx) == context.Canceled {
-			return context.Canceled
+			return "", context.Canceled
 		}
-		return workerAway(o.Task)
+		return "", workerAway(o.Task)
 	}
 	var answer schemas.Opened
 	if err := schemas.Decode(m.Data, &answer); err != nil {
-		return workerAway(o.Task)
+		return "", workerAway(o.Task)
 	}
 	if answer.Instance != "" {
 		o.Instance = answer.Instance
-		return errOtherInstance
+		return "", errOtherInstance
 	}
-	return refusal(o.Task, answer)
+	return answer.Exec, refusal(o.Task, answer)
 }
 
 // refusal is what a client hears of an agent's no.
@@ -194,6 +201,8 @@ func refusal(id schemas.TaskID, a schemas.Opened) error {
 		return nil
 	case schemas.CodeStateConflict:
 		e.Status = http.StatusConflict
+	case schemas.CodeNotFound:
+		e.Status = http.StatusNotFound
 	case schemas.CodeNoListener:
 		e.Status = http.StatusBadGateway
 	case schemas.CodeTooManyRequests:

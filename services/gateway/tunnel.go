@@ -10,7 +10,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/coder/websocket"
@@ -65,7 +64,7 @@ func (g *Gateway) tunnel(w *response, r *http.Request) error {
 	open := g.outside.Open.WithLabelValues(ingress.KindTunnel)
 	open.Inc()
 	defer open.Dec()
-	t := &tunnel{ws: ws, stream: stream, every: g.cfg.KeepAlive}
+	t := &tunnel{pulse: pulse{ws: ws, every: g.cfg.KeepAlive}, stream: stream}
 	t.far = g.outside.Inside(stream.Conn(), ingress.KindTunnel)
 	t.run(r.Context())
 	return nil
@@ -89,12 +88,9 @@ func mayUpgrade(r *http.Request) error {
 // has no meaning of its own; the text message "eof" says that nothing more comes from
 // that side. A close of the WebSocket closes the connection.
 type tunnel struct {
-	ws     *websocket.Conn
+	pulse
 	stream *session.Stream
 	far    net.Conn // the stream
-	every  time.Duration
-
-	full atomic.Int32 // sides that take nothing at the moment
 }
 
 const tunnelEnd = "eof"
@@ -159,7 +155,7 @@ func (t *tunnel) up(ctx context.Context, fail context.CancelCauseFunc) error {
 		if err != nil {
 			return err
 		}
-		if _, err := io.CopyBuffer(waiting{t, t.far}, r, make([]byte, session.MaxFrame)); err != nil {
+		if _, err := io.CopyBuffer(waiting{&t.pulse, t.far}, unmasked{r}, make([]byte, session.MaxFrame)); err != nil {
 			return err
 		}
 	}
@@ -183,41 +179,6 @@ func (t *tunnel) down(ctx context.Context, _ context.CancelCauseFunc) error {
 		}
 		if err != nil {
 			return err
-		}
-	}
-}
-
-// waiting is a writer that may stand still for a while.
-type waiting struct {
-	t *tunnel
-	w io.Writer
-}
-
-func (w waiting) Write(p []byte) (int, error) {
-	w.t.full.Add(1)
-	defer w.t.full.Add(-1)
-	return w.w.Write(p)
-}
-
-// ping asks the client for a sign of life until ctx ends. While a side takes nothing, no
-// answer can come through: then TCP alone tells who is gone.
-func (t *tunnel) ping(ctx context.Context) error {
-	tick := time.NewTicker(t.every)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
-		}
-		if t.full.Load() > 0 {
-			continue
-		}
-		within, cancel := context.WithTimeout(ctx, t.every)
-		err := t.ws.Ping(within)
-		cancel()
-		if err != nil && t.full.Load() == 0 && ctx.Err() == nil {
-			return fmt.Errorf("no sign of life: %w", err)
 		}
 	}
 }

@@ -59,7 +59,7 @@ func start(t *testing.T) *site {
 	if !doc.IsOpenAPI31OrLater() {
 		t.Fatal("not OpenAPI 3.1")
 	}
-	for _, kind := range []string{"application/x-ndjson", "text/event-stream", "text/html"} {
+	for _, kind := range []string{"application/x-ndjson", "text/event-stream", "text/html", "application/x-tar"} {
 		openapi3filter.RegisterBodyDecoder(kind, openapi3filter.RegisteredBodyDecoder("text/plain"))
 	}
 	if s.router, err = legacy.NewRouter(doc); err != nil {
@@ -256,6 +256,7 @@ func TestEveryAnswerIsWhatTheDocumentPromises(t *testing.T) {
 	s.want(400, "GET", "/v1/events?after=99999999", "")
 	s.want(400, "GET", "/v1/events", "", "Last-Event-ID", "x")
 
+	s.reach(path(running), path(done), none)
 	s.want(412, "DELETE", path(running), "", "If-Match", `"1"`)
 	s.want(400, "DELETE", path(running), "", "If-Match", `1`)
 	s.want(200, "DELETE", path(running)+"?grace=1s", "")

@@ -43,6 +43,7 @@ type Request struct {
 	Op   Op     `json:"op"`
 	Path string `json:"path"`
 	Mode uint32 `json:"mode,omitempty"` // write; 0 is 0644. No setuid, setgid or sticky bits
+	Bare bool   `json:"bare,omitempty"` // delete: a folder only if nothing is in it
 
 	// Bounds of put, write and get; 0 is MaxEntries, and no bound of bytes.
 	Entries int   `json:"entries,omitempty"`

@@ -160,6 +160,17 @@ func (j *job) remove(parts []string) error {
 	if st.Dev != above.Dev {
 		return faultf(Permission, "%s: is a mount; delete what is in it", j.Path)
 	}
+	if j.Bare && st.Mode&unix.S_IFMT == unix.S_IFDIR {
+		switch err := unix.Unlinkat(dir, name, unix.AT_REMOVEDIR); err {
+		case nil:
+			j.res.Entries = 1
+			return nil
+		case unix.ENOTEMPTY, unix.EEXIST:
+			return faultf(IsADirectory, "%s: is a folder with something in it; ask for that to be deleted too", j.Path)
+		default:
+			return about(j.Path, err)
+		}
+	}
 	j.res.Entries, err = removeAll(dir, name, false, 0)
 	return about(j.Path, err)
 }

@@ -1,0 +1,461 @@
+package client
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/coder/websocket"
+
+	"dayfly.dev/schemas"
+)
+
+// ConsoleOptions say what a console runs.
+type ConsoleOptions struct {
+	schemas.ExecRequest                 // without Stdin and Background
+	Terminal            *schemas.Window // on a terminal of this size; nil: three streams
+	Input               bool            // something will be written; a terminal always has it
+	Stderr              io.Writer       // takes what comes on stderr; nil drops it
+	// Broken is called when the connection broke, and with nil when it is back. May be nil.
+	Broken func(error)
+}
+
+// ResumeFor is how long a console tries to come back.
+const ResumeFor = time.Minute
+
+// Console is a program beside a task's process and its streams. It survives broken
+// connections and restarts of the server: what was written and not taken over is sent
+// again, and what the program wrote meanwhile comes then. Close it.
+type Console struct {
+	client *Client
+	task   schemas.TaskID
+	o      ConsoleOptions
+	cancel context.CancelFunc
+	over   chan struct{} // closed when nothing more comes
+
+	mu      sync.Mutex
+	changed chan struct{} // under mu: closed, and made anew, at each change
+	exec    schemas.ExecID
+	out     []byte              // under mu: of stdout, not read yet
+	came    schemas.ExecOffsets // under mu
+	in      []byte              // under mu: written, and not taken over by the other side
+	base    int64               // under mu: offset of in
+	has     int64               // under mu: of stdin, the program
+	shut    bool                // under mu: nothing more is written
+	window  *schemas.Window     // under mu: to be told
+	signals []string            // under mu: to be told
+	exit    *schemas.ExecExit   // under mu
+	err     error               // under mu: why it ended without an exit
+}
+
+// ErrLostOutput says that a part of a console's output is gone for good.
+var ErrLostOutput = errors.New("a part of the output was lost with the connection")
+
+// Console starts a program and gives its streams. ctx is of the whole console.
+func (c *Client) Console(ctx context.Context, id schemas.TaskID, o ConsoleOptions) (*Console, error) {
+	q := url.Values{"command": o.Command, "acks": {"1"}}
+	for _, pair := range o.Environment() {
+		q.Add("env", pair)
+	}
+	if o.Workdir != "" {
+		q.Set("workdir", o.Workdir)
+	}
+	if o.Timeout > 0 {
+		q.Set("timeout", o.Timeout.String())
+	}
+	if o.Input {
+		q.Set("stdin", "1")
+	}
+	if w := o.Terminal; w != nil {
+		q.Set("tty", "1")
+		q.Set("rows", strconv.Itoa(max(1, int(w.Rows))))
+		q.Set("cols", strconv.Itoa(max(1, int(w.Cols))))
+	}
+	return c.console(ctx, id, o, q)
+}
+
+// Attach goes on with a program of an earlier console, with what it wrote since the
+// offsets. Its Command and Terminal are known already.
+func (c *Client) Attach(ctx context.Context, id schemas.TaskID, exec schemas.ExecID, from schemas.ExecOffsets, o ConsoleOptions) (*Console, error) {
+	return c.console(ctx, id, o, resume(exec, from))
+}
+
+func resume(exec schemas.ExecID, from schemas.ExecOffsets) url.Values {
+	return url.Values{"exec": {string(exec)}, "acks": {"1"}, "stdout": {strconv.FormatInt(from.Stdout, 10)}, "stderr": {strconv.FormatInt(from.Stderr, 10)}}
+}
+
+func (c *Client) console(ctx context.Context, id schemas.TaskID, o ConsoleOptions, q url.Values) (*Console, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	s := &Console{client: c, task: id, o: o, cancel: cancel, over: make(chan struct{}), changed: make(chan struct{})}
+	var ws *websocket.Conn
+	err := c.retry(ctx, false, func(ctx context.Context) (err error) {
+		ws, err = s.dial(ctx, q)
+		return err
+	})
+	if err != nil {
+		cancel()
+		return nil, err
+	}
+	go s.run(ctx, ws)
+	return s, nil
+}
+
+func (s *Console) dial(ctx context.Context, q url.Values) (*websocket.Conn, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, s.client.patience, errSilent)
+	defer cancel()
+	ws, resp, err := websocket.Dial(ctx, s.client.base+taskPath(s.task, "/exec")+"?"+q.Encode(),
+		&websocket.DialOptions{HTTPClient: s.client.http, HTTPHeader: http.Header{"User-Agent": {s.client.userAgent}}})
+	if err != nil {
+		if resp != nil && resp.StatusCode != http.StatusSwitchingProtocols && resp.Body != nil {
+			defer resp.Body.Close()
+			return nil, problem(resp)
+		}
+		return nil, s.client.unreachable(ctx, err)
+	}
+	ws.SetReadLimit(1 << 20)
+	s.mu.Lock()
+	s.exec = schemas.ExecID(resp.Header.Get("Dayfly-Exec"))
+	s.mu.Unlock()
+	return ws, nil
+}
+
+func (s *Console) wakeLocked() {
+	close(s.changed)
+	s.changed = make(chan struct{})
+}
+
+// run carries the console over as many connections as it takes.
+func (s *Console) run(ctx context.Context, ws *websocket.Conn) {
+	defer close(s.over)
+	defer s.cancel()
+	for {
+		err := s.carry(ctx, ws)
+		if err == nil {
+			_ = ws.Close(websocket.StatusNormalClosure, "")
+			return
+		}
+		if ctx.Err() != nil {
+			_ = ws.Close(websocket.StatusNormalClosure, "") // the program is hung up on
+			s.fail(context.Cause(ctx))
+			return
+		}
+		_ = ws.CloseNow()
+		if code := websocket.CloseStatus(err); code == 4001 {
+			s.fail(errors.New("another client has taken the console over"))
+			return
+		}
+		if s.o.Broken != nil {
+			s.o.Broken(err)
+		}
+		if ws, err = s.again(ctx); err != nil {
+			s.fail(err)
+			return
+		}
+		if s.o.Broken != nil {
+			s.o.Broken(nil)
+		}
+	}
+}
+
+func (s *Console) fail(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.exit == nil && s.err == nil {
+		s.err = err
+	}
+	s.wakeLocked()
+}
+
+// again tries to come back.
+func (s *Console) again(ctx context.Context) (ws *websocket.Conn, err error) {
+	s.mu.Lock()
+	q := resume(s.exec, s.came)
+	s.mu.Unlock()
+	c := s.client.With(WithRetryFor(ResumeFor), WithConnectFor(ResumeFor), WithBackoff(50*time.Millisecond, time.Second))
+	err = c.retry(ctx, true, func(ctx context.Context) error {
+		ws, err = s.dial(ctx, q)
+		return err
+	})
+	return ws, err
+}
+
+// carry serves one connection; nil when the program's last word has come.
+func (s *Console) carry(ctx context.Context, ws *websocket.Conn) error {
+	// A read that ends by its context breaks the connection; a close is to end it.
+	reading, stop := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer stop(nil)
+	began := make(chan struct{})
+	failed := make(chan error, 2)
+	var both sync.WaitGroup
+	both.Go(func() { failed <- s.receive(reading, ws, began) })
+	writing, unwrite := context.WithCancel(ctx)
+	both.Go(func() {
+		select {
+		case <-began:
+			failed <- s.send(writing, ws)
+		case <-writing.Done():
+			failed <- context.Cause(writing)
+		}
+	})
+	err := <-failed
+	if err != nil && ctx.Err() != nil { // closed by its user
+		_ = ws.Close(websocket.StatusNormalClosure, "")
+	}
+	unwrite()
+	if err != nil {
+		stop(err)
+	}
+	if err == nil { // receive is through; send ends by now
+		<-failed
+		both.Wait()
+		return nil
+	}
+	<-failed
+	both.Wait()
+	return err
+}
+
+func (s *Console) receive(ctx context.Context, ws *websocket.Conn, began chan struct{}) error {
+	for {
+		kind, b, err := ws.Read(ctx)
+		if err != nil {
+			return err
+		}
+		if kind == websocket.MessageBinary {
+			if err := s.output(b); err != nil {
+				return err
+			}
+			continue
+		}
+		var m schemas.ExecControl
+		if err := schemas.Decode(b, &m); err != nil {
+			return fmt.Errorf("%s does not answer like dayfly: %w", s.client.base, err)
+		}
+		s.mu.Lock()
+		switch {
+		case m.Started != nil:
+			if m.Started.Stdout > s.came.Stdout || m.Started.Stderr > s.came.Stderr {
+				s.err = ErrLostOutput
+				s.came = schemas.ExecOffsets{Stdout: m.Started.Stdout, Stderr: m.Started.Stderr}
+			}
+			if len(s.in) == 0 { // it may be the console of an earlier client
+				s.base = max(s.base, m.Started.Stdin)
+			}
+			s.tookLocked(m.Started.Stdin)
+			s.has = max(s.has, m.Started.Has)
+			close(began)
+		case m.Stdin > 0:
+			s.tookLocked(m.Stdin)
+			s.has = max(s.has, m.Stdin)
+		case m.Exit != nil:
+			s.exit = m.Exit
+		case m.Lost != "":
+			s.err = errors.New(m.Lost)
+		}
+		s.wakeLocked()
+		s.mu.Unlock()
+		if m.Exit != nil || m.Lost != "" {
+			return nil
+		}
+	}
+}
+
+// tookLocked drops what the other side has taken over.
+func (s *Console) tookLocked(to int64) {
+	if n := min(to-s.base, int64(len(s.in))); n > 0 {
+		s.in = s.in[n:]
+		s.base += n
+	}
+}
+
+func (s *Console) output(b []byte) error {
+	if len(b) == 0 {
+		return nil
+	}
+	channel, b := b[0], b[1:]
+	if channel == schemas.ChannelStderr {
+		if s.o.Stderr != nil {
+			if _, err := s.o.Stderr.Write(b); err != nil {
+				return err
+			}
+		}
+		s.mu.Lock()
+		s.came.Stderr += int64(len(b))
+
+	} else {
+		s.mu.Lock()
+		s.out = append(s.out, b...)
+		s.came.Stdout += int64(len(b))
+	}
+	s.wakeLocked()
+	s.mu.Unlock()
+	return nil
+}
+
+const (
+	ackEvery  = 64 << 10
+	maxInputs = schemas.ExecWindow // written, and the program does not have it
+)
+
+// send sends what is to be sent, from what the other side has on.
+func (s *Console) send(ctx context.Context, ws *websocket.Conn) error {
+	s.mu.Lock()
+	next, acked, shut := s.base, schemas.ExecOffsets{}, false
+	s.mu.Unlock()
+	for {
+		var control schemas.ExecControl
+		var input []byte
+		s.mu.Lock()
+		changed := s.changed
+		next = max(next, s.base)
+		rest := s.in[min(next-s.base, int64(len(s.in))):]
+		taken := schemas.ExecOffsets{Stdout: s.came.Stdout - int64(len(s.out)), Stderr: s.came.Stderr}
+		over := s.exit != nil
+		switch {
+		case s.window != nil:
+			control.Resize, s.window = s.window, nil
+		case len(s.signals) > 0:
+			control.Signal, s.signals = s.signals[0], s.signals[1:]
+		case taken.Stdout-acked.Stdout >= ackEvery || taken.Stderr-acked.Stderr >= ackEvery:
+			control.Ack = &taken
+			acked = taken
+		case len(rest) > 0:
+			input = append([]byte{schemas.ChannelStdin}, rest[:min(len(rest), maxMessage)]...)
+		case s.shut && !shut:
+			control.End, shut = true, true
+		}
+		s.mu.Unlock()
+		var err error
+		switch {
+		case over:
+			return nil
+		case input != nil:
+			next += int64(len(input) - 1)
+			err = ws.Write(ctx, websocket.MessageBinary, input)
+		case control != schemas.ExecControl{}:
+			var b []byte
+			if b, err = schemas.Encode(control); err == nil {
+				err = ws.Write(ctx, websocket.MessageText, b)
+			}
+		default:
+			select {
+			case <-changed:
+			case <-ctx.Done():
+				err = context.Cause(ctx)
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// ID names the program.
+func (s *Console) ID() schemas.ExecID {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.exec
+}
+
+// Read gives stdout, or what the terminal shows. It is io.EOF once the program has ended
+// and all has come.
+func (s *Console) Read(p []byte) (int, error) {
+	for {
+		s.mu.Lock()
+		if len(s.out) > 0 {
+			n := copy(p, s.out)
+			if s.out = s.out[n:]; len(s.out) == 0 {
+				s.out = nil
+			}
+			s.wakeLocked()
+			s.mu.Unlock()
+			return n, nil
+		}
+		changed, exit, err := s.changed, s.exit, s.err
+		if err == ErrLostOutput {
+			s.err = nil // it is said once
+		}
+		s.mu.Unlock()
+		switch {
+		case err != nil:
+			return 0, err
+		case exit != nil:
+			return 0, io.EOF
+		}
+		<-changed
+	}
+}
+
+// Write writes to the program's stdin. It waits while much is not taken over.
+func (s *Console) Write(p []byte) (n int, err error) {
+	for len(p) > 0 {
+		s.mu.Lock()
+		room := maxInputs - int(s.base+int64(len(s.in))-s.has)
+		switch {
+		case s.exit != nil || s.err != nil && s.err != ErrLostOutput || s.shut:
+			s.mu.Unlock()
+			return n, io.ErrClosedPipe
+		case room > 0:
+			k := min(room, len(p))
+			s.in = append(s.in, p[:k]...)
+			n, p = n+k, p[k:]
+			s.wakeLocked()
+			s.mu.Unlock()
+			continue
+		}
+		changed := s.changed
+		s.mu.Unlock()
+		<-changed
+	}
+	return n, nil
+}
+
+// CloseWrite is the end of stdin. A terminal has none but Ctrl-D.
+func (s *Console) CloseWrite() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.shut = true
+	s.wakeLocked()
+	return nil
+}
+
+// Resize tells the terminal its new size.
+func (s *Console) Resize(w schemas.Window) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.window = &w
+	s.wakeLocked()
+}
+
+// Signal sends the program a signal: "INT", "TERM", "KILL", "HUP"…
+func (s *Console) Signal(name string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.signals = append(s.signals, strings.TrimPrefix(name, "SIG"))
+	s.wakeLocked()
+}
+
+// Wait waits for the program's end, for which stdout must be read.
+func (s *Console) Wait() (schemas.ExecExit, error) {
+	<-s.over
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.exit != nil {
+		return *s.exit, nil
+	}
+	return schemas.ExecExit{}, s.err
+}
+
+// Close ends the program, as the end of a terminal does, and the console.
+func (s *Console) Close() error {
+	s.cancel()
+	<-s.over
+	return nil
+}

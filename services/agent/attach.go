@@ -1,0 +1,248 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"io"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"dayfly.dev/bus/session"
+	"dayfly.dev/schemas"
+)
+
+// stdinTold is how much of stdin the program takes before the client hears of it.
+const stdinTold = 32 << 10
+
+// errTaken ends a session whose program another has taken.
+var errTaken = errors.New("another client has taken the program over")
+
+// holder is a session that has a program's streams.
+type holder struct {
+	e      *execution
+	stream *session.Stream
+	acks   bool
+	next   [2]int64 // of each output, what is sent next
+	told   int64    // of stdin
+	end    context.CancelCauseFunc
+}
+
+// serve gives the program's streams to a session, until one of the two is over.
+func (e *execution) serve(ctx context.Context, stream *session.Stream, a schemas.ExecAttach) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	h := &holder{e: e, stream: stream, acks: a.Acks, end: cancel}
+	begin := h.take(a)
+	received := make(chan error, 1)
+	go func() {
+		err := h.receive(ctx)
+		received <- err
+		cancel(err)
+	}()
+	err := h.control(ctx, schemas.ExecControl{Started: &begin})
+	if err == nil {
+		err = h.send(ctx)
+	}
+	if err == nil { // all is said: it is for the client to say that it has come
+		<-ctx.Done()
+	}
+	cancel(err)
+	was := <-received
+	switch {
+	case context.Cause(ctx) == errTaken:
+		stream.Reset(session.CodeTaken, errTaken.Error())
+	case was == io.EOF:
+		_ = stream.Close()
+	default:
+		stream.Reset(session.CodeClosing, "the session is over")
+	}
+	h.leave(was == io.EOF)
+}
+
+// take makes the session the one that has the streams, and says where they go on.
+func (h *holder) take(a schemas.ExecAttach) schemas.ExecBegin {
+	e := h.e
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.holder != nil {
+		e.holder.end(errTaken)
+	}
+	e.holder = h
+	h.told = e.fed
+	for i, from := range []int64{a.Stdout, a.Stderr} {
+		o := &e.out[i]
+		h.next[i] = min(max(from, o.begin()), o.end)
+		o.acked = h.next[i]
+	}
+	e.wakeLocked()
+	return schemas.ExecBegin{ID: e.id, Stdin: e.taken, Has: e.fed, Stdout: h.next[0], Stderr: h.next[1]}
+}
+
+// leave gives the streams back. A client that closed its session will not come back.
+func (h *holder) leave(closed bool) {
+	e := h.e
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.holder == h {
+		e.holder, e.since = nil, time.Now()
+		e.left = closed || !e.open.Keep
+		e.wakeLocked()
+	}
+}
+
+func (h *holder) control(ctx context.Context, c schemas.ExecControl) error {
+	b, err := schemas.Encode(c)
+	if err != nil {
+		return err
+	}
+	return h.stream.Send(ctx, schemas.ChannelControl, b)
+}
+
+// send carries what the program writes, to its last word.
+func (h *holder) send(ctx context.Context) error {
+	e := h.e
+	b := make([]byte, session.MaxFrame)
+	for {
+		e.mu.Lock()
+		changed, fed, i, n := e.changed, e.fed, 0, 0
+		if e.deaf { // nor will it ever
+			fed = e.taken
+		}
+		for i = range e.out {
+			o := &e.out[i]
+			if h.next[i] < o.end {
+				n = copy(b, o.buf[h.next[i]-o.begin():])
+				break
+			}
+		}
+		last := schemas.ExecControl{Exit: e.exit, Lost: e.lost}
+		e.mu.Unlock()
+		var err error
+		switch {
+		case n > 0:
+			if err = h.stream.Send(ctx, byte(i), b[:n]); err == nil {
+				h.sent(i, n)
+			}
+		case last.Exit != nil || last.Lost != "":
+			return h.control(ctx, last)
+		case fed-h.told >= stdinTold:
+			h.told = fed
+			err = h.control(ctx, schemas.ExecControl{Stdin: fed})
+		default:
+			select {
+			case <-changed:
+			case <-ctx.Done():
+				err = context.Cause(ctx)
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+func (h *holder) sent(i, n int) {
+	h.next[i] += int64(n)
+	if !h.acks {
+		h.acked(h.next)
+	}
+}
+
+// acked makes room for what the client has. Somebody else's word counts no more.
+func (h *holder) acked(at [2]int64) {
+	e := h.e
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.holder != h {
+		return
+	}
+	for i := range e.out {
+		o := &e.out[i]
+		o.acked = min(max(o.acked, at[i]), o.end)
+	}
+	e.wakeLocked()
+}
+
+// receive takes what the client sends. It is io.EOF when the client closes the session.
+func (h *holder) receive(ctx context.Context) error {
+	for {
+		f, err := h.stream.Receive(ctx)
+		if err != nil {
+			return err
+		}
+		switch f.Channel {
+		case schemas.ChannelStdin:
+			err = h.input(ctx, f)
+		case schemas.ChannelControl:
+			var c schemas.ExecControl
+			if err = schemas.Decode(f.Data, &c); err == nil {
+				h.obey(c)
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// input takes over a piece of stdin once there is room.
+func (h *holder) input(ctx context.Context, f session.Frame) error {
+	e := h.e
+	for {
+		e.mu.Lock()
+		changed := e.changed
+		switch {
+		case e.holder != h:
+			e.mu.Unlock()
+			return errTaken
+		case e.deaf || len(e.in) < schemas.ExecWindow:
+			if !e.deaf {
+				e.in = append(e.in, f.Data...)
+			}
+			e.taken += int64(len(f.Data))
+			e.inEnd = e.inEnd || f.End // of a gateway that has all of it
+			e.wakeLocked()
+			e.mu.Unlock()
+			return nil
+		}
+		e.mu.Unlock()
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// obey does what a client asks of the program. One that has ended is past asking.
+func (h *holder) obey(c schemas.ExecControl) {
+	p := h.e.program
+	if c.Ack != nil && h.acks {
+		h.acked([2]int64{c.Ack.Stdout, c.Ack.Stderr})
+	}
+	if p == nil {
+		return
+	}
+	if c.End {
+		h.e.mu.Lock()
+		h.e.inEnd = h.e.inEnd || h.e.holder == h
+		h.e.wakeLocked()
+		h.e.mu.Unlock()
+	}
+	if c.Resize != nil {
+		_ = p.Resize(Window(*c.Resize))
+	}
+	if sig, ok := signalOf(c.Signal); ok {
+		_ = p.Signal(sig)
+	}
+}
+
+// signalOf reads "INT" or "SIGINT".
+func signalOf(name string) (syscall.Signal, bool) {
+	sig := unix.SignalNum("SIG" + strings.TrimPrefix(strings.ToUpper(name), "SIG"))
+	return sig, slices.Contains(Signals, sig)
+}
