@@ -33,9 +33,10 @@ func main() {
 	live := flag.Int("live", 100_000, "tasks that sleep at a time, for scale")
 	sleepers := flag.Int("sleepers", 300, "real containers that sleep, for rest")
 	followers := flag.Int("followers", 1000, "readers of all events, for rest")
+	containers := flag.String("containers", "1,100,300", "numbers of real containers, for reach")
 	syncs := flag.String("sync", "default", "when NATS syncs its files, for scale: default or always")
 	flag.Usage = func() {
-		fmt.Fprintln(os.Stderr, "usage: bench [-n N] [control|cold|hop|ingress|scale|rest]")
+		fmt.Fprintln(os.Stderr, "usage: bench [-n N] [control|cold|hop|ingress|reach|scale|rest]")
 		flag.PrintDefaults()
 	}
 	flag.Parse()
@@ -73,6 +74,17 @@ func main() {
 			o.agents = append(o.agents, count)
 		}
 		err = scale(ctx, o)
+	case "reach":
+		var counts []int
+		for f := range strings.SplitSeq(*containers, ",") {
+			count, perr := strconv.Atoi(f)
+			if perr != nil || count < 1 {
+				flag.Usage()
+				os.Exit(2)
+			}
+			counts = append(counts, count)
+		}
+		err = reach(ctx, *bin, *n, counts)
 	case "rest":
 		err = rest(ctx, restOptions{bin: *bin, sleepers: *sleepers, followers: *followers})
 	case "":
