@@ -460,7 +460,9 @@ func (v *View[V]) catchUp() {
 	v.lag(0, true)
 	v.exhume()
 	for key, e := range v.entries {
-		if e.gen < v.gen {
+		// In the first session what is newer than all that came is an own write on its way: a
+		// server that replaces a revision says for a moment that nothing is pending.
+		if e.gen < v.gen && (v.sessions > 1 || e.revision <= v.applied) {
 			v.remove(key, 0, nil)
 		}
 	}
