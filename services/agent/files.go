@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"sync"
+	"time"
 
 	"dayfly.dev/bus/session"
 	"dayfly.dev/schemas"
@@ -65,12 +66,12 @@ func serveFiles(ctx context.Context, stream *session.Stream, p Foreground) {
 	select {
 	case err = <-sent:
 	case <-gone:
-		p.Stop(0)
+		abandonFiles(p)
 		cancel()
 		err = <-sent
 	}
 	if err != nil { // what it still writes is nobody's
-		p.Stop(0)
+		abandonFiles(p)
 	}
 	<-p.Done()
 	output.Wait()
@@ -89,6 +90,20 @@ func serveFiles(ctx context.Context, stream *session.Stream, p Foreground) {
 	}
 	cancel()
 	input.Wait()
+}
+
+// tidyWithin is how long a program whose input was cut off may take to remove what it has
+// gathered.
+const tidyWithin = 5 * time.Second
+
+// abandonFiles ends a program that nobody waits for. One that gathers files first removes
+// them: it was told that its input is cut off, and a KILL would leave them in the task.
+func abandonFiles(p Foreground) {
+	if _, gathers := p.(interface{ CutOff() error }); gathers {
+		p.Stop(tidyWithin)
+		return
+	}
+	p.Stop(0)
 }
 
 // fillFiles gives the program what comes, to its end. Where that does not come, nothing

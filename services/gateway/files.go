@@ -69,11 +69,28 @@ func (g *Gateway) putFiles(w *response, r *http.Request) error {
 		return err
 	}
 	defer v.end()
+	_ = http.NewResponseController(w).EnableFullDuplex()
 	end, err := g.upload(w, r, v)
-	if err != nil {
-		return err
+	if err == nil {
+		err = v.done(w, path, end)
 	}
-	return v.done(w, path, end)
+	if err != nil {
+		g.failEarly(w, r, err)
+	}
+	return nil
+}
+
+// failEarly answers a request whose body is perhaps still on its way. A connection that is
+// closed with bytes in it is reset, and takes the answer with it: so what the client sends
+// until it has read the answer is taken, for a while.
+func (g *Gateway) failEarly(w *response, r *http.Request, err error) {
+	control := http.NewResponseController(w)
+	w.Header().Set("Connection", "close")
+	g.fail(w, r, err)
+	if control.Flush() != nil || control.SetReadDeadline(time.Now().Add(5*time.Second)) != nil {
+		return
+	}
+	_, _ = io.Copy(io.Discard, r.Body)
 }
 
 // upload carries the body to the task, until it is there or the task says why not.
