@@ -431,6 +431,7 @@ func (h *host) runAgent(wiped bool) *process {
 	return h.w.launch(string(h.worker), h.worker, func(ctx context.Context, p *process, conn *bus.Conn, log zerolog.Logger) error {
 		cfg := agent.DefaultConfig(h.worker, dir)
 		cfg.MaxSessions = 0
+		cfg.Linger = 0 // who is killed waits for nothing
 		return agent.Run(ctx, agent.Deps{Conn: conn, Runtime: &handle{h, p}, Logger: log}, cfg)
 	})
 }
