@@ -463,22 +463,7 @@ wait" does. A batch that is done already stays as it is, which is no error.`,
 			if err != nil {
 				return err
 			}
-			var failed error
-			for _, id := range ids {
-				b, err := cl.CancelBatch(ctx, id)
-				if err != nil {
-					if failed != nil { // the last one is said at the end
-						message, _ := explain(failed)
-						c.tell("error: %s", message)
-					}
-					failed = noBatch(fmt.Errorf("%s: %w", id, err))
-					continue
-				}
-				if err := c.printBatch(b); err != nil {
-					return err
-				}
-			}
-			return failed
+			return noBatch(changeEach(c, ids, func(id schemas.BatchID) (schemas.BatchStatus, error) { return cl.CancelBatch(ctx, id) }, c.printBatch))
 		}),
 	}
 }

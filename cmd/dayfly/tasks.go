@@ -185,9 +185,14 @@ that has ended already stays as it is, which is no error.`,
 	return cmd
 }
 
-// changeAll changes tasks one after another, and prints them. What fails does not keep
-// the rest from being done.
+// changeAll changes tasks one after another, and prints them.
 func (c *cli) changeAll(ids []schemas.TaskID, change func(schemas.TaskID) (schemas.Task, error)) error {
+	return changeEach(c, ids, change, c.printTask)
+}
+
+// changeEach changes things one after another, and prints them. What fails does not keep
+// the rest from being done.
+func changeEach[ID, Thing any](c *cli, ids []ID, change func(ID) (Thing, error), show func(Thing) error) error {
 	var failed error
 	for _, id := range ids {
 		t, err := change(id)
@@ -196,10 +201,10 @@ func (c *cli) changeAll(ids []schemas.TaskID, change func(schemas.TaskID) (schem
 				message, _ := explain(failed)
 				c.tell("error: %s", message)
 			}
-			failed = fmt.Errorf("%s: %w", id, err)
+			failed = fmt.Errorf("%v: %w", id, err)
 			continue
 		}
-		if err := c.printTask(t); err != nil {
+		if err := show(t); err != nil {
 			return err
 		}
 	}

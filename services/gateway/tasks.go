@@ -118,27 +118,32 @@ func (g *Gateway) cancel(w *response, r *http.Request) error {
 	return g.show(w, http.StatusOK, e)
 }
 
+// readChange reads a request that changes a task: which, at which revision, and its body
+// into ask.
+func readChange(w *response, r *http.Request, ask any) (id schemas.TaskID, takes precondition, err error) {
+	if id, err = taskID(r); err != nil {
+		return id, takes, err
+	}
+	if _, err = parseQuery(w, r); err != nil {
+		return id, takes, err
+	}
+	if takes, err = parsePrecondition(r.Header); err != nil {
+		return id, takes, err
+	}
+	body, err := readBody(w, r)
+	if err != nil {
+		return id, takes, err
+	}
+	return id, takes, schemas.DecodeStrict(body, ask)
+}
+
 // extend is POST /v1/tasks/{id}/extend: 200 once the worker has carried it out, 202
 // while it has not said so, 409 where the task's state or time forbids it, and 422
 // where the ttl is above what the site allows or the task has all it may have.
 func (g *Gateway) extend(w *response, r *http.Request) error {
-	id, err := taskID(r)
-	if err != nil {
-		return err
-	}
-	if _, err := parseQuery(w, r); err != nil {
-		return err
-	}
-	takes, err := parsePrecondition(r.Header)
-	if err != nil {
-		return err
-	}
-	body, err := readBody(w, r)
-	if err != nil {
-		return err
-	}
 	var ask schemas.ExtendRequest
-	if err := schemas.DecodeStrict(body, &ask); err != nil {
+	id, takes, err := readChange(w, r, &ask)
+	if err != nil {
 		return err
 	}
 	refuse := func(status int, code schemas.Code, detail string) *schemas.Error {
@@ -195,22 +200,8 @@ func (g *Gateway) extend(w *response, r *http.Request) error {
 // restart is POST /v1/tasks/{id}/restart: 200 once the command runs again, 202 while the
 // worker has not said so, 409 where there is no run to follow.
 func (g *Gateway) restart(w *response, r *http.Request) error {
-	id, err := taskID(r)
+	id, takes, err := readChange(w, r, &struct{}{})
 	if err != nil {
-		return err
-	}
-	if _, err := parseQuery(w, r); err != nil {
-		return err
-	}
-	takes, err := parsePrecondition(r.Header)
-	if err != nil {
-		return err
-	}
-	body, err := readBody(w, r)
-	if err != nil {
-		return err
-	}
-	if err := schemas.DecodeStrict(body, &struct{}{}); err != nil {
 		return err
 	}
 	ctx, cancel := g.onBus(r)
