@@ -88,7 +88,11 @@ metrics-check: setup ## ask a real Prometheus every query of the dashboards and 
 
 .PHONY: cluster
 cluster: build ## test services as processes of their own on three NATS servers that are killed; minutes
-	cd test && go test -tags cluster ./cluster -count=1 -timeout 10m
+	cd test && go test -tags cluster ./cluster ./instances -count=1 -p 1 -timeout 20m
+
+.PHONY: blobs
+blobs: setup ## carry a blob of 500 MB to four workers in network namespaces, and count the bytes; `make test` does it with 48 MB
+	cd test && BLOB_MB=500 BLOB_TASKS=40 go test ./reach -run ABlobComesOnce -count=1 -v -timeout 20m
 
 .PHONY: docs-check
 docs-check: setup ## run what the guides and the README tell their readers to type, on real Docker

@@ -61,7 +61,7 @@ func provision(t testing.TB, c *bus.Conn) {
 
 func testContext(t testing.TB) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -164,8 +164,11 @@ func TestTableCreate(t *testing.T) {
 	ctx := testContext(t)
 	tasks := bus.NewTable(c, schemas.BucketTasks, noteCodec)
 
-	_, err := tasks.Get(ctx, "a")
+	none, err := tasks.Get(ctx, "a")
 	wantErr(t, err, bus.ErrNotFound)
+	if none.Gone {
+		t.Error("it was never there")
+	}
 
 	e := must[bus.Entry[note]](t)(tasks.Create(ctx, "a", note{"one", []string{"op1"}}, "op1"))
 	got := must[bus.Entry[note]](t)(tasks.Get(ctx, "a"))
@@ -199,8 +202,11 @@ func TestTableDeleteAndCreateAgain(t *testing.T) {
 	if err := drains.Delete(ctx, "w1", e.Revision); err != nil {
 		t.Errorf("deleting twice: %v", err)
 	}
-	_, err := drains.Get(ctx, "w1")
+	gone, err := drains.Get(ctx, "w1")
 	wantErr(t, err, bus.ErrNotFound)
+	if !gone.Gone {
+		t.Error("it was there")
+	}
 	_, err = drains.Replace(ctx, e, note{Text: "x"}, "op2")
 	wantErr(t, err, bus.ErrConflict)
 	must[bus.Entry[note]](t)(drains.Create(ctx, "w1", note{Text: "two"}, "op3"))
@@ -212,7 +218,10 @@ func TestTableTTL(t *testing.T) {
 	tasks := bus.NewTable(c, schemas.BucketTasks, noteCodec)
 	e := must[bus.Entry[note]](t)(tasks.Create(ctx, "a", note{Text: "one"}, "op1"))
 	must[bus.Entry[note]](t)(tasks.Replace(ctx, e, note{Text: "two"}, "op2", bus.TTL(time.Millisecond)))
-	until(t, "the record expires", func() bool { _, err := tasks.Get(ctx, "a"); return errors.Is(err, bus.ErrNotFound) })
+	until(t, "the record expires", func() bool {
+		e, err := tasks.Get(ctx, "a")
+		return errors.Is(err, bus.ErrNotFound) && e.Gone
+	})
 	must[bus.Entry[note]](t)(tasks.Create(ctx, "a", note{Text: "three"}, "op3"))
 }
 
@@ -313,28 +322,29 @@ func TestWritesOutliveServerRestarts(t *testing.T) {
 func TestUnavailable(t *testing.T) {
 	s, c := setup(t)
 	ctx := testContext(t)
-	short, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
-	defer cancel()
-	_, err := c.Publish(short, "nobody.listens", nil, []byte("x"))
-	wantErr(t, err, bus.ErrUnavailable)
+	until(t, "nobody is there", func() bool {
+		short, cancel := context.WithTimeout(ctx, time.Second) // if it ends within a try, the outcome of that is unknown
+		defer cancel()
+		_, err := c.Publish(short, "nobody.listens", nil, []byte("x"))
+		if err == nil {
+			t.Fatal("it was stored")
+		}
+		return errors.Is(err, bus.ErrUnavailable)
+	})
 
 	s.Shutdown()
 	until(t, "the disconnect is seen", func() bool { return !c.Connected() })
 	got := make(chan error, 1)
 	c.PublishAsync("dayfly.logs.w1.t1", nil, []byte("x"), func(err error) { got <- err })
 	wantErr(t, <-got, bus.ErrUnavailable)
-	short, cancel = context.WithTimeout(ctx, 50*time.Millisecond)
+	short, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
 	defer cancel()
-	_, err = bus.NewTable(c, schemas.BucketTasks, noteCodec).Create(short, "a", note{Text: "x"}, "op")
+	_, err := bus.NewTable(c, schemas.BucketTasks, noteCodec).Create(short, "a", note{Text: "x"}, "op")
 	wantErr(t, err, bus.ErrUnavailable)
 
 	again := c.Reconnected()
 	natstest.Restart(t, s)
-	up := time.Now()
 	<-again
-	if took := time.Since(up); took > 500*time.Millisecond {
-		t.Errorf("found the server after %v", took)
-	}
 	if !c.Connected() {
 		t.Error("not connected")
 	}

@@ -52,6 +52,8 @@ type Conn struct {
 	close     sync.Once
 
 	mu           sync.Mutex
+	lostAt       time.Time     // under mu: zero while connected
+	away         time.Duration // under mu: in all, up to the last reconnect
 	reconnected  chan struct{}
 	onDisconnect map[*func()]struct{}
 	views        map[*func() ViewStatus]struct{} // those that run
@@ -83,6 +85,9 @@ func Connect(ctx context.Context, c Config) (*Conn, error) {
 		nats.ErrorHandler(conn.onError),
 		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {
 			conn.replies.failAll(fmt.Errorf("%w: connection lost", ErrUnknownOutcome))
+			conn.mu.Lock()
+			conn.lostAt = time.Now()
+			conn.mu.Unlock()
 			conn.tellDisconnected()
 			if err != nil { // nil: we closed it
 				conn.log.Warn().Err(err).Msg("nats disconnected")
@@ -90,6 +95,7 @@ func Connect(ctx context.Context, c Config) (*Conn, error) {
 		}),
 		nats.ReconnectHandler(func(*nats.Conn) {
 			conn.mu.Lock()
+			conn.away, conn.lostAt = conn.awayLocked(), time.Time{}
 			close(conn.reconnected)
 			conn.reconnected = make(chan struct{})
 			conn.mu.Unlock()
@@ -146,6 +152,47 @@ func (c *Conn) Sibling(ctx context.Context, name string) (*Conn, error) {
 	return Connect(ctx, config)
 }
 
+// Aside is a Sibling that is made when it is first needed.
+type Aside struct {
+	main *Conn
+	name string
+	turn chan struct{} // full while somebody looks at conn
+	conn *Conn
+}
+
+// NewAside makes no connection yet. Call Close at the end.
+func NewAside(main *Conn, name string) *Aside {
+	return &Aside{main: main, name: name, turn: make(chan struct{}, 1)}
+}
+
+// Conn gives the connection. The first who asks makes it, and the others wait for that,
+// each until its own ctx ends.
+func (a *Aside) Conn(ctx context.Context) (*Conn, error) {
+	select {
+	case a.turn <- struct{}{}:
+		defer func() { <-a.turn }()
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	if a.conn == nil {
+		conn, err := a.main.Sibling(ctx, a.name)
+		if err != nil {
+			return nil, err
+		}
+		a.conn = conn
+	}
+	return a.conn, nil
+}
+
+// Close closes the connection if it was made. Stop what uses it first.
+func (a *Aside) Close() {
+	a.turn <- struct{}{}
+	defer func() { <-a.turn }()
+	if a.conn != nil {
+		a.conn.Close()
+	}
+}
+
 func (c *Conn) start(apiPrefix string) error {
 	var err error
 	if apiPrefix == "" {
@@ -175,6 +222,20 @@ func (c *Conn) onError(_ *nats.Conn, sub *nats.Subscription, err error) {
 // Connected tells whether the server is there now.
 func (c *Conn) Connected() bool { return c.NC.IsConnected() }
 
+// Away is for how long in all the server was not there since Connect.
+func (c *Conn) Away() time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.awayLocked()
+}
+
+func (c *Conn) awayLocked() time.Duration {
+	if c.lostAt.IsZero() {
+		return c.away
+	}
+	return c.away + time.Since(c.lostAt)
+}
+
 // Clustered tells whether the server is one of several: then a replica that answers
 // may be behind the leader of its stream, or ahead of it.
 func (c *Conn) Clustered() bool {
@@ -192,6 +253,10 @@ func (c *Conn) Reconnected() <-chan struct{} {
 	return c.reconnected
 }
 
+// Reconnects is how often it has reconnected, or tried to. It counts before anything goes
+// over the new connection, while Reconnected is closed some time later.
+func (c *Conn) Reconnects() uint64 { return c.NC.Stats().Reconnects }
+
 // Close drains the connection and waits until it is closed. Stop what uses it first.
 // It may be called again.
 func (c *Conn) Close() {
@@ -204,8 +269,18 @@ func (c *Conn) Close() {
 	})
 }
 
-// whenDisconnected calls fn, which must be quick, at each disconnect, before the next
-// reconnect is tried, until forget is called.
+// generation tells one connection to the server from the next.
+func (c *Conn) generation() uint64 { return c.NC.Stats().Reconnects }
+
+// still tells whether the connection of that generation is there. The client library tells
+// of a loss and of a reconnect when it comes to it, which may be after the next connection
+// is in use already.
+func (c *Conn) still(generation uint64) bool {
+	return c.generation() == generation && c.Connected()
+}
+
+// whenDisconnected calls fn, which must be quick, at each disconnect, until forget is
+// called. It may come late: see still.
 func (c *Conn) whenDisconnected(fn func()) (forget func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -230,7 +230,7 @@ func (p *puller) session(ctx context.Context, bound func()) error {
 	if err := p.c.waitConnected(ctx); err != nil {
 		return err
 	}
-	reconnected := p.c.Reconnected()
+	here, reconnected := p.c.generation(), p.c.Reconnected()
 	if err := p.c.bind(ctx, p.o); err != nil {
 		return err
 	}
@@ -243,14 +243,23 @@ func (p *puller) session(ctx context.Context, bound func()) error {
 		return sendError(err)
 	}
 	forget := p.c.whenDisconnected(func() {
-		sub.Unsubscribe()
-		p.fail(errRestart)
+		if !p.c.still(here) {
+			sub.Unsubscribe()
+			p.fail(inbox, errRestart)
+		}
 	})
-	defer func() {
+	giveUp := func() {
 		forget()
 		sub.Unsubscribe()
+	}
+	defer func() {
+		if ctx.Err() == nil && p.c.still(here) {
+			time.AfterFunc(pullExpiry, giveUp) // the server may answer its pulls until then
+			return
+		}
+		giveUp()
 	}()
-	if !p.c.Connected() {
+	if !p.c.still(here) {
 		return errRestart // it went before we could be told
 	}
 	bound()
@@ -264,16 +273,22 @@ func (p *puller) session(ctx context.Context, bound func()) error {
 		case <-ctx.Done():
 			return nil
 		case <-reconnected:
-			return errRestart
+			if !p.c.still(here) {
+				return errRestart
+			}
+			reconnected = p.c.Reconnected() // we were told late of what was before the session
 		case <-p.kick:
 		case <-tick.C:
 		}
 	}
 }
 
-func (p *puller) fail(err error) {
+// fail ends the session of the inbox, if it is not over yet.
+func (p *puller) fail(inbox string, err error) {
 	p.mu.Lock()
-	p.fault = err
+	if p.inbox == inbox {
+		p.fault = err
+	}
 	p.mu.Unlock()
 	p.poke()
 }

@@ -122,12 +122,8 @@ func TestConsumeSurvivesRestartAndItsConsumerMadeAnew(t *testing.T) {
 	until(t, "one", got.has("one"))
 
 	natstest.Restart(t, s)
-	up := time.Now()
 	publish(t, c, "dayfly.reports.w1.t1", "two")
 	until(t, "two", got.has("two"))
-	if took := time.Since(up); took > time.Second {
-		t.Errorf("handled %v after the restart", took)
-	}
 
 	if err := c.DeleteConsumer(ctx, reports.Stream, reports.Durable); err != nil {
 		t.Fatal(err)

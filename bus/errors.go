@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
@@ -19,6 +20,8 @@ var (
 	ErrUnavailable = errors.New("bus unavailable")
 	// ErrUnknownOutcome: it was sent, and whether it was done is not known.
 	ErrUnknownOutcome = errors.New("outcome unknown")
+	// ErrFull: the stream, or the server, takes no more.
+	ErrFull = errors.New("no room left")
 )
 
 // Codes of the JetStream API.
@@ -28,6 +31,9 @@ const (
 	codeNoMessageFound    = 10037
 	codeNoPeers           = 10005
 	codeNotLeader         = 10009
+	codeNoResources       = 10023 // "insufficient resources"
+	codeNoStorage         = 10047 // "insufficient storage resources available"
+	codeStoreFailed       = 10077 // such as "no space left on device", or the limit of the stream
 )
 
 // sendError maps what came of handing a message to the client library.
@@ -50,6 +56,9 @@ func apiError(e *jetstream.APIError) error {
 		return fmt.Errorf("%w: %w", ErrConflict, e)
 	case e.ErrorCode == codeNoMessageFound, e.Code == 404:
 		return fmt.Errorf("%w: %w", ErrNotFound, e)
+	case e.ErrorCode == codeNoStorage, e.ErrorCode == codeNoResources,
+		e.ErrorCode == codeStoreFailed && (strings.Contains(e.Description, "maximum bytes") || strings.Contains(e.Description, "maximum messages") || strings.Contains(e.Description, "no space left")):
+		return fmt.Errorf("%w: %w: %w", ErrUnavailable, ErrFull, e)
 	case e.Code == 503:
 		return fmt.Errorf("%w: %w", ErrUnavailable, e)
 	}

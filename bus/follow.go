@@ -19,7 +19,8 @@ import (
 type follower struct {
 	c              *Conn
 	stream, filter string
-	ahead          int // messages fetched before handle is free for them; 0 is 1,000
+	headers        bool // only them
+	ahead          int  // messages fetched before handle is free for them; 0 is 1,000
 
 	// next gives the sequence to start from, at the beginning of each session.
 	next func() uint64
@@ -68,7 +69,7 @@ func (f *follower) run(ctx context.Context) error {
 func (f *follower) config() jetstream.ConsumerConfig {
 	cfg := jetstream.ConsumerConfig{
 		AckPolicy: jetstream.AckNonePolicy, MaxDeliver: 1, MemoryStorage: true, Replicas: 1,
-		FilterSubject: f.filter, InactiveThreshold: time.Minute, DeliverPolicy: jetstream.DeliverAllPolicy,
+		FilterSubject: f.filter, HeadersOnly: f.headers, InactiveThreshold: time.Minute, DeliverPolicy: jetstream.DeliverAllPolicy,
 	}
 	if seq := f.next(); seq > 1 {
 		cfg.DeliverPolicy, cfg.OptStartSeq = jetstream.DeliverByStartSequencePolicy, seq

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -23,7 +24,8 @@ const (
 // configuration changed; what a stream cannot change (persist mode, retention) stays
 // and is logged. replicas is 1 or 3; 0 is 3 on a cluster and 1 on a single server. It
 // is idempotent, several services may call it at once, and it waits for JetStream, and
-// for as many servers as there shall be replicas, until ctx ends.
+// for as many servers as there shall be replicas, until ctx ends. ErrFull says that the
+// servers cannot set aside what MaxBytes of an asset says.
 func Provision(ctx context.Context, c *Conn, assets []schemas.Asset, replicas int) error {
 	if replicas != 0 && replicas != 1 && replicas != 3 {
 		return fmt.Errorf("provision: replicas is 1 or 3, not %d", replicas)
@@ -62,7 +64,10 @@ func (c *Conn) patiently(ctx context.Context, stream string, do func() error) er
 	began, said := time.Now(), false
 	for {
 		err := do()
-		if err == nil || !transient(err) && !forming(err) {
+		switch {
+		case noRoom(err) && (!forming(err) || time.Since(began) > sayAfter): // those that form do not know it yet
+			return fmt.Errorf("%w: %w", ErrFull, err)
+		case err == nil || !transient(err) && !forming(err):
 			return err
 		}
 		if !said && time.Since(began) > sayAfter {
@@ -79,6 +84,12 @@ func (c *Conn) patiently(ctx context.Context, stream string, do func() error) er
 func forming(err error) bool {
 	var api *jetstream.APIError
 	return errors.As(err, &api) && (api.ErrorCode == codeNoPeers || api.ErrorCode == codeNotLeader)
+}
+
+// noRoom says that the servers cannot set aside what a stream may take.
+func noRoom(err error) bool {
+	var api *jetstream.APIError
+	return errors.As(err, &api) && (api.ErrorCode == codeNoStorage || api.ErrorCode == codeNoPeers && strings.Contains(api.Description, "insufficient storage"))
 }
 
 func (c *Conn) provision(ctx context.Context, want jetstream.StreamConfig) error {
@@ -137,9 +148,12 @@ func streamConfig(a schemas.Asset, replicas int) jetstream.StreamConfig {
 	if sc.MaxBytes == 0 {
 		sc.MaxBytes = -1
 	}
+	if a.MaxMessages > 0 {
+		sc.MaxMsgs = a.MaxMessages
+	}
 	if a.Bucket {
 		sc.Name, sc.Subjects = StreamOf(a.Name), []string{keySubject(a.Name, ">")}
-		sc.Discard, sc.AllowRollup = jetstream.DiscardNew, true
+		sc.Discard, sc.AllowRollup = jetstream.DiscardNew, !a.Agents
 	}
 	if a.Bucket || a.Latest {
 		sc.MaxMsgsPerSubject = 1
@@ -153,6 +167,12 @@ func streamConfig(a schemas.Asset, replicas int) jetstream.StreamConfig {
 			sc.SubjectDeleteMarkerTTL = markerAge
 		}
 	}
+	if a.Refuse {
+		sc.Discard = jetstream.DiscardNew
+	}
+	if a.MaxMessage > 0 {
+		sc.MaxMsgSize = a.MaxMessage
+	}
 	if a.Hint && replicas == 1 { // refused on replicated streams
 		sc.PersistMode = jetstream.AsyncPersistMode
 	}
@@ -164,8 +184,11 @@ func streamConfig(a schemas.Asset, replicas int) jetstream.StreamConfig {
 func merge(have, want jetstream.StreamConfig) (next jetstream.StreamConfig, fixed bool) {
 	next = have
 	next.Subjects, next.Replicas = want.Subjects, want.Replicas
-	next.MaxAge, next.MaxBytes = want.MaxAge, want.MaxBytes
+	next.MaxAge, next.MaxBytes, next.MaxMsgs = want.MaxAge, want.MaxBytes, want.MaxMsgs
 	next.MaxMsgsPerSubject = want.MaxMsgsPerSubject
+	if want.MaxMsgSize > 0 {
+		next.MaxMsgSize = want.MaxMsgSize
+	}
 	next.AllowDirect, next.AllowRollup, next.Discard = want.AllowDirect, want.AllowRollup, want.Discard
 	next.AllowMsgTTL = have.AllowMsgTTL || want.AllowMsgTTL // cannot be turned off
 	next.SubjectDeleteMarkerTTL = want.SubjectDeleteMarkerTTL
@@ -175,7 +198,7 @@ func merge(have, want jetstream.StreamConfig) (next jetstream.StreamConfig, fixe
 
 func sameStream(a, b jetstream.StreamConfig) bool {
 	return fmt.Sprint(a.Subjects) == fmt.Sprint(b.Subjects) && a.Replicas == b.Replicas &&
-		a.MaxAge == b.MaxAge && a.MaxBytes == b.MaxBytes && a.MaxMsgsPerSubject == b.MaxMsgsPerSubject &&
-		a.AllowDirect == b.AllowDirect && a.AllowRollup == b.AllowRollup && a.Discard == b.Discard &&
+		a.MaxAge == b.MaxAge && a.MaxBytes == b.MaxBytes && a.MaxMsgs == b.MaxMsgs && a.MaxMsgsPerSubject == b.MaxMsgsPerSubject &&
+		a.MaxMsgSize == b.MaxMsgSize && a.AllowDirect == b.AllowDirect && a.AllowRollup == b.AllowRollup && a.Discard == b.Discard &&
 		a.AllowMsgTTL == b.AllowMsgTTL && a.SubjectDeleteMarkerTTL == b.SubjectDeleteMarkerTTL && a.DenyDelete == b.DenyDelete
 }

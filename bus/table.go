@@ -45,12 +45,14 @@ func JSON[T any](wrote func(v T, op string) bool) Codec[T] {
 }
 
 // Entry is one key at one revision. Created is the server's clock at the write; it
-// is zero in an entry that an own write returned.
+// is zero in an entry that an own write returned. Gone comes with ErrNotFound alone: the
+// key was there, and the mark of its deletion or expiry still is.
 type Entry[T any] struct {
 	Key      string
 	Value    T
 	Revision uint64
 	Created  time.Time
+	Gone     bool
 }
 
 // Table is a typed KV bucket whose values change only by compare-and-set. There is
@@ -94,7 +96,7 @@ func (t *Table[T]) Get(ctx context.Context, key string) (e Entry[T], err error) 
 		e, err = t.entry(key, raw)
 	}
 	if err != nil {
-		return Entry[T]{Key: key}, fmt.Errorf("get %s/%s: %w", t.bucket, key, err)
+		return Entry[T]{Key: key, Gone: raw.marker}, fmt.Errorf("get %s/%s: %w", t.bucket, key, err)
 	}
 	return e, nil
 }
@@ -165,12 +167,20 @@ func (t *Table[T]) UpdateFrom(ctx context.Context, e Entry[T], op string, fn fun
 }
 
 // Delete marks the key as deleted if it is still at revision. Deleting what is gone
-// is no error. It is for buckets that may forget.
-func (t *Table[T]) Delete(ctx context.Context, key string, revision uint64) (err error) {
+// is no error. It is for buckets that may forget. With a TTL the mark goes too, after
+// that; without one a mark stays for each key that ever was.
+func (t *Table[T]) Delete(ctx context.Context, key string, revision uint64, opts ...WriteOption) (err error) {
 	defer t.observe("delete", time.Now(), &err)
 	ctx, cancel := context.WithTimeout(ctx, OpTimeout)
 	defer cancel()
 	hdr := nats.Header{"KV-Operation": {"PURGE"}, jetstream.MsgRollup: {jetstream.MsgRollupSubject}}
+	var o writeOptions
+	for _, opt := range opts {
+		opt(&o)
+	}
+	if o.ttl > 0 {
+		hdr.Set(jetstream.MsgTTLHeader, o.ttl.String())
+	}
 	for {
 		_, err = t.publish(ctx, key, revision, hdr, nil)
 		if err == nil {
@@ -357,8 +367,11 @@ func (t *Table[T]) read(ctx context.Context, key string) (rawEntry, error) {
 }
 
 func (c *Conn) leaderGet(ctx context.Context, stream, subject string) (rawEntry, error) {
-	body := `{"last_by_subj":` + strconv.Quote(subject) + `}`
-	m, err := c.request(ctx, readTry, c.apiPrefix+"STREAM.MSG.GET."+stream, nil, []byte(body))
+	body, err := json.Marshal(map[string]string{"last_by_subj": subject})
+	if err != nil {
+		return rawEntry{}, err
+	}
+	m, err := c.request(ctx, readTry, c.apiPrefix+"STREAM.MSG.GET."+stream, nil, body)
 	if err != nil {
 		return rawEntry{}, err
 	}
@@ -396,7 +409,11 @@ func (c *Conn) leaderGet(ctx context.Context, stream, subject string) (rawEntry,
 }
 
 func (c *Conn) directGet(ctx context.Context, stream, subject string) (rawEntry, error) {
-	m, err := c.request(ctx, readTry, c.apiPrefix+"DIRECT.GET."+stream+"."+subject, nil, nil)
+	return c.directMsg(ctx, readTry, stream, subject)
+}
+
+func (c *Conn) directMsg(ctx context.Context, try time.Duration, stream, subject string) (rawEntry, error) {
+	m, err := c.request(ctx, try, c.apiPrefix+"DIRECT.GET."+stream+"."+subject, nil, nil)
 	if err != nil {
 		return rawEntry{}, err
 	}

@@ -92,15 +92,20 @@ type BatchListOptions struct {
 
 // Batches gives one page of batches, newest first. Only the last page has no NextCursor.
 func (c *Client) Batches(ctx context.Context, o BatchListOptions) (l schemas.BatchList, err error) {
-	q := url.Values{}
-	if o.Limit > 0 {
-		q.Set("limit", strconv.Itoa(o.Limit))
-	}
-	if o.Cursor != "" {
-		q.Set("cursor", o.Cursor)
-	}
-	_, err = c.call(ctx, request{method: http.MethodGet, path: "/v1/batches", query: q, repeatable: true}, &l)
+	_, err = c.call(ctx, request{method: http.MethodGet, path: "/v1/batches", query: pageQuery(o.Limit, o.Cursor), repeatable: true}, &l)
 	return l, err
+}
+
+// pageQuery asks for a page.
+func pageQuery(limit int, cursor string) url.Values {
+	q := url.Values{}
+	if limit > 0 {
+		q.Set("limit", strconv.Itoa(limit))
+	}
+	if cursor != "" {
+		q.Set("cursor", cursor)
+	}
+	return q
 }
 
 // AllBatches gives the batches of all pages, newest first, fetching a page when it is

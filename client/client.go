@@ -130,6 +130,8 @@ type request struct {
 	repeatable bool
 	// wait is how long the server was asked to hold the answer back.
 	wait time.Duration
+	// status takes that of the answer. May be nil.
+	status *int
 }
 
 // call does a request, repeating it where that is safe, and decodes its answer.
@@ -148,6 +150,9 @@ func (c *Client) call(ctx context.Context, r request, into any) (http.Header, er
 			return c.unreachable(ctx, err)
 		}
 		header = resp.Header
+		if r.status != nil {
+			*r.status = resp.StatusCode
+		}
 		if into == nil {
 			return nil
 		}

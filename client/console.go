@@ -36,6 +36,7 @@ const ResumeFor = time.Minute
 type Console struct {
 	client *Client
 	task   schemas.TaskID
+	main   bool // the task's own process
 	o      ConsoleOptions
 	cancel context.CancelFunc
 	over   chan struct{} // closed when nothing more comes
@@ -47,7 +48,10 @@ type Console struct {
 	came    schemas.ExecOffsets // under mu
 	in      []byte              // under mu: written, and not taken over by the other side
 	base    int64               // under mu: offset of in
+	from    int64               // under mu: of stdin, where this connection goes on
 	has     int64               // under mu: of stdin, the program
+	begun   bool                // under mu: the first connection is made
+	newest  bool                // under mu: nobody has said where its output begins
 	shut    bool                // under mu: nothing more is written
 	window  *schemas.Window     // under mu: to be told
 	signals []string            // under mu: to be told
@@ -87,6 +91,42 @@ func (c *Client) Attach(ctx context.Context, id schemas.TaskID, exec schemas.Exe
 	return c.console(ctx, id, o, resume(exec, from))
 }
 
+// AttachMain joins the task's own process, whose spec has TTY or StdinOpen: with all that
+// it wrote since the offsets, or if they are nil since the last client left, at most the
+// newest 256 KiB. Of the options Stderr and Broken count. Close leaves the task as it is.
+func (c *Client) AttachMain(ctx context.Context, id schemas.TaskID, from *schemas.ExecOffsets, o ConsoleOptions) (*Console, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	s := &Console{client: c, task: id, main: true, o: o, cancel: cancel, over: make(chan struct{}), changed: make(chan struct{}), newest: from == nil}
+	q := url.Values{"acks": {"1"}}
+	if from != nil {
+		s.came = *from
+		q = s.where()
+	}
+	return s.start(ctx, q)
+}
+
+// where says how the console is resumed.
+func (s *Console) where() url.Values {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	q := resume(s.exec, s.came)
+	if s.main {
+		q.Del("exec")
+	}
+	if s.main && s.newest {
+		q.Del("stdout")
+		q.Del("stderr")
+	}
+	return q
+}
+
+// Came says how much of both streams has come.
+func (s *Console) Came() schemas.ExecOffsets {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.came
+}
+
 func resume(exec schemas.ExecID, from schemas.ExecOffsets) url.Values {
 	return url.Values{"exec": {string(exec)}, "acks": {"1"}, "stdout": {strconv.FormatInt(from.Stdout, 10)}, "stderr": {strconv.FormatInt(from.Stderr, 10)}}
 }
@@ -94,13 +134,18 @@ func resume(exec schemas.ExecID, from schemas.ExecOffsets) url.Values {
 func (c *Client) console(ctx context.Context, id schemas.TaskID, o ConsoleOptions, q url.Values) (*Console, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	s := &Console{client: c, task: id, o: o, cancel: cancel, over: make(chan struct{}), changed: make(chan struct{})}
+	return s.start(ctx, q)
+}
+
+// start makes the first connection.
+func (s *Console) start(ctx context.Context, q url.Values) (*Console, error) {
 	var ws *websocket.Conn
-	err := c.retry(ctx, false, func(ctx context.Context) (err error) {
+	err := s.client.retry(ctx, s.main, func(ctx context.Context) (err error) {
 		ws, err = s.dial(ctx, q)
 		return err
 	})
 	if err != nil {
-		cancel()
+		s.cancel()
 		return nil, err
 	}
 	go s.run(ctx, ws)
@@ -110,12 +155,17 @@ func (c *Client) console(ctx context.Context, id schemas.TaskID, o ConsoleOption
 func (s *Console) dial(ctx context.Context, q url.Values) (*websocket.Conn, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, s.client.patience, errSilent)
 	defer cancel()
-	ws, resp, err := websocket.Dial(ctx, s.client.base+taskPath(s.task, "/exec")+"?"+q.Encode(),
+	ws, resp, err := websocket.Dial(ctx, s.client.base+taskPath(s.task, map[bool]string{false: "/exec", true: "/attach"}[s.main])+"?"+q.Encode(),
 		&websocket.DialOptions{HTTPClient: s.client.http, HTTPHeader: http.Header{"User-Agent": {s.client.userAgent}}})
 	if err != nil {
 		if resp != nil && resp.StatusCode != http.StatusSwitchingProtocols && resp.Body != nil {
 			defer resp.Body.Close()
-			return nil, problem(resp)
+			err := problem(resp)
+			var e *schemas.Error
+			if s.main && errors.As(err, &e) && e.Code == schemas.CodeStateConflict && e.State == "" {
+				e.Code = schemas.CodeUnavailable // its agent does not have it at this moment, or the record is about to say its end
+			}
+			return nil, err
 		}
 		return nil, s.client.unreachable(ctx, err)
 	}
@@ -175,9 +225,7 @@ func (s *Console) fail(err error) {
 
 // again tries to come back.
 func (s *Console) again(ctx context.Context) (ws *websocket.Conn, err error) {
-	s.mu.Lock()
-	q := resume(s.exec, s.came)
-	s.mu.Unlock()
+	q := s.where()
 	c := s.client.With(WithRetryFor(ResumeFor), WithConnectFor(ResumeFor), WithBackoff(50*time.Millisecond, time.Second))
 	err = c.retry(ctx, true, func(ctx context.Context) error {
 		ws, err = s.dial(ctx, q)
@@ -196,16 +244,23 @@ func (s *Console) carry(ctx context.Context, ws *websocket.Conn) error {
 	var both sync.WaitGroup
 	both.Go(func() { failed <- s.receive(reading, ws, began) })
 	writing, unwrite := context.WithCancel(ctx)
+	wire, cut := context.WithCancel(writing)
+	if s.main { // what was written before a Close still goes out
+		wire, cut = context.WithCancel(reading)
+		defer context.AfterFunc(ctx, func() { time.AfterFunc(flushWithin, cut) })()
+	}
+	defer cut()
 	both.Go(func() {
 		select {
 		case <-began:
-			failed <- s.send(writing, ws)
-		case <-writing.Done():
-			failed <- context.Cause(writing)
+			failed <- s.send(writing, wire, ws)
+		case <-wire.Done():
+			failed <- context.Cause(wire)
 		}
 	})
 	err := <-failed
 	if err != nil && ctx.Err() != nil { // closed by its user
+		s.lastAck(reading, ws)
 		_ = ws.Close(websocket.StatusNormalClosure, "")
 	}
 	unwrite()
@@ -220,6 +275,26 @@ func (s *Console) carry(ctx context.Context, ws *websocket.Conn) error {
 	<-failed
 	both.Wait()
 	return err
+}
+
+// lastAck says what has come, so that who attaches next gets what this client has not.
+func (s *Console) lastAck(ctx context.Context, ws *websocket.Conn) {
+	if !s.main {
+		return
+	}
+	s.mu.Lock()
+	taken := s.takenLocked()
+	s.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	if b, err := schemas.Encode(schemas.ExecControl{Ack: &taken}); err == nil {
+		_ = ws.Write(ctx, websocket.MessageText, b)
+	}
+}
+
+// takenLocked is what of the output was read.
+func (s *Console) takenLocked() schemas.ExecOffsets {
+	return schemas.ExecOffsets{Stdout: s.came.Stdout - int64(len(s.out)), Stderr: s.came.Stderr}
 }
 
 func (s *Console) receive(ctx context.Context, ws *websocket.Conn, began chan struct{}) error {
@@ -241,15 +316,18 @@ func (s *Console) receive(ctx context.Context, ws *websocket.Conn, began chan st
 		s.mu.Lock()
 		switch {
 		case m.Started != nil:
-			if m.Started.Stdout > s.came.Stdout || m.Started.Stderr > s.came.Stderr {
+			if s.newest {
+				s.newest = false
+				s.came = schemas.ExecOffsets{Stdout: m.Started.Stdout, Stderr: m.Started.Stderr}
+			} else if m.Started.Stdout > s.came.Stdout || m.Started.Stderr > s.came.Stderr {
 				s.err = ErrLostOutput
 				s.came = schemas.ExecOffsets{Stdout: m.Started.Stdout, Stderr: m.Started.Stderr}
 			}
-			if len(s.in) == 0 { // it may be the console of an earlier client
-				s.base = max(s.base, m.Started.Stdin)
+			if !s.begun { // an earlier client may have written before
+				s.begun, s.base = true, m.Started.Stdin
 			}
-			s.tookLocked(m.Started.Stdin)
-			s.has = max(s.has, m.Started.Has)
+			s.tookLocked(m.Started.Has) // and no more: the rest is lost if the agent is
+			s.from, s.has = m.Started.Stdin, max(s.has, m.Started.Has)
 			close(began)
 		case m.Stdin > 0:
 			s.tookLocked(m.Stdin)
@@ -304,10 +382,14 @@ const (
 	maxInputs = schemas.ExecWindow // written, and the program does not have it
 )
 
-// send sends what is to be sent, from what the other side has on.
-func (s *Console) send(ctx context.Context, ws *websocket.Conn) error {
+// flushWithin is how long a Close may take to send what was written before.
+const flushWithin = 2 * time.Second
+
+// send sends what is to be sent, from what the other side has on, until ctx ends and
+// nothing is left; wire breaks off a message.
+func (s *Console) send(ctx, wire context.Context, ws *websocket.Conn) error {
 	s.mu.Lock()
-	next, acked, shut := s.base, schemas.ExecOffsets{}, false
+	next, acked, shut := max(s.base, s.from), schemas.ExecOffsets{}, false
 	s.mu.Unlock()
 	for {
 		var control schemas.ExecControl
@@ -316,7 +398,7 @@ func (s *Console) send(ctx context.Context, ws *websocket.Conn) error {
 		changed := s.changed
 		next = max(next, s.base)
 		rest := s.in[min(next-s.base, int64(len(s.in))):]
-		taken := schemas.ExecOffsets{Stdout: s.came.Stdout - int64(len(s.out)), Stderr: s.came.Stderr}
+		taken := s.takenLocked()
 		over := s.exit != nil
 		switch {
 		case s.window != nil:
@@ -338,11 +420,11 @@ func (s *Console) send(ctx context.Context, ws *websocket.Conn) error {
 			return nil
 		case input != nil:
 			next += int64(len(input) - 1)
-			err = ws.Write(ctx, websocket.MessageBinary, input)
+			err = ws.Write(wire, websocket.MessageBinary, input)
 		case control != schemas.ExecControl{}:
 			var b []byte
 			if b, err = schemas.Encode(control); err == nil {
-				err = ws.Write(ctx, websocket.MessageText, b)
+				err = ws.Write(wire, websocket.MessageText, b)
 			}
 		default:
 			select {

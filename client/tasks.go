@@ -267,23 +267,32 @@ func (c *Client) Workers(ctx context.Context) (schemas.WorkerList, error) {
 
 // Drain lets a worker take nothing new; its tasks go on to their ends and get no more
 // time. It stays so until Undrain, also over a restart of the worker. Twice is as once.
-func (c *Client) Drain(ctx context.Context, id schemas.WorkerID) (schemas.Worker, error) {
+// Until it is confirmed, by the placer that leads, one more task may be given to it: ask again.
+func (c *Client) Drain(ctx context.Context, id schemas.WorkerID) (w schemas.Worker, confirmed bool, err error) {
 	return c.drain(ctx, id, "/drain")
 }
 
 // Undrain lets a drained worker take tasks again.
 func (c *Client) Undrain(ctx context.Context, id schemas.WorkerID) (schemas.Worker, error) {
-	return c.drain(ctx, id, "/undrain")
+	w, _, err := c.drain(ctx, id, "/undrain")
+	return w, err
 }
 
-func (c *Client) drain(ctx context.Context, id schemas.WorkerID, verb string) (schemas.Worker, error) {
-	var w schemas.Worker
-	_, err := c.call(ctx, request{
-		method: http.MethodPost, path: "/v1/workers/" + url.PathEscape(string(id)) + verb, body: []byte("{}"), repeatable: true,
+func (c *Client) drain(ctx context.Context, id schemas.WorkerID, verb string) (w schemas.Worker, confirmed bool, err error) {
+	status := 0
+	_, err = c.call(ctx, request{
+		method: http.MethodPost, path: "/v1/workers/" + url.PathEscape(string(id)) + verb, body: []byte("{}"), repeatable: true, status: &status,
 	}, &w)
-	return w, err
+	return w, err == nil && status == http.StatusOK, err
 }
 
 func taskPath(id schemas.TaskID, rest string) string {
 	return "/v1/tasks/" + url.PathEscape(string(id)) + rest
+}
+
+// Kinds gives the kinds of tasks that the site has, by name.
+func (c *Client) Kinds(ctx context.Context) (schemas.KindList, error) {
+	var l schemas.KindList
+	_, err := c.call(ctx, request{method: http.MethodGet, path: "/v1/kinds", repeatable: true}, &l)
+	return l, err
 }

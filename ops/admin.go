@@ -43,7 +43,14 @@ type Check struct {
 	Name  string `json:"name"`
 	OK    bool   `json:"ok"`
 	Error string `json:"error,omitempty"`
+	Note  string `json:"note,omitempty"` // of a check that passes
 }
+
+// Note is what a check gives that passes and has something to say all the same.
+type Note string
+
+// Error implements error.
+func (n Note) Error() string { return string(n) }
 
 // Run asks every check.
 func (h *Health) Run(ctx context.Context) (ready bool, list []Check) {
@@ -56,7 +63,10 @@ func (h *Health) Run(ctx context.Context) (ready bool, list []Check) {
 	ready = true
 	for _, n := range names {
 		c := Check{Name: n, OK: true}
-		if err := checks[n](ctx); err != nil {
+		var note Note
+		if err := checks[n](ctx); errors.As(err, &note) {
+			c.Note = string(note)
+		} else if err != nil {
 			c.OK, c.Error, ready = false, err.Error(), false
 		}
 		list = append(list, c)
@@ -65,8 +75,9 @@ func (h *Health) Run(ctx context.Context) (ready bool, list []Check) {
 }
 
 // Admin serves /metrics, /healthz (the process lives), /readyz (each check with its
-// reason; 503 if one fails) and /debug/pprof. It is for operators' eyes only.
-func Admin(reg *prometheus.Registry, health *Health) http.Handler {
+// reason; 503 if one fails) and /debug/pprof, to who asks for one of hosts. It is for
+// operators' eyes only.
+func Admin(reg *prometheus.Registry, health *Health, hosts Hosts) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{EnableOpenMetrics: true}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("ok\n")) })
@@ -87,7 +98,13 @@ func Admin(reg *prometheus.Registry, health *Health) http.Handler {
 	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
 	mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
 	mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
-	return mux
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !hosts.Ours(r) {
+			http.Error(w, "this process does not answer under that name; --admin-host takes more names", http.StatusMisdirectedRequest)
+			return
+		}
+		mux.ServeHTTP(w, r)
+	})
 }
 
 // warnings makes a log event of each line.

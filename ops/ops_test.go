@@ -77,7 +77,7 @@ func TestReadyzTellsWhichCheckFails(t *testing.T) {
 	health := ops.NewHealth()
 	health.Add("disk", func(context.Context) error { return nil })
 	health.Add("nats", func(context.Context) error { return errors.New("not connected") })
-	srv := httptest.NewServer(ops.Admin(ops.NewRegistry("1", "c"), health))
+	srv := httptest.NewServer(ops.Admin(ops.NewRegistry("1", "c"), health, ops.NewHosts(nil)))
 	defer srv.Close()
 	get := func(path string) (int, string) {
 		res, err := srv.Client().Get(srv.URL + path)

@@ -4,14 +4,22 @@ import "time"
 
 // Task is a task as the API shows it.
 type Task struct {
-	ID       TaskID  `json:"id"`
-	Batch    BatchID `json:"batch,omitzero"`
-	State    State   `json:"state"`
-	Ready    bool    `json:"ready"` // it runs, and has passed its health check if it has one
-	Reason   Reason  `json:"reason,omitzero"`
-	Message  string  `json:"message,omitzero"`
-	Why      *Why    `json:"why,omitzero"` // while queued, of a single task
-	Progress string  `json:"progress,omitzero"`
+	ID       TaskID      `json:"id"`
+	Batch    BatchID     `json:"batch,omitzero"`
+	Instance *InstanceOf `json:"instance,omitzero"`
+	State    State       `json:"state"`
+	Ready    bool        `json:"ready"` // it runs, and has passed its health check if it has one
+	Reason   Reason      `json:"reason,omitzero"`
+	Message  string      `json:"message,omitzero"`
+	Why      *Why        `json:"why,omitzero"` // while queued, of a single task
+	Progress string      `json:"progress,omitzero"`
+	// ImagePull is how far the image is, while the task starts.
+	ImagePull *Pull `json:"image_pull,omitzero"`
+	// ImageID and ImageDigest are the image that the task runs in all its attempts, once a
+	// worker has resolved the name in its spec. An image that was never in a registry has no
+	// digest.
+	ImageID     string `json:"image_id,omitzero"`
+	ImageDigest string `json:"image_digest,omitzero"`
 
 	Attempt  int      `json:"attempt"`
 	Restarts int      `json:"restarts"`
@@ -28,11 +36,15 @@ type Task struct {
 	Cancel       *CancelMark `json:"cancel,omitzero"`
 	WorkerLostAt time.Time   `json:"worker_lost_at,omitzero"`
 
-	Exit   *Exit   `json:"exit,omitzero"`
-	Usage  *Usage  `json:"usage,omitzero"`
-	Stdout string  `json:"stdout,omitzero"` // the first MaxInlineOutput bytes; not in lists
-	Stderr string  `json:"stderr,omitzero"`
-	Logs   *LogSum `json:"logs,omitzero"`
+	Result *JudgeResult `json:"result,omitzero"` // of a judge; in lists without its cases
+	Exit   *Exit        `json:"exit,omitzero"`
+	Usage  *Usage       `json:"usage,omitzero"`
+	Stdout string       `json:"stdout,omitzero"` // the first MaxInlineOutput bytes; not in lists
+	Stderr string       `json:"stderr,omitzero"`
+	Logs   *LogSum      `json:"logs,omitzero"`
+
+	Artifacts   []Artifact   `json:"artifacts,omitzero"`    // the first MaxInlineArtifacts; not in lists
+	ArtifactSum *ArtifactSum `json:"artifact_sum,omitzero"` // of a final task that left anything
 
 	Callback *CallbackStatus `json:"callback,omitzero"` // of a single final task that has one
 
@@ -52,13 +64,15 @@ type Timings struct {
 // View is the task as the API shows it at now.
 func (r *Record) View(revision uint64, now time.Time) Task {
 	t := Task{
-		ID: r.ID, Batch: r.Batch, State: r.State, Ready: r.Ready(), Reason: r.Reason, Message: r.Message, Progress: r.Progress,
+		ID: r.ID, Batch: r.Batch, Instance: r.Instance, State: r.State, Ready: r.Ready(), Reason: r.Reason, Message: r.Message, Progress: r.Progress,
+		ImagePull: r.ImagePull, ImageID: r.ImageID, ImageDigest: r.ImageDigest,
 		Attempt: r.Attempt, Restarts: r.Restarts, Worker: r.Worker, Spec: r.Spec,
 		Timings: Timings{Accepted: r.AcceptedAt, Assigned: r.AssignedAt, Starting: r.StartingAt, Running: r.RunningAt, Ready: r.ReadyAt, Ended: r.EndedAt},
 		History: r.Changes(revision), ExpiresAt: r.ExpiresAt, Cancel: r.Cancel, WorkerLostAt: r.WorkerLostAt,
-		Exit: r.Exit, Usage: r.Usage, Stdout: r.Stdout, Stderr: r.Stderr, Logs: r.Logs, Revision: revision,
+		Result: r.Result.sealed(revision), Exit: r.Exit, Usage: r.Usage, Stdout: r.Stdout, Stderr: r.Stderr, Logs: r.Logs,
+		Artifacts: r.Artifacts, ArtifactSum: r.ArtifactSum.public(), Revision: revision,
 	}
-	t.Spec.Callback = r.Spec.Callback.public()
+	t.Spec.Callback, t.Spec.Secrets = r.Spec.Callback.public(), hidden(r.Spec.Secrets)
 	if !r.ExpiresAt.IsZero() && !r.State.Final() {
 		t.SecondsLeft = int64(r.TimeLeft(now).Round(time.Second).Seconds())
 	}
@@ -78,7 +92,8 @@ func (t Task) WithoutBodies() Task {
 }
 
 func (s Spec) withoutBodies() Spec {
-	s.Stdin, s.Files, s.Env, s.Callback, s.Unknown = "", nil, nil, nil, nil
+	s.Stdin, s.Files, s.Secrets, s.Env, s.Callback, s.Unknown = "", nil, nil, nil, nil, nil
+	s.Judge = nil
 	return s
 }
 
@@ -142,6 +157,7 @@ type TaskEvent struct {
 	Attempt int               `json:"attempt,omitzero"`
 	Worker  WorkerID          `json:"worker,omitzero"`
 	Labels  map[string]string `json:"labels,omitzero"`
+	Judge   *JudgeEvent       `json:"judge,omitzero"` // of a judge: a test, or the compile stage, is done
 	// Truncated says that earlier changes of this task which were asked for are no longer kept.
 	Truncated bool `json:"truncated,omitzero"`
 }

@@ -23,6 +23,9 @@ type Asset struct {
 	DirectGet bool
 	// TTL allows a time to live for a single message.
 	TTL bool
+	// Agents says that agents write this bucket: it takes no message that takes away others,
+	// which a header can ask for, of all keys at once.
+	Agents bool
 	// KeepDeleted refuses the deletion of messages through the API.
 	KeepDeleted bool
 
@@ -35,8 +38,12 @@ type Asset struct {
 	// goes on behind all revisions that services and workers may know.
 	First uint64
 
-	MaxAge   time.Duration
-	MaxBytes int64
+	MaxAge      time.Duration
+	MaxBytes    int64 // which the servers set aside; 0 is what they have
+	MaxMessages int64 // 0 is any number
+	// Refuse lets a stream that has its most take nothing more; else the oldest goes.
+	Refuse     bool
+	MaxMessage int32 // bytes of one message; 0 is what the server takes
 }
 
 // Names of the buckets.
@@ -51,12 +58,16 @@ const (
 	BucketCallbacks   = "callbacks"   // <task or batch>: Delivery
 	BucketKeys        = "keys"        // KeySigning, KeyVerifying, KeyHostnames
 	BucketPorts       = "ports"       // <number>: PortLease
+	BucketBlobs       = "blobs"       // <sha256>: Blob
+	BucketImages      = "images"      // KeyWanted: WantedImages
+	BucketInstances   = "instances"   // InstanceKey: InstanceEntry
 )
 
 // Names of the streams.
 const (
 	StreamReports = "REPORTS"
 	StreamLogs    = "LOGS"
+	StreamBlobs   = "BLOBS"
 	streamWork    = "WORK_"
 )
 
@@ -83,6 +94,10 @@ func OrderSubject(w WorkerID, t TaskID) string {
 }
 func ReportSubject(w WorkerID, t TaskID) string { return fmt.Sprintf("dayfly.reports.%s.%s", w, t) }
 func LogSubject(w WorkerID, t TaskID) string    { return fmt.Sprintf("dayfly.logs.%s.%s", w, t) }
+
+// BlobSubject is that of the messages of an upload of a blob, which are numbered from 0.
+// What they hold is hidden: see BlobCipher.
+func BlobSubject(upload string) string { return "dayfly.blobs." + upload }
 
 // AgentSubject is the core request by which a gateway asks the agent of a worker to do
 // something: see Verb.
@@ -121,17 +136,22 @@ const (
 func Assets(logAge time.Duration) []Asset {
 	assets := []Asset{
 		{Name: BucketTasks, Bucket: true, TTL: true, KeepDeleted: true},
-		{Name: BucketWorkers, Bucket: true, Hint: true, DirectGet: true},
+		{Name: BucketWorkers, Bucket: true, Agents: true, Hint: true, DirectGet: true},
 		{Name: BucketDrains, Bucket: true},
 		{Name: BucketIdempotency, Bucket: true, MaxAge: IdempotencyAge},
 		{Name: BucketLeaders, Bucket: true, Hint: true},
 		{Name: BucketCallbacks, Bucket: true, TTL: true},
 		{Name: BucketKeys, Bucket: true, DirectGet: true},
 		{Name: BucketPorts, Bucket: true},
+		{Name: BucketBlobs, Bucket: true, TTL: true},
+		{Name: BucketImages, Bucket: true, DirectGet: true},
+		{Name: BucketInstances, Bucket: true, TTL: true},
 		{Name: BucketBatches, Bucket: true, TTL: true},
 		{Name: BucketBatchItems, Bucket: true, MaxAge: BatchAge},
 		{Name: StreamReports, Subjects: []string{"dayfly.reports.>"}, Hint: true, Latest: true, MaxAge: ReportAge},
+		{Name: StreamBlobs, Subjects: []string{"dayfly.blobs.>"}, DirectGet: true, Latest: true},
 		{Name: StreamLogs, Subjects: []string{"dayfly.logs.>"}, Hint: true, MaxAge: logAge},
+		{Name: StreamArtifacts, Subjects: []string{ArtifactSubjects + ">"}, Latest: true, DirectGet: true, Refuse: true, MaxMessage: ArtifactChunk + 1<<10, MaxMessages: MaxArtifactChunks},
 	}
 	for i := range WorkShards {
 		assets = append(assets, Asset{
@@ -172,8 +192,13 @@ func AgentServices() []Service {
 			As: AgentAPIPrefix + ".DIRECT.GET.KV_" + BucketWorkers + ".$KV." + BucketWorkers + ".*"},
 		Service{Subject: "$JS.API.DIRECT.GET.KV_" + BucketKeys + ".$KV." + BucketKeys + "." + KeyVerifying,
 			As: AgentAPIPrefix + ".DIRECT.GET.KV_" + BucketKeys + ".$KV." + BucketKeys + "." + KeyVerifying},
+		Service{Subject: "$JS.API.DIRECT.GET." + StreamBlobs + "." + BlobSubject("*") + ".*",
+			As: AgentAPIPrefix + ".DIRECT.GET." + StreamBlobs + "." + BlobSubject("*") + ".*"},
+		Service{Subject: "$JS.API.DIRECT.GET.KV_" + BucketImages + ".$KV." + BucketImages + "." + KeyWanted,
+			As: AgentAPIPrefix + ".DIRECT.GET.KV_" + BucketImages + ".$KV." + BucketImages + "." + KeyWanted},
 		Service{Subject: "dayfly.reports.*.*"},
 		Service{Subject: "dayfly.logs.*.*"},
+		Service{Subject: ArtifactSubjects + "*.*.*.*"},
 		Service{Subject: SessionsUp + "*.*.*"},
 	)
 }
@@ -202,7 +227,10 @@ func AgentPermissions(w WorkerID) (publish, subscribe []string) {
 		AgentAPIPrefix + ".DIRECT.GET.KV_" + BucketWorkers + ".$KV." + BucketWorkers + "." + string(w),
 		"dayfly.reports." + string(w) + ".*",
 		"dayfly.logs." + string(w) + ".*",
+		ArtifactSubjects + string(w) + ".*.*.*",
 		AgentAPIPrefix + ".DIRECT.GET.KV_" + BucketKeys + ".$KV." + BucketKeys + "." + KeyVerifying,
+		AgentAPIPrefix + ".DIRECT.GET." + StreamBlobs + "." + BlobSubject("*") + ".*",
+		AgentAPIPrefix + ".DIRECT.GET.KV_" + BucketImages + ".$KV." + BucketImages + "." + KeyWanted,
 		SessionsUp + string(w) + ".*.*",
 	}
 	return publish, []string{AgentInbox(w) + ".>", AgentSubject(w, "*"), SessionsDown + string(w) + ".*.*"}

@@ -73,6 +73,9 @@ type Batch struct {
 	Labels     map[string]string `json:"labels,omitzero"`
 	Callback   *Callback         `json:"callback,omitzero"`
 
+	// Blobs are those that its items name: they stay while it is not done.
+	Blobs []BlobID `json:"blobs,omitzero"`
+
 	Upload string `json:"upload"` // its part n is the key "<upload>.<n>", its template "<upload>.template"
 	Parts  []int  `json:"parts"`  // index of the first item of each part
 
@@ -206,6 +209,9 @@ func (b Batch) Part(index int) (part, first, end int) {
 func (b Batch) Headers() map[string][]string {
 	if b.Done() && b.Callback != nil {
 		return map[string][]string{HeaderCallback: b.Callback.header(b.DoneAt)}
+	}
+	if !b.Done() && len(b.Blobs) > 0 {
+		return map[string][]string{HeaderBlobs: {joinBlobs(b.Blobs)}}
 	}
 	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"slices"
 	"strings"
 
 	"github.com/go-json-experiment/json/jsontext"
@@ -40,7 +41,7 @@ type BatchRequest struct {
 	Callback *Callback         // announces the end of the batch
 
 	// Fingerprint tells equal requests: white space and the order of fields make no
-	// difference.
+	// difference. It follows from nothing else, so who has it can test guesses at a secret.
 	Fingerprint string
 }
 
@@ -261,7 +262,21 @@ func (b BatchRequest) ParseItem(item []byte, p Policy) (Spec, error) {
 	if len(labels) > 0 {
 		over.Labels = labels
 	}
-	return over.Spec.complete(p)
+	spec, err := over.Spec.ofKind(p, itemFields(b.Template, item, len(labels) > 0))
+	if err != nil {
+		return s, err
+	}
+	return spec.complete(p)
+}
+
+// itemFields names what of a spec the template and the item give.
+func itemFields(template, item []byte, labels bool) []string {
+	names := slices.DeleteFunc(append(given(template), given(item)...), func(n string) bool { return n == "name" })
+	if labels {
+		names = append(names, "labels")
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
 }
 
 // ItemLabel is the label that the name of a batch's item becomes.

@@ -48,8 +48,9 @@ var refuseUnknown = json.WithUnmarshalers(json.UnmarshalFromFunc(
 // DecodeStrict reads what a client sent: one JSON object in UTF-8, no unknown and
 // no duplicate field, nothing after it, nested no deeper than MaxBodyDepth. What
 // is wrong comes back as an *Error of status 400, 413 or 422 that names the field
-// and never repeats a value. Names, also those of map entries, are not values.
-func DecodeStrict(b []byte, v any) error {
+// and never repeats a value. Names, also those of map entries, are not values. More
+// options change how names are read: shims speak for systems that are less strict.
+func DecodeStrict(b []byte, v any, more ...json.Options) error {
 	switch body := bytes.TrimSpace(b); {
 	case len(b) > MaxBodyBytes:
 		return &Error{Status: 413, Code: CodeTooLarge, Detail: fmt.Sprintf("the body must be at most %s", Size(MaxBodyBytes))}
@@ -63,7 +64,7 @@ func DecodeStrict(b []byte, v any) error {
 	if err := checkDepth(b); err != nil {
 		return err
 	}
-	err := json.Unmarshal(b, v, json.RejectUnknownMembers(true), refuseUnknown)
+	err := json.Unmarshal(b, v, json.RejectUnknownMembers(true), refuseUnknown, json.JoinOptions(more...))
 	var syntax *jsontext.SyntacticError
 	var semantic *json.SemanticError
 	switch {

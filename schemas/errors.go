@@ -37,6 +37,11 @@ const (
 	CodeStateConflict   Code = "state_conflict"      // 409: the task's state forbids it
 	CodeTooLate         Code = "too_late"            // 409: less than two seconds of the task's time are left
 	CodeDraining        Code = "draining"            // 409: the task's worker is being drained, so it gets no more time
+	CodeEnding          Code = "ending"              // 409: the owner's instance before is still ending
+	CodeShared          Code = "shared"              // 409: the instance is that of all owners
+	CodeOwnerLimit      Code = "owner_limit"         // 409: the owner has as many instances as one may
+	CodeInUse           Code = "in_use"              // 409: a task that is not over, or a batch that is not done, names the blob
+	CodeRenewals        Code = "no_renewals"         // 409: the instance has had all its renewals
 	CodeNoListener      Code = "no_listener"         // 502: nobody listens on that port in the task
 	CodeStarting        Code = "starting"            // 503: the task does not run yet
 	CodeEnded           Code = "ended"               // 410: the task is over
@@ -47,7 +52,10 @@ const (
 	CodeBadArchive      Code = "bad_archive"         // 422: the archive cannot be unpacked: its form, a name, a link
 	CodeCutOff          Code = "cut_off"             // 400: the body broke off; nothing was changed
 	CodePermission      Code = "permission_denied"   // 403: the task's own user may not do that there
-	CodeNoSpace         Code = "no_space"            // 507: the task has no room for it
+	CodeArtifactLost    Code = "artifact_lost"       // 410: what is stored of it is not what its worker reported
+	CodeNoSpace         Code = "no_space"            // 507: the task has no room for it, or the store of blobs
+	CodeDigestMismatch  Code = "digest_mismatch"     // 422: the body is not what its SHA-256 says
+	CodeBlobMissing     Code = "blob_missing"        // 422: a blob that the spec names is not stored
 	CodeUnavailable     Code = "unavailable"         // 503: the bus is away; nothing was done
 	CodeUnknownOutcome  Code = "unknown_outcome"     // 503: it may have been done; ask again with the same Idempotency-Key
 	CodeTooManyRequests Code = "too_many"            // 429

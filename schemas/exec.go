@@ -161,10 +161,15 @@ type ExecControl struct {
 	Lost    string     `json:"lost,omitzero"`    // the last one: a sentence for why nothing more comes
 }
 
+// MaxWindow is the most rows and columns of a terminal.
+const MaxWindow = 10_000
+
 // Window is the size of a terminal.
 type Window struct {
 	Rows uint16 `json:"rows"`
 	Cols uint16 `json:"cols"`
+
+	Unknown Unknown `json:",embed"`
 }
 
 // ExecOffsets are places in the two streams of output.
@@ -176,7 +181,7 @@ type ExecOffsets struct {
 // ExecBegin says where each stream goes on. Output is lost that begins behind what the
 // client has asked for; input is to be sent from Stdin on.
 type ExecBegin struct {
-	ID     ExecID `json:"id"`
+	ID     ExecID `json:"id,omitzero"` // none of the task's own process
 	Stdin  int64  `json:"stdin"`
 	Has    int64  `json:"has"` // of stdin, the program; the rest waits for it
 	Stdout int64  `json:"stdout"`

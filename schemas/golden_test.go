@@ -1,10 +1,12 @@
 package schemas_test
 
 import (
+	"crypto/sha256"
 	"flag"
 	"os"
 	"path/filepath"
 	"reflect"
+	"strings"
 	"testing"
 	"time"
 
@@ -88,7 +90,9 @@ func messages(t *testing.T) map[string]any {
 	end := &schemas.End{
 		By: schemas.EndedItself, Reason: schemas.ReasonExit, Message: "exit code 7", Exit: &schemas.Exit{Code: 7},
 		Usage: schemas.Usage{CPUMillis: 12, WallMillis: 1034, MemoryPeak: 1 << 20}, Stdout: "hi\n", Stderr: "no\n",
-		Logs: schemas.LogSum{StdoutBytes: 3, StderrBytes: 3},
+		Logs:        schemas.LogSum{StdoutBytes: 3, StderrBytes: 3},
+		Artifacts:   []schemas.Artifact{{Name: "out/a.txt", Size: 3, SHA256: strings.Repeat("0a", 32)}},
+		ArtifactSum: &schemas.ArtifactSum{Count: 1, Bytes: 3, Skipped: 1, Truncated: true, Why: schemas.ArtifactsLimit, Stored: 3, ListBytes: 120, ListSHA256: strings.Repeat("0b", 32)},
 	}
 	endedBy := func(by schemas.EndedBy) *schemas.End {
 		e := *end
@@ -97,8 +101,10 @@ func messages(t *testing.T) map[string]any {
 		e.Logs = schemas.LogSum{StdoutBytes: 3, StderrBytes: 3, Truncated: true, Why: "limit", Dropped: 99}
 		return &e
 	}
-	acceptedReport := schemas.Report{Phase: schemas.PhaseAccepted, Revision: 3, Progress: "pulling busybox:1.36"}
-	runningReport := schemas.Report{Phase: schemas.PhaseRunning, Revision: 3, Ran: true, RanFor: schemas.Duration(30 * time.Millisecond)}
+	acceptedReport := schemas.Report{Phase: schemas.PhaseAccepted, Revision: 3, Progress: "pulling busybox:1.36: 1.0 of 4.0 MiB",
+		Pull: &schemas.Pull{Done: 1 << 20, Total: 4 << 20, Layers: 3, Ready: 1}}
+	image := &schemas.Resolved{ID: "sha256:" + strings.Repeat("1d", 32), Digest: "sha256:" + strings.Repeat("d1", 32)}
+	runningReport := schemas.Report{Phase: schemas.PhaseRunning, Revision: 3, Image: image, Ran: true, RanFor: schemas.Duration(30 * time.Millisecond)}
 	readyReport := schemas.Report{Phase: schemas.PhaseRunning, Revision: 3, Restarts: 2, Ran: true, Ready: true, RanFor: schemas.Duration(time.Minute), Last: &schemas.Exit{Code: 7}}
 	endedReport := schemas.Report{Phase: schemas.PhaseEnded, Revision: 5, Restarts: 1, Applied: 1, Ran: true, RanFor: schemas.Duration(time.Minute), End: end}
 
@@ -130,14 +136,29 @@ func messages(t *testing.T) map[string]any {
 		Timeout: schemas.Duration(time.Second), Retries: 3, StartPeriod: schemas.Duration(5 * time.Second)}
 	ready := settle(checked, 63, readyReport)
 
+	blobID := schemas.BlobIDOf(sha256.Sum256([]byte("hi\n")))
+	withBlobs := queued
+	withBlobs.Spec.Files = []schemas.File{{Path: "data", Blob: blobID}}
+	withBlobs.Spec.Stdin, withBlobs.Spec.StdinBlob = "", blobID
+	withBlobs.Blobs = []schemas.BlobUse{{Blob: blobID, Size: 3, Upload: "upload"}}
+	assignedBlobs := must(t, withBlobs, schemas.Choose{Meta: by(1, "placer"), Worker: "w1", Epoch: "e1"})
+
+	terminal := queued
+	terminal.Spec.Stdin, terminal.Spec.StdinOpen, terminal.Spec.TTY, terminal.Spec.Window = "", true, true, &schemas.Window{Rows: 24, Cols: 80}
+
 	a := running.Assignment()
 	own := func(rep schemas.Report) schemas.Report { rep.Assignment = a; return rep }
 	beat := schemas.Beat{
 		Worker: "w1", Epoch: "e1", Instance: "i1", Sequence: 41, At: second(5), Version: "0.1.0", Since: t0,
 		Host: schemas.Host{OS: "linux", Arch: "amd64", CPUs: 2, Memory: 8 << 30, Slots: 32, Labels: map[string]string{"zone": "a"},
-			Kinds: []string{"judge"}, Engine: "docker 20.10.24", Runtime: "runc 1.1.5"},
-		Running: 3, Order: 77, Reported: true, Kept: []schemas.TaskID{taskID}, Images: []string{"sha256:00"}, Load: schemas.Load{CPU: 0.25, Memory: 1 << 30},
+			Kinds: []string{"judge"}, Credentials: []string{"team-a"}, Engine: "docker 20.10.24", Runtime: "runc 1.1.5"},
+		Running: 3, Order: 77, Reported: true, Kept: []schemas.TaskID{taskID}, Images: []string{"busybox:1.36", "busybox@sha256:d1d1d1d1d1d1"},
+		Cache: schemas.ImageCache{Images: 3, Bytes: 6 << 20, Own: 1, OwnAll: 4 << 20}, Wanted: 9,
+		Missing: []schemas.MissingImage{{Image: "registry.lan/web:1", State: schemas.MissingFailed, Message: "registry registry.lan cannot be reached"}}, Unnamed: 2,
+		Blobs: schemas.NewBlobFilter([]schemas.BlobID{blobID}), Load: schemas.Load{CPU: 0.25, Memory: 1 << 30},
 	}
+	wanted := schemas.WantedImages{Items: []schemas.WantedImage{{Image: "registry.lan/web:1", By: schemas.ByOperator, Since: t0, Workers: []schemas.WorkerID{"w1"},
+		Constraints: map[string]string{"zone": "a"}, Credentials: "team-a"}}}
 	lostBeat := beat
 	lostBeat.LostAt = second(80)
 	later := queued // as a newer service writes it
@@ -169,6 +190,16 @@ func messages(t *testing.T) map[string]any {
 		t.Fatal(err)
 	}
 
+	template := parseTemplate(t, `{"image": "busybox", "ports": [{"name": "sh", "port": 9000, "protocol": "tcp"}], "extensions": 3,
+		"values": {"flag": {"env": "FLAG"}}, "secrets": [{"path": "admin.txt", "value": "hunter2"}], "connection": "nc {host} {port}"}`)
+	instanceSpec, instanceOf, err := template.Make("pwn-1", "litmus", schemas.InstanceRequest{Values: map[string]string{"flag": "CTF{x}"}}, schemas.DefaultPolicy())
+	if err != nil {
+		t.Fatal(err)
+	}
+	instance := schemas.NewRecord(taskID, instanceSpec, schemas.DefaultPolicy(), schemas.Meta{At: t0, By: "gateway", Op: "op1"})
+	instance.Instance, instance.Public = &instanceOf, map[string]int{"sh": 20007}
+	instanceTask := instance.View(7, second(1))
+	instanceTask.Endpoints = []schemas.Endpoint{{Name: "sh", URL: "tcp://tasks.example:20007", Host: "tasks.example", Port: 20007, Protocol: schemas.ProtocolTCP}}
 	return map[string]any{
 		"record_queued": queued, "record_assigned": assigned, "record_starting": starting, "record_running": running,
 		"record_running_extended": extended, "record_running_cancel_asked": marked, "record_running_restart_asked": restarting, "record_running_worker_away": waiting,
@@ -180,6 +211,13 @@ func messages(t *testing.T) map[string]any {
 		"report_accepted": own(acceptedReport), "report_running": own(runningReport), "report_ended": own(endedReport), "report_ready": own(readyReport),
 		"report_gave_back": own(schemas.Report{Phase: schemas.PhaseEnded, Revision: 2, End: &schemas.End{By: schemas.EndedGaveBack, Message: "no room"}}),
 		"beat":             beat, "beat_lost": lostBeat,
+		"record_queued_with_blobs": withBlobs, "order_run_with_blobs": schemas.NewOrder(assignedBlobs, 2, assignedBlobs.Assignment(), second(1)),
+		"blob_list":     schemas.BlobList{Items: []schemas.BlobInfo{{Blob: blobID, Size: 3, StoredAt: t0, UsedAt: second(7), InUse: true}}, NextCursor: "7"},
+		"blob":          schemas.Blob{Size: 3, Upload: "upload", StoredAt: t0, UsedAt: second(7), Op: "op"},
+		"wanted_images": wanted,
+		"image_list": schemas.ImageList{
+			Items:   []schemas.Image{{WantedImage: wanted.Items[0], Status: []schemas.ImageStatus{{Worker: "w1", State: schemas.ImagePresent}}}},
+			Workers: []schemas.WorkerImages{{Worker: "w1", Cache: beat.Cache, Names: beat.Images}}},
 		"drain":       schemas.Drain{Since: t0, By: "admin"},
 		"idempotency": schemas.IdempotencyEntry{Fingerprint: "sha256:00", Task: taskID, At: t0},
 		"leadership":  schemas.Leadership{Holder: "placer-1", Term: 3, Beat: 12, Length: schemas.Duration(5 * time.Second)},
@@ -191,7 +229,15 @@ func messages(t *testing.T) map[string]any {
 			ID: "w1", State: "ready", Epoch: "e1", Version: "0.1.0", Host: beat.Host, Assigned: schemas.Allocation{Tasks: 3, CPUs: 1.5, Memory: 768 << 20},
 			Running: 3, Load: beat.Load, BeatAgo: schemas.Duration(1200 * time.Millisecond), RegisteredAt: t0,
 		}}},
-		"record_running_with_ports": open, "task_running_with_ports": openView, "port_lease": schemas.PortLease{Task: taskID, Name: "shell"},
+		"record_queued_with_terminal": terminal,
+		"record_running_with_ports":   open, "task_running_with_ports": openView, "record_instance": instance, "task_instance": instanceTask, "instance": instanceTask.AsInstance("litmus"),
+		"instance_entry":   schemas.InstanceEntry{Template: "pwn-1", Owner: "litmus", Task: taskID, At: t0},
+		"instance_request": schemas.InstanceRequest{Values: map[string]string{"flag": "CTF{x}"}, TTL: schemas.Duration(time.Hour)},
+		"renew_request":    schemas.RenewRequest{Renew: true},
+		"instance_list":    schemas.InstanceList{Items: []schemas.Instance{instanceTask.AsInstance("litmus")}, NextCursor: "bmV4dA"},
+		"template_list": schemas.TemplateList{Items: []schemas.TemplateView{{Name: "pwn-1", Digest: "88a8042f9a40fbee", ReadAt: t0, Template: template.Public()}}, Digest: "b7b307ae88042cce",
+			Faults: []schemas.TemplateFault{{File: "web.yaml", Line: 4, Column: 10, Field: "max_ttl", Message: "must be at least the ttl (2h) and at most 24h here"}}},
+		"port_lease":                      schemas.PortLease{Task: taskID, Name: "shell", Op: "op"},
 		"hostname_key":                    schemas.HostnameKey{Secret: []byte("sixteen or more bytes")},
 		"record_canceled_to_be_announced": announced, "task_announced": announcedView, "delivery": delivery,
 		"delivery_pending":  schemas.Delivery{State: schemas.DeliveryPending, Tries: 1, LastStatus: 503, LastError: "status 503", NextAt: second(101), Op: "op"},
@@ -203,6 +249,9 @@ func messages(t *testing.T) map[string]any {
 		"idempotency_batch": schemas.IdempotencyEntry{Fingerprint: "sha256:00", Batch: batchID, At: t0},
 		"task_event": schemas.TaskEvent{ID: 812, Task: taskID, At: second(2), State: schemas.Running, By: "reaper", Note: "worker reported", Attempt: 1, Worker: "w1",
 			Labels: map[string]string{"owner": "litmus"}, Truncated: true},
+		"artifact_list": schemas.ArtifactList{Task: taskID, Items: end.Artifacts, Skipped: []schemas.ArtifactSkipped{{Name: `"bell\a"`, Why: "a link"}},
+			Sum: schemas.ArtifactSum{Count: 1, Bytes: 3, Skipped: 1}},
+		"artifact_line": schemas.ArtifactLine{Name: "out/a.txt", Offset: 7, Size: 3, SHA256: strings.Repeat("0a", 32)}, "artifact_line_skipped": schemas.ArtifactLine{Name: "fifo", Skipped: "a pipe"},
 		"log_line":        schemas.LogLine{Attempt: 1, Stream: schemas.Stdout, Offset: 16, At: t0, Data: "hi\n"},
 		"log_line_binary": schemas.LogLine{Attempt: 1, Stream: schemas.Stderr, Offset: 19, At: t0, Base64: "/wA="},
 		"error_invalid":   *invalid.(*schemas.Error),

@@ -74,6 +74,9 @@ func fill(v reflect.Value) {
 	case *time.Time:
 		*p = t0
 		return
+	case *schemas.RawJSON:
+		*p = schemas.RawJSON(`{"later":1}`)
+		return
 	case *schemas.Unknown:
 		*p = schemas.Unknown{"later": jsontext.Value(`{"n":[1,null]}`)}
 		return
@@ -101,7 +104,7 @@ func fill(v reflect.Value) {
 		v.SetBool(true)
 	case reflect.Float64:
 		v.SetFloat(0.5)
-	case reflect.Uint64:
+	case reflect.Uint64, reflect.Uint16, reflect.Uint8:
 		v.SetUint(7)
 	default:
 		v.SetInt(7)

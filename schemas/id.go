@@ -67,6 +67,17 @@ func NewTaskID(now time.Time, entropy io.Reader) (TaskID, error) {
 	return TaskID("t-" + strings.ToLower(id.String())), nil
 }
 
+// NewTaskIDAfter makes an id that is greater than before, which may be of a machine whose
+// clock is ahead.
+func NewTaskIDAfter(before TaskID, now time.Time, entropy io.Reader) (TaskID, error) {
+	if former, err := ulid.ParseStrict(strings.ToUpper(strings.TrimPrefix(string(before), "t-"))); err == nil {
+		if next := ulid.Time(former.Time() + 1); next.After(now) {
+			now = next
+		}
+	}
+	return NewTaskID(now, entropy)
+}
+
 // FirstTaskID is the least id that may be made at t: ids of later tasks are greater.
 func FirstTaskID(t time.Time) TaskID {
 	var id ulid.ULID

@@ -26,6 +26,11 @@ type Order struct {
 	Grace      Duration `json:"grace,omitzero"`     // with stop
 	Expired    bool     `json:"expired,omitzero"`   // with stop: its time is over, and no client asked
 	Spec       *Spec    `json:"spec,omitzero"`      // with run
+	// Image is the one to run, whatever the spec's name for it means by now; nil until it
+	// was resolved.
+	Image *Resolved `json:"image,omitzero"`
+
+	Blobs []BlobUse `json:"blobs,omitzero"` // with run: those that the spec names
 
 	Unknown Unknown `json:",embed"`
 }
@@ -45,9 +50,12 @@ func NewOrder(r Record, revision uint64, a Assignment, now time.Time) Order {
 	case !r.ExpiresAt.IsZero() && !now.Before(r.ExpiresAt):
 		o.Want, o.Grace, o.Expired = WantStop, r.Spec.Timeouts.Stop, true
 	default:
-		spec := r.Spec
+		spec := r.Spec.revealed()
 		spec.Callback = nil // no worker learns a secret that it does not need
-		o.Want, o.Spec = WantRun, &spec
+		o.Want, o.Spec, o.Blobs = WantRun, &spec, r.Blobs
+		if r.ImageID != "" {
+			o.Image = &Resolved{ID: r.ImageID, Digest: r.ImageDigest}
+		}
 		o.TimeLeft, o.Counting = Duration(r.TimeLeft(now)), !r.ExpiresAt.IsZero()
 	}
 	return o
@@ -92,17 +100,21 @@ const (
 // newest says all, and it may come late, twice or out of order.
 type Report struct {
 	Assignment
-	Phase    Phase    `json:"phase"`
-	Restarts int      `json:"restarts,omitzero"`
-	Revision uint64   `json:"revision,omitzero"` // of the newest order handled
-	Applied  int      `json:"applied,omitzero"`  // extensions carried out
-	RanFor   Duration `json:"ran_for,omitzero"`  // since the process was started, at sending
-	Ran      bool     `json:"ran,omitzero"`      // the process was started at all
-	Ready    bool     `json:"ready,omitzero"`    // the present run has passed its health check
-	Last     *Exit    `json:"last,omitzero"`     // how the run before the present one ended
-	Port     int      `json:"port,omitzero"`     // with running: the lowest TCP port that the image exposes, if the spec names none
-	Progress string   `json:"progress,omitzero"` // with accepted
-	End      *End     `json:"end,omitzero"`      // with ended
+	Phase    Phase        `json:"phase"`
+	Restarts int          `json:"restarts,omitzero"`
+	Revision uint64       `json:"revision,omitzero"` // of the newest order handled
+	Applied  int          `json:"applied,omitzero"`  // extensions carried out
+	RanFor   Duration     `json:"ran_for,omitzero"`  // since the process was started, at sending
+	Ran      bool         `json:"ran,omitzero"`      // the process was started at all
+	Ready    bool         `json:"ready,omitzero"`    // the present run has passed its health check
+	Last     *Exit        `json:"last,omitzero"`     // how the run before the present one ended
+	Port     int          `json:"port,omitzero"`     // with running: the lowest TCP port that the image exposes, if the spec names none
+	Progress string       `json:"progress,omitzero"` // with accepted
+	Pull     *Pull        `json:"pull,omitzero"`     // with accepted, while the image is pulled
+	Judge    *JudgeResult `json:"judge,omitzero"`    // of a judge: what has come of it so far
+	// Image is which image it is, once that is known.
+	Image *Resolved `json:"image,omitzero"`
+	End   *End      `json:"end,omitzero"` // with ended
 
 	Unknown Unknown `json:",embed"`
 }
@@ -117,6 +129,9 @@ type End struct {
 	Stdout  string  `json:"stdout,omitzero"`
 	Stderr  string  `json:"stderr,omitzero"`
 	Logs    LogSum  `json:"logs,omitzero"`
+
+	Artifacts   []Artifact   `json:"artifacts,omitzero"` // the first of them
+	ArtifactSum *ArtifactSum `json:"artifact_sum,omitzero"`
 
 	Unknown Unknown `json:",embed"`
 }
@@ -142,8 +157,18 @@ type Beat struct {
 	Reported bool     `json:"reported"`
 	Kept     []TaskID `json:"kept,omitzero"`
 
-	Images []string `json:"images,omitzero"` // ids of images it has
-	Load   Load     `json:"load,omitzero"`
+	// Images are names (see ImageName) of images that it has, those used last first.
+	Images []string   `json:"images,omitzero"`
+	Cache  ImageCache `json:"image_cache,omitzero"`
+	// Wanted is the revision of the WantedImages that it has read last, and Missing what it
+	// lacks of those.
+	Wanted  uint64         `json:"wanted,omitzero"`
+	Missing []MissingImage `json:"missing,omitzero"`
+	// Unnamed is how many more it lacks, for which Missing has no room.
+	Unnamed int  `json:"missing_unnamed,omitzero"`
+	Load    Load `json:"load,omitzero"`
+
+	Blobs BlobFilter `json:"blobs,omitzero"` // what is in its cache
 
 	// LostAt is the reaper's verdict. A worker that reads it on its own key ends all
 	// that it runs and registers anew.
@@ -157,16 +182,19 @@ func (b *Beat) Lost() bool { return !b.LostAt.IsZero() }
 
 // Host is what a worker's machine offers to tasks.
 type Host struct {
-	OS      string            `json:"os"`
-	Arch    string            `json:"arch"` // as Go names it: amd64, arm64
-	CPUs    CPUs              `json:"cpus"`
-	Memory  Size              `json:"memory_bytes"`
-	Slots   int               `json:"slots"` // tasks at a time
-	GPUs    int               `json:"gpus,omitzero"`
-	Labels  map[string]string `json:"labels,omitzero"`
-	Kinds   []string          `json:"kinds,omitzero"`
-	Engine  string            `json:"engine,omitzero"`  // such as "docker 20.10.24"
-	Runtime string            `json:"runtime,omitzero"` // such as "runc 1.1.5"
+	OS     string            `json:"os"`
+	Arch   string            `json:"arch"` // as Go names it: amd64, arm64
+	CPUs   CPUs              `json:"cpus"`
+	Memory Size              `json:"memory_bytes"`
+	Slots  int               `json:"slots"` // tasks at a time
+	GPUs   int               `json:"gpus,omitzero"`
+	Cache  Size              `json:"blob_cache_bytes,omitzero"` // the most that blobs may take there; 0: it takes none
+	Labels map[string]string `json:"labels,omitzero"`
+	Kinds  []string          `json:"kinds,omitzero"` // the only tasks that it takes; nil: all, of any kind and of none
+	// Credentials are the names of the registry credentials that it has.
+	Credentials []string `json:"registry_credentials,omitzero"`
+	Engine      string   `json:"engine,omitzero"`  // such as "docker 20.10.24"
+	Runtime     string   `json:"runtime,omitzero"` // such as "runc 1.1.5"
 
 	Unknown Unknown `json:",embed"`
 }
@@ -187,7 +215,7 @@ type Drain struct {
 
 // IdempotencyEntry remembers which task a key made.
 type IdempotencyEntry struct {
-	Fingerprint string    `json:"fingerprint"` // of the request's body
+	Fingerprint string    `json:"fingerprint"` // of the request's body, by the site's key
 	Task        TaskID    `json:"task,omitzero"`
 	Batch       BatchID   `json:"batch,omitzero"`
 	At          time.Time `json:"at"`
@@ -233,7 +261,9 @@ const (
 	HeaderState    = "S"              // on a record: its state, so that views need not decode
 	HeaderHolder   = "H"              // on a record that a worker holds: "<worker> <epoch>"
 	HeaderCallback = "C"              // on a final record that announces its end: since when, and to which host
+	HeaderBlobs    = "B"              // on what is not over and names blobs, a record or a batch: see ParseBlobsHeader
 	HeaderPorts    = "P"              // on the record of a task with ports: see ParsePortsHeader
+	HeaderInstance = "I"              // on the record of an instance: its key in the bucket "instances"
 	HeaderAttempt  = "Dayfly-Attempt" // on a log chunk
 	HeaderStream   = "Dayfly-Stream"  // on a log chunk: stdout or stderr
 	HeaderOffset   = "Dayfly-Offset"  // on a log chunk: of its first byte in its stream

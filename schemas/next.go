@@ -44,10 +44,12 @@ type AskCancel struct {
 }
 
 // AskExtend moves the deadline to TTL from now, never back and never beyond MaxTTL
-// after the start. Before the task has run it lengthens the TTL instead.
+// after the start. Before the task has run it lengthens the TTL instead. A renewal of an
+// instance is one that counts, so it must move the deadline.
 type AskExtend struct {
 	Meta
-	TTL Duration
+	TTL     Duration
+	Renewal bool
 }
 
 // AskRestart asks for another run of the command in the same container. While one that
@@ -72,7 +74,7 @@ type Lose struct {
 }
 
 // Sweep lets time do its work: queue timeout, TTL of a queued task, TTL of a task
-// whose worker is away for good.
+// whose worker is away for good, or says nothing.
 type Sweep struct{ Meta }
 
 // Restore says that the record was read from a backup and that the world has gone on
@@ -87,6 +89,7 @@ var (
 	ErrUnchanged = errors.New("the event changes nothing")
 	ErrTooLate   = errors.New("too little of the task's time is left")
 	ErrLimit     = errors.New("the longest lifetime is reached")
+	ErrRenewals  = errors.New("the instance has had all its renewals")
 	ErrState     = errors.New("the task's state does not allow it")
 )
 
@@ -116,6 +119,10 @@ const (
 	// LostSlack is what a worker that is away may take, beyond deadline and grace, to
 	// end a task by its init alone.
 	LostSlack = 10 * time.Second
+
+	// SilentFor is how long a worker that beats may say nothing of a task whose time is over,
+	// or whose start should be: storing what many tasks left takes long.
+	SilentFor = time.Hour
 
 	// RestoreLeap is how far a restored record leaps over the attempts and extensions that
 	// may have been made since the backup: more than there can have been.
@@ -240,6 +247,8 @@ func (r *Record) extend(e AskExtend) error {
 			return ErrUnchanged
 		case ttl <= r.TTL:
 			return ErrLimit
+		case e.Renewal && !r.renew():
+			return ErrRenewals
 		}
 		r.TTL = ttl
 		r.Extensions++
@@ -257,6 +266,13 @@ func (r *Record) extend(e AskExtend) error {
 	case asked.After(last):
 		asked = last
 	}
+	switch {
+	case !e.Renewal:
+	case !asked.After(r.ExpiresAt):
+		return ErrUnchanged
+	case !r.renew():
+		return ErrRenewals
+	}
 	// The record may put the end later than the worker has it, by as long as the word of
 	// the start was under way: so an end that stays is said to the worker too.
 	if asked.After(r.ExpiresAt) {
@@ -267,9 +283,21 @@ func (r *Record) extend(e AskExtend) error {
 	return nil
 }
 
+// renew counts a renewal, if the instance may have one more.
+func (r *Record) renew() bool {
+	i := r.Instance
+	if i == nil || i.Most != nil && i.Renewals >= *i.Most {
+		return false
+	}
+	renewed := *i
+	renewed.Renewals++
+	r.Instance = &renewed
+	return true
+}
+
 func (r *Record) restart(m Meta) error {
 	switch {
-	case r.State != Running || r.Cancel != nil:
+	case r.State != Running || r.Cancel != nil || r.Spec.Judge != nil:
 		return ErrState
 	case !m.At.Before(r.ExpiresAt):
 		return ErrTooLate
@@ -315,7 +343,11 @@ func (r *Record) settle(e Settle) error {
 		r.Exposed = rep.Port
 		changed = true
 	}
+	judged := r.judged(rep.Judge, e.Meta)
 	what := ""
+	if r.pin(rep.Image) {
+		changed = true
+	}
 	if rep.Restarts > r.Restarts {
 		r.Restarts, r.ReadyAt = rep.Restarts, time.Time{}
 		what = fmt.Sprintf("restart %d%s", r.Restarts, rep.Last.after())
@@ -334,22 +366,24 @@ func (r *Record) settle(e Settle) error {
 		r.conclude(end, ran, e.Meta)
 		return nil
 	}
-	progress := line(rep.Progress, maxProgressBytes)
+	progress, pull := line(rep.Progress, maxProgressBytes), rep.Pull.sane()
 	switch rank := rep.Phase.rank(); {
 	case rank == PhaseRunning.rank() && r.State != Running:
 		r.try()
-		r.Progress, r.GiveBacks = "", 0
+		r.Progress, r.ImagePull, r.GiveBacks = "", nil, 0
 		r.enter(Running, ReasonNone, "", e.Meta)
 		r.History[len(r.History)-1].Note = what
 	case rank == PhaseAccepted.rank() && r.State == Assigned:
 		r.try()
-		r.StartingAt, r.Progress = e.At, progress
+		r.StartingAt, r.Progress, r.ImagePull = e.At, progress, pull
 		r.enter(Starting, ReasonNone, "", e.Meta)
 	case rank == PhaseAccepted.rank() && r.State == Starting && r.Progress != progress:
-		r.Progress = progress
+		r.Progress, r.ImagePull = progress, pull
 		r.op(e.Meta)
 	case changed:
 		r.note(e.Meta, cmp.Or(what, "worker reported"))
+	case judged:
+		r.op(e.Meta)
 	case rank < phaseOf(r.State).rank():
 		return ErrStale
 	default:
@@ -427,6 +461,8 @@ func (r *Record) conclude(end End, ran bool, m Meta) {
 		logs.Why = line(logs.Why, maxWordBytes)
 		usage.Unknown, logs.Unknown = usage.Unknown.few(), logs.Unknown.few()
 		r.Usage, r.Logs = &usage, &logs
+		r.ArtifactSum = end.ArtifactSum.tidy()
+		r.Artifacts = inlineArtifacts(end.Artifacts, r.ArtifactSum)
 	}
 	timeOver := end.By == EndedDeadline || !r.ExpiresAt.IsZero() && !m.At.Before(r.ExpiresAt)
 	switch {
@@ -479,14 +515,15 @@ func (r *Record) lostAttempt(end End, m Meta) {
 	case r.Tries >= r.Spec.MaxAttempts:
 		r.finish(Failed, ReasonWorkerLost, fmt.Sprintf("%s; all %d attempts are used", message, r.Spec.MaxAttempts), m)
 	default:
-		r.Exit, r.Stdout, r.Stderr, r.Usage, r.Logs = nil, "", "", nil, nil
+		r.Exit, r.Stdout, r.Stderr, r.Usage, r.Logs, r.Artifacts, r.ArtifactSum = nil, "", "", nil, nil, nil, nil
 		r.requeue(ReasonWorkerLost, message, 0, m)
 	}
 }
 
 func (r *Record) requeue(reason Reason, message string, after time.Duration, m Meta) {
 	r.enter(Queued, reason, message, m) // the history still names the worker
-	r.Worker, r.Epoch, r.Restarts, r.RestartTo, r.Progress = "", "", 0, 0, ""
+	r.Worker, r.Epoch, r.Restarts, r.RestartTo, r.Progress, r.ImagePull = "", "", 0, 0, "", nil
+	r.Result = nil
 	r.QueuedAt, r.BackAt, r.NotBefore, r.ReadyAt = m.At, m.At, time.Time{}, time.Time{}
 	if after > 0 {
 		r.NotBefore = m.At.Add(after)
@@ -511,7 +548,7 @@ func (r *Record) lose(e Lose) error {
 
 // unseenEnd is the end of an attempt of which nothing more will be heard.
 func unseenEnd(by EndedBy) End {
-	return End{By: by, Logs: LogSum{Truncated: true, Why: LogsWorkerLost}}
+	return End{By: by, Logs: LogSum{Truncated: true, Why: LogsWorkerLost}, ArtifactSum: &ArtifactSum{Truncated: true, Why: ArtifactsWorkerLost}}
 }
 
 // restore decides what becomes of a task of which nobody knows what happened since the
@@ -548,10 +585,41 @@ func (r *Record) sweep(m Meta) error {
 		r.finish(Failed, ReasonQueueTimeout, "no worker had room for it within "+r.Spec.Timeouts.Queue.String(), m)
 	case !r.WorkerLostAt.IsZero() && !m.At.Before(r.surelyDead()):
 		r.conclude(unseenEnd(EndedDeadline), false, m)
+	case r.State.Held() && r.WorkerLostAt.IsZero() && !m.At.Before(r.silentAt()):
+		r.silence(m)
 	default:
 		return ErrUnchanged
 	}
 	return nil
+}
+
+// silentAt is until when a worker must have said how its attempt ended, or that it runs.
+func (r *Record) silentAt() time.Time {
+	if !r.ExpiresAt.IsZero() {
+		return r.ExpiresAt.Add(r.Spec.Timeouts.Stop.Std() + SilentFor)
+	}
+	began := r.AssignedAt
+	if r.StartingAt.After(began) {
+		began = r.StartingAt
+	}
+	if n := len(r.History); n > 0 && r.Extensions >= RestoreLeap { // nobody could tell it before the restore
+		began = r.History[n-1].At
+	}
+	return began.Add(r.Spec.Timeouts.Pull.Std() + r.Spec.Timeouts.Start.Std() + SilentFor)
+}
+
+// silence ends a task of which its worker, that beats, says nothing. It may still run there,
+// so it is never given to another: only what is final can be left behind.
+func (r *Record) silence(m Meta) {
+	silent := fmt.Sprintf("worker %s did not say what became of it", r.Worker)
+	if r.ExpiresAt.IsZero() && r.Cancel == nil {
+		end := unseenEnd(EndedItself)
+		end.Reason, end.Message = ReasonStartTimeout, silent
+		r.conclude(end, false, m)
+		return
+	}
+	r.conclude(unseenEnd(EndedDeadline), false, m)
+	r.Message += "; " + silent
 }
 
 // surelyDead is when a task that needs no permit has been ended by its own init,
@@ -564,8 +632,7 @@ func (r *Record) surelyDead() time.Time {
 	return last.Add(r.Spec.Timeouts.Stop.Std() + LostSlack)
 }
 
-// SweepAt is when Sweep has something to do for the record, the zero time if never
-// in its present state.
+// SweepAt is when Sweep has something to do for the record, the zero time if it is final.
 func (r *Record) SweepAt() time.Time {
 	switch {
 	case r.State == Queued:
@@ -576,6 +643,8 @@ func (r *Record) SweepAt() time.Time {
 		return at
 	case r.State.Held() && !r.WorkerLostAt.IsZero():
 		return r.surelyDead()
+	case r.State.Held():
+		return r.silentAt()
 	}
 	return time.Time{}
 }
@@ -586,6 +655,8 @@ func (r *Record) enter(s State, reason Reason, message string, m Meta) {
 }
 
 func (r *Record) finish(s State, reason Reason, message string, m Meta) {
+	r.ImagePull = nil
+	r.Spec.Secrets = hidden(r.Spec.Secrets) // they have done their work
 	r.EndedAt, r.Progress, r.WorkerLostAt, r.NotBefore, r.Avoid = m.At, "", time.Time{}, time.Time{}, nil
 	r.enter(s, reason, message, m)
 }
@@ -611,13 +682,23 @@ func (u Unknown) few() Unknown {
 	return u
 }
 
-// fit keeps the record within MaxRecordBytes: the inline outputs give way. The spec
-// is bounded when it is accepted, and the rest by its counts and by line.
+// fit keeps the record of a task that is over within MaxRecordBytes: the inline outputs give
+// way. The spec is bounded when it is accepted, and the rest by its counts and by line.
 func (r *Record) fit() {
 	for limit := MaxInlineOutput; ; limit /= 2 {
 		r.Stdout, r.Stderr = cut(r.Stdout, limit), cut(r.Stderr, limit)
+		if r.Result != nil && r.Result.Compile != nil && len(r.Result.Compile.Output) > limit {
+			result, compile := *r.Result, *r.Result.Compile
+			compile.Output, result.Compile = cut(compile.Output, limit), &compile
+			r.Result = &result
+		}
 		b, err := Encode(r)
-		if err != nil || len(b) <= MaxRecordBytes || limit == 0 {
+		if err != nil || len(b) <= MaxRecordBytes {
+			return
+		}
+		if limit == 0 {
+			r.Artifacts = nil // the stored list has them
+			r.Blobs = nil     // nobody fetches them any more
 			return
 		}
 	}

@@ -492,9 +492,45 @@ func TestSweepOfQueuedTasks(t *testing.T) {
 	if n := must(t, r, schemas.Sweep{Meta: meta(t0.Add(time.Hour))}); n.State != schemas.Expired {
 		t.Errorf("%s (%s)", n.State, n.Reason)
 	}
-	held := must(t, r, choose(t0))
-	if at := held.SweepAt(); !at.IsZero() {
-		t.Error(at)
+}
+
+// A worker that beats and says nothing keeps a task no longer than it can be true, and
+// nobody else gets it.
+func TestSweepOfTasksOfSilentWorkers(t *testing.T) {
+	assigned := must(t, newRecord(schemas.OnLostRequeue), choose(t0))
+	started := must(t, assigned, running(assigned, t0))
+	canceled := schemas.AskCancel{Meta: meta(t0)}
+	limits := assigned.Spec.Timeouts
+	unstarted := t0.Add(limits.Pull.Std() + limits.Start.Std() + schemas.SilentFor)
+	overdue := started.ExpiresAt.Add(limits.Stop.Std() + schemas.SilentFor)
+	for name, c := range map[string]struct {
+		r      schemas.Record
+		at     time.Time
+		state  schemas.State
+		reason schemas.Reason
+	}{
+		"it did not say that it runs":                 {assigned, unstarted, schemas.Failed, schemas.ReasonStartTimeout},
+		"it did not say that it runs, and was to end": {must(t, assigned, canceled), unstarted, schemas.Canceled, schemas.ReasonCanceled},
+		"it did not say how it ended":                 {started, overdue, schemas.Expired, schemas.ReasonExpired},
+		"it was to end and did not say so":            {must(t, started, canceled), overdue, schemas.Canceled, schemas.ReasonCanceled},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if at := c.r.SweepAt(); !at.Equal(c.at) {
+				t.Errorf("swept at %s, want %s", at, c.at)
+			}
+			if _, err := schemas.Next(c.r, schemas.Sweep{Meta: meta(c.at.Add(-1))}); !errors.Is(err, schemas.ErrUnchanged) {
+				t.Error(err)
+			}
+			n := must(t, c.r, schemas.Sweep{Meta: meta(c.at)})
+			if n.State != c.state || n.Reason != c.reason || !n.Logs.Truncated || !strings.Contains(n.Message, "did not say") {
+				t.Errorf("%s (%s): %s, %+v", n.State, n.Reason, n.Message, n.Logs)
+			}
+		})
+	}
+	waits := must(t, newRecord(schemas.OnLostWait), choose(t0))
+	restored := must(t, waits, schemas.Restore{Meta: meta(t0.Add(24 * time.Hour))})
+	if at := restored.SweepAt(); !at.Equal(unstarted.Add(24 * time.Hour)) {
+		t.Errorf("one of a backup is swept at %s", at)
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/base32"
+	"encoding/hex"
 	"fmt"
 	"slices"
 	"strconv"
@@ -74,7 +75,8 @@ type Endpoint struct {
 	Protocol Protocol `json:"protocol"`
 }
 
-// HostnameKey is the secret from which the hostnames of a site's tasks follow.
+// HostnameKey is the secret of a site from which the hostnames of its tasks follow, and the
+// digests of what may hold secrets.
 type HostnameKey struct {
 	Secret []byte `json:"secret"`
 }
@@ -85,9 +87,33 @@ const HostnameKeyBytes = 32
 // Label is the first label of the hostname of a task's port: the same at every gateway
 // and at all times, and nobody without the key can tell it.
 func (k HostnameKey) Label(id TaskID, port string) string {
+	return k.label(string(id) + "\x00" + port)
+}
+
+// InstanceLabel is the first label of the hostname of a port of an instance, by its key:
+// the same for each task that comes to be it.
+func (k HostnameKey) InstanceLabel(instance, port string) string {
+	return k.label("instance\x00" + instance + "\x00" + port)
+}
+
+func (k HostnameKey) label(of string) string {
+	return strings.ToLower(base32.StdEncoding.EncodeToString(k.mac(of)))[:LabelBytes]
+}
+
+// Digest tells what differs in words that begin with what they are. It is the same at every
+// gateway, and nobody without the key can tell by it whether a guess is right.
+func (k HostnameKey) Digest(words ...string) string {
+	of := "digest"
+	for _, w := range words {
+		of += fmt.Sprintf("\x00%d:%s", len(w), w)
+	}
+	return hex.EncodeToString(k.mac(of))
+}
+
+func (k HostnameKey) mac(of string) []byte {
 	h := hmac.New(sha256.New, k.Secret)
-	h.Write([]byte(string(id) + "\x00" + port))
-	return strings.ToLower(base32.StdEncoding.EncodeToString(h.Sum(nil)))[:LabelBytes]
+	h.Write([]byte(of))
+	return h.Sum(nil)
 }
 
 // LabelBytes is the length of a Label: 130 bits.
@@ -153,7 +179,8 @@ func ParsePortsHeader(header string) (ports []OpenPort) {
 // task is final.
 type PortLease struct {
 	Task TaskID `json:"task"`
-	Name string `json:"name"` // of the port in its spec
+	Name string `json:"name"`        // of the port in its spec
+	Op   string `json:"op,omitzero"` // names the write: two gateways may want one port for one task
 
 	Unknown Unknown `json:",embed"`
 }

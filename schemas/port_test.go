@@ -2,6 +2,7 @@ package schemas_test
 
 import (
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -47,5 +48,19 @@ func TestLabelsAreStableAndApart(t *testing.T) {
 			t.Errorf("%q twice", l)
 		}
 		seen[l] = true
+	}
+}
+
+func TestDigestsAreOfTheKey(t *testing.T) {
+	k, other := schemas.HostnameKey{Secret: []byte(strings.Repeat("k", 32))}, schemas.HostnameKey{Secret: []byte(strings.Repeat("l", 32))}
+	if again := (schemas.HostnameKey{Secret: slices.Clone(k.Secret)}); again.Digest("a", "b") != k.Digest("a", "b") {
+		t.Error("it is not the same twice")
+	}
+	seen := map[string]bool{}
+	for _, d := range []string{k.Digest("a", "b"), other.Digest("a", "b"), k.Digest("ab"), k.Digest("a", "b", ""), k.Digest("a\x001:b")} {
+		if seen[d] || len(d) != 64 {
+			t.Errorf("%q", d)
+		}
+		seen[d] = true
 	}
 }

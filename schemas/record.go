@@ -43,12 +43,14 @@ const (
 	ReasonOOM          Reason = "oom"            // killed for want of memory
 	ReasonSignal       Reason = "signal"         // killed by a signal that was not ours
 	ReasonImage        Reason = "image"          // the image does not exist or may not be pulled
+	ReasonImageAuth    Reason = "image_auth"     // the registry refuses the login for the image, or asks for one
 	ReasonImagePull    Reason = "image_pull"     // the registry did not give the image
 	ReasonImageArch    Reason = "image_platform" // the image is for another kind of machine
 	ReasonPullTimeout  Reason = "pull_timeout"
 	ReasonNotFound     Reason = "command_not_found"      // exit code 127
 	ReasonNotExec      Reason = "command_not_executable" // exit code 126
 	ReasonUnhealthy    Reason = "unhealthy"              // its health check failed too often
+	ReasonBlobMissing  Reason = "blob_missing"           // a blob that it needs is not stored any more
 	ReasonStart        Reason = "start"                  // the container could not be made or started
 	ReasonStartTimeout Reason = "start_timeout"
 	ReasonQueueTimeout Reason = "queue_timeout"
@@ -68,6 +70,10 @@ type Record struct {
 	Batch   BatchID `json:"batch,omitzero"` // the batch that it is an item of
 	Spec    Spec    `json:"spec"`
 	Trace   string  `json:"trace,omitzero"` // W3C traceparent of the request that made it: what is done for the task belongs below it
+	// Blobs are those that the spec names, with what accepting it has found out about them.
+	Blobs []BlobUse `json:"blobs,omitzero"`
+	// Instance says that the task is the instance of a template for an owner.
+	Instance *InstanceOf `json:"instance,omitzero"`
 	// Exposed is the port that the image exposes; 0 if it is not known, or not asked for.
 	Exposed int `json:"exposed_port,omitzero"`
 	// Public has the ports at the gateways that belong to its tcp ports, by their names.
@@ -86,6 +92,12 @@ type Record struct {
 	Restarts  int    `json:"restarts,omitzero"`
 	RestartTo int    `json:"restart_to,omitzero"` // a client asked for a restart: so many there shall be at least
 	Progress  string `json:"progress,omitzero"`   // while starting: what the worker is doing
+	// ImagePull is how far the image is, while starting.
+	ImagePull *Pull `json:"image_pull,omitzero"`
+	// ImageID and ImageDigest are what the spec's image meant to the first worker that
+	// resolved it. Every later attempt runs the same.
+	ImageID     string `json:"image_id,omitzero"`
+	ImageDigest string `json:"image_digest,omitzero"`
 
 	AcceptedAt time.Time `json:"accepted_at"`
 	QueuedAt   time.Time `json:"queued_at"`        // when it last began to wait; a give-back goes on waiting
@@ -112,11 +124,15 @@ type Record struct {
 	Avoid     []Avoid   `json:"avoid,omitzero"`      // workers to skip for a while
 	Holders   []Holder  `json:"holders,omitzero"`    // who held which attempt: whose logs count
 
-	Exit   *Exit   `json:"exit,omitzero"`
-	Usage  *Usage  `json:"usage,omitzero"`
-	Stdout string  `json:"stdout,omitzero"` // the first MaxInlineOutput bytes
-	Stderr string  `json:"stderr,omitzero"`
-	Logs   *LogSum `json:"logs,omitzero"`
+	Result *JudgeResult `json:"result,omitzero"` // of a judge, in the present attempt or the last
+	Exit   *Exit        `json:"exit,omitzero"`
+	Usage  *Usage       `json:"usage,omitzero"`
+	Stdout string       `json:"stdout,omitzero"` // the first MaxInlineOutput bytes
+	Stderr string       `json:"stderr,omitzero"`
+	Logs   *LogSum      `json:"logs,omitzero"`
+
+	Artifacts   []Artifact   `json:"artifacts,omitzero"` // the first of them
+	ArtifactSum *ArtifactSum `json:"artifact_sum,omitzero"`
 
 	History []Change `json:"history"`
 	// Forgotten is the revision of the newest entry that History had to drop; 0: it has all.
@@ -237,8 +253,14 @@ func (r Record) Headers() map[string][]string {
 	if r.State.Held() {
 		h[HeaderHolder] = []string{string(r.Worker) + " " + string(r.Epoch)}
 	}
+	if len(r.Blobs) > 0 && !r.State.Final() {
+		h[HeaderBlobs] = []string{blobsHeader(r.Blobs)}
+	}
 	if len(r.Ports()) > 0 {
 		h[HeaderPorts] = []string{r.portsHeader()}
+	}
+	if r.Instance != nil {
+		h[HeaderInstance] = []string{r.Instance.Key()}
 	}
 	if r.State.Final() && r.Spec.Callback != nil {
 		h[HeaderCallback] = r.Spec.Callback.header(r.EndedAt)
@@ -281,6 +303,7 @@ func (r *Record) seal(on uint64) {
 	for i := len(r.History) - 1; i >= 0 && r.History[i].Revision == 0; i-- {
 		r.History[i].Revision = on
 	}
+	r.Result = r.Result.sealed(on)
 }
 
 // Changes is the history with all revisions, of a record that is at revision.

@@ -33,6 +33,7 @@ type SessionKind string
 const (
 	SessionExec   SessionKind = "exec"   // runs a program: a command, a terminal, a background one
 	SessionAttach SessionKind = "attach" // goes on with one that runs
+	SessionMain   SessionKind = "main"   // takes the streams of the task's own process
 	SessionDial   SessionKind = "dial"   // a connection to a port of the task
 	SessionPut    SessionKind = "put"    // a tar, to be unpacked in the task
 	SessionGet    SessionKind = "get"    // a file or a folder of the task, as a tar
@@ -44,7 +45,7 @@ const (
 
 // SessionKinds gives all of them.
 func SessionKinds() []SessionKind {
-	return []SessionKind{SessionExec, SessionAttach, SessionDial, SessionPut, SessionGet, SessionList, SessionDelete, SessionExecs, SessionEnd}
+	return []SessionKind{SessionExec, SessionAttach, SessionMain, SessionDial, SessionPut, SessionGet, SessionList, SessionDelete, SessionExecs, SessionEnd}
 }
 
 // Open asks the agent of Worker for a session with the task that it holds under Epoch.
@@ -61,7 +62,7 @@ type Open struct {
 
 	Port   int         `json:"port,omitzero"`   // dial
 	Exec   *ExecOpen   `json:"exec,omitzero"`   // exec
-	Attach *ExecAttach `json:"attach,omitzero"` // exec in the foreground, attach; execs, end: of one program
+	Attach *ExecAttach `json:"attach,omitzero"` // exec in the foreground, attach, main; execs, end: of one program
 	Grace  Duration    `json:"grace,omitzero"`  // end: between TERM and KILL
 	Files  *FilesOpen  `json:"files,omitzero"`  // put, get, list, delete
 
@@ -86,7 +87,8 @@ type ExecAttach struct {
 	ID     ExecID `json:"id,omitzero"`     // attach, execs, end
 	Stdout int64  `json:"stdout,omitzero"` // output from there on
 	Stderr int64  `json:"stderr,omitzero"`
-	Acks   bool   `json:"acks,omitzero"` // the client acknowledges output; else what is sent counts as taken
+	Newest bool   `json:"newest,omitzero"` // main: from where the last client left, or at the most ExecWindow before the end
+	Acks   bool   `json:"acks,omitzero"`   // the client acknowledges output; else what is sent counts as taken
 }
 
 // Address is that of the session's streams.

@@ -8,18 +8,23 @@ import (
 // Spec is what a client asks for. It never changes once the task is accepted.
 // ParseSpec reads one over the defaults; Validate says what is wrong with it.
 type Spec struct {
-	Image       string            `json:"image"`
+	Image       string            `json:"image,omitzero"`      // needed, save with kind
 	Entrypoint  []string          `json:"entrypoint,omitzero"` // nil: the image's own
 	Command     []string          `json:"command,omitzero"`    // nil: the image's own
 	Env         map[string]string `json:"env,omitzero"`
 	Workdir     string            `json:"workdir,omitzero"`
 	User        string            `json:"user,omitzero"` // "1000:1000" (default) or "image"
 	Stdin       string            `json:"stdin,omitzero"`
-	Files       []File            `json:"files,omitzero"` // placed in /task/input
+	StdinBlob   BlobID            `json:"stdin_blob,omitzero"` // instead of stdin: a blob
+	StdinOpen   bool              `json:"stdin_open,omitzero"` // stdin is what clients write that attach to the task
+	TTY         bool              `json:"tty,omitzero"`        // the process is on a terminal: all it writes is stdout
+	Window      *Window           `json:"window,omitzero"`     // the terminal's size at the start; nil: 24 rows of 80
+	Files       []File            `json:"files,omitzero"`      // placed in /task/input
+	Secrets     []Secret          `json:"secrets,omitzero"`
 	Resources   Resources         `json:"resources,omitzero"`
-	Tmpfs       map[string]Size   `json:"tmpfs,omitzero"` // further writable places in memory, by path
-	ReadOnly    *bool             `json:"read_only,omitzero"`
-	CapAdd      []string          `json:"cap_add,omitzero"`
+	Tmpfs       map[string]Size   `json:"tmpfs,omitzero"`     // further writable places in memory, by path
+	ReadOnly    *bool             `json:"read_only,omitzero"` // that the image's own folders are; true if not given
+	CapAdd      []string          `json:"cap_add,omitzero"`   // such as "SETUID"; only for user "image", and root
 	Mounts      *Mounts           `json:"mounts,omitzero"`
 	Ports       []Port            `json:"ports,omitzero"`
 	Network     Network           `json:"network,omitzero"`
@@ -27,13 +32,16 @@ type Spec struct {
 	TTL         Duration          `json:"ttl,omitzero"` // lifetime, from the first "running"
 	Timeouts    Timeouts          `json:"timeouts,omitzero"`
 	Pull        ImagePolicy       `json:"pull,omitzero"`
+	Credentials string            `json:"registry_credentials,omitzero"` // a name that workers know; "": what they have for the registry
 	Restart     *Restart          `json:"restart,omitzero"`
 	Health      *Health           `json:"health,omitzero"`
 	MaxAttempts int               `json:"max_attempts,omitzero"`
 	OnLost      OnLost            `json:"on_lost,omitzero"`
 	Priority    int               `json:"priority,omitzero"` // 1 (low) to 9 (high); 5 if not given
 	Constraints map[string]string `json:"constraints,omitzero"`
-	Kind        string            `json:"kind,omitzero"`
+	Kind        string            `json:"kind,omitzero"`    // a job type of the site, which decides the rest
+	Payload     RawJSON           `json:"payload,omitzero"` // with kind, of a request: what the kind makes the task from
+	Judge       *Judge            `json:"judge,omitzero"`   // in the place of a command
 	Callback    *Callback         `json:"callback,omitzero"`
 	Labels      map[string]string `json:"labels,omitzero"`
 
@@ -45,7 +53,7 @@ type Resources struct {
 	CPUs   CPUs `json:"cpus,omitzero"`
 	Memory Size `json:"memory,omitzero"` // memory and swap together, tmpfs and output counted in
 	Pids   int  `json:"pids,omitzero"`
-	Disk   Size `json:"disk,omitzero"` // of /task/output, in memory
+	Disk   Size `json:"disk,omitzero"` // of /task/output, in memory; and of a writable root, where its Docker can bound that
 	GPUs   int  `json:"gpus,omitzero"`
 
 	Unknown Unknown `json:",embed"`
@@ -56,7 +64,7 @@ type File struct {
 	Path    string `json:"path"`
 	Content string `json:"content,omitzero"`
 	Base64  string `json:"base64,omitzero"`
-	Blob    string `json:"blob,omitzero"`
+	Blob    BlobID `json:"blob,omitzero"`
 
 	Unknown Unknown `json:",embed"`
 }
@@ -69,10 +77,32 @@ type Mounts struct {
 	Unknown Unknown `json:",embed"`
 }
 
+// Where the input and output folders of a task are, unless its mounts say otherwise.
+const (
+	DefaultInput  = "/task/input"
+	DefaultOutput = "/task/output"
+)
+
+// InputPath is where the task finds its files.
+func (s *Spec) InputPath() string {
+	if s.Mounts != nil && s.Mounts.Input != "" {
+		return s.Mounts.Input
+	}
+	return DefaultInput
+}
+
+// OutputPath is where the task leaves its artifacts.
+func (s *Spec) OutputPath() string {
+	if s.Mounts != nil && s.Mounts.Output != "" {
+		return s.Mounts.Output
+	}
+	return DefaultOutput
+}
+
 // Timeouts bound the phases before and after running; the TTL bounds running.
 type Timeouts struct {
 	Queue Duration `json:"queue,omitzero"` // waiting for a worker
-	Pull  Duration `json:"pull,omitzero"`  // pulling the image
+	Pull  Duration `json:"pull,omitzero"`  // pulling the image and fetching blobs
 	Start Duration `json:"start,omitzero"` // from when its worker begins with it, the image present, to process started
 	Stop  Duration `json:"stop"`           // grace between TERM and KILL; 0 is a choice
 
@@ -164,6 +194,13 @@ func (s *Spec) Restarts() bool {
 	return s.Restart != nil && s.Restart.Policy != "" && s.Restart.Policy != RestartNever
 }
 
+// Interactive says whether clients attach to the task's process: it is on a terminal, or
+// reads what they write.
+func (s *Spec) Interactive() bool { return s.TTY || s.StdinOpen }
+
+// WritableRoot says whether the task may write to the image's own folders.
+func (s *Spec) WritableRoot() bool { return s.ReadOnly != nil && !*s.ReadOnly }
+
 // ImagePolicy says when an image is pulled.
 type ImagePolicy string
 
@@ -202,6 +239,10 @@ func ParseSpec(body []byte, p Policy) (Spec, error) {
 	if err := DecodeStrict(body, &s); err != nil {
 		return Spec{}, err
 	}
+	s, err := s.ofKind(p, given(body))
+	if err != nil {
+		return Spec{}, err
+	}
 	return s.complete(p)
 }
 
@@ -209,9 +250,13 @@ func ParseSpec(body []byte, p Policy) (Spec, error) {
 func (s Spec) complete(p Policy) (Spec, error) {
 	s.completePorts()
 	if s.OnLost == "" {
-		s.OnLost = OnLostRequeue
-		if len(s.Ports) > 0 {
+		switch {
+		case len(s.Ports) > 0:
 			s.OnLost = OnLostWait
+		case s.Interactive():
+			s.OnLost = OnLostFail // nobody would type again what was typed
+		default:
+			s.OnLost = OnLostRequeue
 		}
 	}
 	if s.Restarts() {
@@ -225,8 +270,13 @@ func (s Spec) complete(p Policy) (Spec, error) {
 			h.HTTP.Path = cmp.Or(h.HTTP.Path, "/")
 		}
 	}
+	s.Judge = s.Judge.complete(s.Resources.Memory)
 	if errs := s.Validate(p); len(errs) > 0 {
 		return Spec{}, InvalidSpec(errs)
 	}
 	return s, nil
 }
+
+// CompleteSpec fills in what follows from other fields of a spec that was made, and checks
+// it. The error is an *Error.
+func CompleteSpec(s Spec, p Policy) (Spec, error) { return s.complete(p) }

@@ -187,9 +187,11 @@ func TestParseSpecRefuses(t *testing.T) {
 		"a label with a newline":  {`{"image":"a","labels":{"a":"x\n"}}`, 422, "invalid_value", "labels.a", ""},
 		"a long constraint":       {`{"image":"a","constraints":{"zone":"` + strings.Repeat("z", 257) + `"}}`, 422, "invalid_value", "constraints.zone", ""},
 
-		"a writable root":       {`{"image":"a","read_only":false}`, 422, "not_available", "read_only", ""},
-		"cap_add":               {`{"image":"a","cap_add":["NET_RAW"]}`, 422, "not_available", "cap_add", ""},
-		"mounts":                {`{"image":"a","mounts":{"input":"/in"}}`, 422, "not_available", "mounts", ""},
+		"a writable root":       {`{"image":"a","read_only":false}`, 422, "not_allowed", "read_only", ""},
+		"cap_add":               {`{"image":"a","cap_add":["NET_RAW"]}`, 422, "not_allowed", "cap_add.0", ""},
+		"no capability":         {`{"image":"a","cap_add":["SYS_ADMIN"]}`, 422, "invalid_value", "cap_add.0", ""},
+		"one with its prefix":   {`{"image":"a","cap_add":["CAP_CHOWN"]}`, 422, "invalid_value", "cap_add.0", ""},
+		"mounts":                {`{"image":"a","mounts":{"input":"/in"}}`, 422, "not_allowed", "mounts", ""},
 		"a port that is none":   {`{"image":"a","ports":[{"port":65536}]}`, 422, "invalid_value", "ports.0.port", ""},
 		"a port without number": {`{"image":"a","ports":[{"name":"web"}]}`, 422, "invalid_value", "ports.0.port", ""},
 		"a port's name":         {`{"image":"a","ports":[{"name":"Web_1","port":80}]}`, 422, "invalid_value", "ports.0.name", ""},
@@ -199,11 +201,19 @@ func TestParseSpecRefuses(t *testing.T) {
 		"network egress":        {`{"image":"a","network":"egress"}`, 422, "not_available", "network", ""},
 		"network internal":      {`{"image":"a","network":"internal"}`, 422, "not_available", "network", ""},
 		"a runtime":             {`{"image":"a","runtime":"runsc"}`, 422, "not_available", "runtime", ""},
-		"a kind":                {`{"image":"a","kind":"judge"}`, 422, "not_available", "kind", ""},
-		"a blob":                {`{"image":"a","files":[{"path":"a","blob":"sha256:00"}]}`, 422, "not_available", "files.0.blob", ""},
+		"a kind":                {`{"image":"a","kind":"judge"}`, 422, "invalid_value", "kind", ""},
+		"a payload":             {`{"image":"a","payload":{}}`, 422, "invalid_value", "payload", ""},
+		"a blob that is none":   {`{"image":"a","files":[{"path":"a","blob":"sha256:00"}]}`, 422, "invalid_value", "files.0.blob", ""},
+		"a blob in capitals":    {`{"image":"a","stdin_blob":"sha256:` + strings.Repeat("A", 64) + `"}`, 422, "invalid_value", "stdin_blob", ""},
+		"stdin twice":           {`{"image":"a","stdin":"a","stdin_blob":"sha256:` + strings.Repeat("a", 64) + `"}`, 422, "invalid_value", "stdin_blob", ""},
+		"a blob and content":    {`{"image":"a","files":[{"path":"a","content":"a","blob":"sha256:` + strings.Repeat("a", 64) + `"}]}`, 422, "invalid_value", "files.0", ""},
+		"too many blobs":        {`{"image":"a","files":[` + manyBlobs(schemas.MaxBlobs+1) + `]}`, 422, "invalid_value", "files", ""},
 		"the image's own user":  {`{"image":"a","user":"image"}`, 422, "not_allowed", "user", ""},
-		"big files":             {`{"image":"a","files":[{"path":"a","content":"` + strings.Repeat("x", 100_000) + `"}]}`, 413, "too_large", "files", ""},
-		"a big stdin":           {`{"image":"a","stdin":"` + strings.Repeat(`\u0001`, 10_000) + `"}`, 413, "too_large", "stdin", ""},
+		"big labels and files":  {`{"image":"a","files":[{"path":"a","content":"` + strings.Repeat("x", 100_000) + `"}],"command":["` + strings.Repeat("x", 50_000) + `"]}`, 413, "too_large", "command", ""},
+		"a big command":         {`{"image":"a","command":["` + strings.Repeat(`\u0001`, 10_000) + `"]}`, 413, "too_large", "command", ""},
+		"stdin and stdin_open":  {`{"image":"a","stdin":"x","stdin_open":true}`, 422, "invalid_value", "stdin", ""},
+		"a window of nothing":   {`{"image":"a","stdin_open":true,"window":{"rows":24,"cols":80}}`, 422, "invalid_value", "window", ""},
+		"a window of no rows":   {`{"image":"a","tty":true,"window":{"rows":0,"cols":80}}`, 422, "invalid_value", "window", ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -225,21 +235,55 @@ func TestParseSpecRefuses(t *testing.T) {
 	}
 }
 
+// manyBlobs are so many files of different blobs.
+func manyBlobs(n int) string {
+	files := make([]string, n)
+	for i := range files {
+		files[i] = fmt.Sprintf(`{"path":"f%d","blob":"sha256:%064x"}`, i, i)
+	}
+	return strings.Join(files, ",")
+}
+
 func TestPolicyForbids(t *testing.T) {
 	closed := schemas.Policy{MaxTTL: schemas.Duration(time.Hour)}
 	for field, body := range map[string]string{
 		"entrypoint": `{"image":"a","entrypoint":["sh"]}`,
 		"tmpfs":      `{"image":"a","tmpfs":{"/a":"1MiB"}}`,
 		"user":       `{"image":"a","user":"image"}`,
+		"read_only":  `{"image":"a","read_only":false}`,
 	} {
 		_, err := schemas.ParseSpec([]byte(body), closed)
 		var e *schemas.Error
 		if !errors.As(err, &e) || e.Code != schemas.CodeNotAllowed || e.Field != field {
 			t.Errorf("%s: %v", field, err)
 		}
-		open := schemas.Policy{MaxTTL: closed.MaxTTL, AllowEntrypoint: true, AllowTmpfs: true, AllowImageUser: true}
+		open := schemas.Policy{MaxTTL: closed.MaxTTL, AllowEntrypoint: true, AllowTmpfs: true, AllowImageUser: true, AllowWritableRoot: true}
 		if _, err := schemas.ParseSpec([]byte(body), open); err != nil {
 			t.Errorf("%s where it is allowed: %v", field, err)
+		}
+	}
+}
+
+func TestCapabilities(t *testing.T) {
+	p := schemas.DefaultPolicy()
+	p.AllowImageUser, p.AllowCaps = true, []string{"CHOWN", "SETUID"}
+	for body, want := range map[string]string{
+		`"user":"image","cap_add":["SETUID","CHOWN"]`: "",
+		`"user":"image","cap_add":[]`:                 "",
+		`"user":"image","cap_add":["CHOWN","SETGID"]`: "cap_add.1 not_allowed",
+		`"user":"image","cap_add":["CHOWN","CHOWN"]`:  "cap_add.1 invalid_value",
+		`"user":"image","cap_add":["chown"]`:          "cap_add.0 invalid_value",
+		`"user":"image","cap_add":["ALL"]`:            "cap_add.0 invalid_value",
+		`"cap_add":["CHOWN"]`:                         "cap_add invalid_value",
+	} {
+		_, err := schemas.ParseSpec([]byte(`{"image":"a",`+body+`}`), p)
+		var e *schemas.Error
+		got := ""
+		if errors.As(err, &e) {
+			got = e.Field + " " + string(e.Code)
+		}
+		if got != want {
+			t.Errorf("%s: %v", body, err)
 		}
 	}
 }
@@ -379,7 +423,7 @@ func TestParseSpecReadsWhatEncodeWrites(t *testing.T) {
 // back: it may be a password in the wrong place.
 func TestErrorsNeverRepeatAValue(t *testing.T) {
 	const marker = "987123654" // may stand in a string and be a number
-	const base = `{"image":#,"entrypoint":#,"command":[#,#],"env":{"A":#},"workdir":#,"user":#,"stdin":#,
+	const base = `{"image":#,"entrypoint":#,"command":[#,#],"env":{"A":#},"workdir":#,"user":#,"stdin":#,"stdin_open":#,"tty":#,"window":{"rows":#,"cols":#},
 		"files":[{"path":#,"content":#},{"path":"b","base64":#},{"blob":#}],"resources":{"cpus":#,"memory":#,"pids":#,"disk":#,"gpus":#},
 		"tmpfs":{"/a":#},"read_only":#,"cap_add":[#],"mounts":{"input":#},"ports":[{"name":#,"port":#}],"network":#,"runtime":#,"ttl":#,
 		"timeouts":{"queue":#,"pull":#,"start":#,"stop":#},"pull":#,"restart":{"policy":#},"health":{"http":{"port":#,"path":#},"exec":#},

@@ -21,7 +21,19 @@ type Policy struct {
 	AllowEntrypoint bool
 	AllowTmpfs      bool
 	AllowImageUser  bool // user: "image"
+	AllowMounts     bool // other places for input and output
+
+	AllowWritableRoot bool     // read_only: false
+	AllowCaps         []string // of Capabilities, for cap_add
+
+	Kinds     Kinds // nil: there are none
+	KindsOnly bool  // no task without a kind
 }
+
+// Capabilities are those that an operator may allow: what Docker gives by default, less
+// MKNOD. What a task does not ask for it does not have.
+var Capabilities = []string{"AUDIT_WRITE", "CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE",
+	"NET_RAW", "SETFCAP", "SETGID", "SETPCAP", "SETUID", "SYS_CHROOT"}
 
 // DefaultPolicy is the policy of `dayfly up`.
 func DefaultPolicy() Policy {
@@ -79,14 +91,25 @@ func (s *Spec) Validate(p Policy) []FieldError {
 	s.checkEnv(c)
 	c.value(s.Workdir == "" || path.IsAbs(s.Workdir) && clean(s.Workdir), "workdir", "must be an absolute path")
 	s.checkUser(c, p)
+	s.checkTerminal(c)
 	s.checkFiles(c)
+	s.checkSecrets(c)
 	s.checkResources(c)
 	s.checkTmpfs(c, p)
+	s.checkMounts(c, p)
+	if s.WritableRoot() && !p.AllowWritableRoot {
+		c.add("read_only", CodeNotAllowed, "this site does not let tasks write to the image's own folders; use tmpfs for places to write")
+	}
+	s.checkCaps(c, p)
 	s.checkPorts(c)
 	s.checkTimes(c, p)
 	s.checkRestart(c)
 	s.checkHealth(c)
+	s.checkJudge(c)
+	c.value(s.Kind == "" || KindName(s.Kind), "kind", "must be 1 to 63 of a-z, 0-9 and -")
+	c.value(s.Payload == nil, "payload", "goes with kind")
 	c.value(s.Pull == PullMissing || s.Pull == PullAlways || s.Pull == PullNever, "pull", `must be "missing", "always" or "never"`)
+	checkCredentials(c, "registry_credentials", s.Credentials)
 	c.value(s.MaxAttempts >= 1 && s.MaxAttempts <= MaxAttempts, "max_attempts", "must be 1 to %d", MaxAttempts)
 	c.value(s.OnLost == OnLostRequeue || s.OnLost == OnLostFail || s.OnLost == OnLostWait, "on_lost", `must be "requeue", "fail" or "wait"`)
 	c.value(s.Priority >= 1 && s.Priority <= 9, "priority", "must be 1 (low) to 9 (high)")
@@ -108,22 +131,16 @@ func (s *Spec) checkAvailable(c *checker) {
 			c.add(field, CodeNotAvailable, "not available in this version yet; %s", instead)
 		}
 	}
-	no(s.ReadOnly != nil && !*s.ReadOnly, "read_only", "leave it out and use tmpfs for places to write")
-	no(len(s.CapAdd) > 0, "cap_add", "leave it out")
-	no(s.Mounts != nil, "mounts", "use /task/input and /task/output")
 	no(s.Network == NetworkEgress || s.Network == NetworkInternal, "network", `use "none"`)
 	c.value(slices.Contains([]Network{NetworkNone, NetworkEgress, NetworkInternal}, s.Network), "network", `must be "none"`)
 	no(s.Runtime != "", "runtime", "leave it out")
-	no(s.Kind != "", "kind", "leave it out")
-	for i, f := range s.Files {
-		no(f.Blob != "", fmt.Sprintf("files.%d.blob", i), "use content or base64")
-	}
 }
 
-// checkSize keeps room in the record for the status. It names the field that takes
-// the most, since that one has to shrink.
+// checkSize keeps room in the record for the status, once contents that are too large have
+// become blobs. It names the field that takes the most, since that one has to shrink.
 func (s *Spec) checkSize(c *checker) {
-	b, err := Encode(s)
+	slim, _ := s.Slim()
+	b, err := Encode(slim)
 	if err != nil {
 		c.add("", CodeInvalidValue, "must be text in UTF-8")
 		return
@@ -135,10 +152,13 @@ func (s *Spec) checkSize(c *checker) {
 	for _, part := range []struct {
 		field string
 		value any
-	}{{"entrypoint", s.Entrypoint}, {"command", s.Command}, {"env", s.Env}, {"stdin", s.Stdin}, {"files", s.Files}} {
+	}{{"entrypoint", slim.Entrypoint}, {"command", slim.Command}, {"env", slim.Env}, {"stdin", slim.Stdin}, {"files", slim.Files}, {"secrets", slim.Secrets}, {"judge", slim.Judge}} {
 		if b, _ := Encode(part.value); len(b) > most {
 			biggest, most = part.field, len(b)
 		}
+	}
+	if biggest == "judge" && s.Kind != "" {
+		biggest = "payload.tests"
 	}
 	c.add(biggest, CodeTooLarge, "the spec takes %s as JSON and may take %s; this field is the largest", Size(len(b)), Size(MaxSpecBytes))
 }
@@ -199,6 +219,15 @@ func envName(s string) bool {
 	return true
 }
 
+func (s *Spec) checkTerminal(c *checker) {
+	c.value(s.StdinBlob == "" || !s.Interactive(), "stdin_blob", "goes with neither stdin_open nor tty: whoever attaches writes it")
+	c.value(s.Stdin == "" || !s.Interactive(), "stdin", "goes with neither stdin_open nor tty: whoever attaches writes it")
+	if w := s.Window; w != nil {
+		c.value(s.TTY, "window", "goes with tty alone")
+		c.value(w.Rows >= 1 && w.Rows <= MaxWindow && w.Cols >= 1 && w.Cols <= MaxWindow, "window", "must have 1 to %d rows and cols", MaxWindow)
+	}
+}
+
 func (s *Spec) checkUser(c *checker, p Policy) {
 	if s.User == "image" {
 		if !p.AllowImageUser {
@@ -221,28 +250,40 @@ func (s *Spec) checkFiles(c *checker) {
 		return
 	}
 	seen := map[string]bool{}
+	blobs, _ := s.Blobs()
+	c.value(len(blobs) <= MaxBlobs, "files", "must name at most %d blobs; put small files together into an archive", MaxBlobs)
+	c.checkBlob(s.StdinBlob, "stdin_blob")
+	c.value(s.Stdin == "" || s.StdinBlob == "", "stdin_blob", "give stdin or stdin_blob, not both")
 	for i, f := range s.Files {
 		at := fmt.Sprintf("files.%d", i)
-		c.value(f.Path != "" && len(f.Path) <= 255 && !path.IsAbs(f.Path) && f.Path != "." && clean(f.Path) && !strings.HasPrefix(f.Path, "../") && f.Path != "..",
-			at+".path", "must be a plain relative path inside /task/input")
+		c.value(inputPath(f.Path), at+".path", "must be a plain relative path inside /task/input")
 		c.value(!seen[f.Path], at+".path", "stands there twice")
 		seen[f.Path] = true
 		given := 0
-		for _, v := range []string{f.Content, f.Base64, f.Blob} {
+		for _, v := range []string{f.Content, f.Base64, string(f.Blob)} {
 			if v != "" {
 				given++
 			}
 		}
 		c.value(given <= 1, at, "give one of content, base64 and blob")
+		c.checkBlob(f.Blob, at+".blob")
 		if _, err := f.Bytes(); err != nil {
 			c.add(at+".base64", CodeInvalidValue, "is not standard base64")
 		}
 	}
 	for i, f := range s.Files {
-		for dir := path.Dir(f.Path); dir != "." && dir != "/"; dir = path.Dir(dir) {
+		for dir := range parents(f.Path) {
 			c.value(!seen[dir], fmt.Sprintf("files.%d.path", i), "lies below another file")
 		}
 	}
+}
+
+func (c *checker) checkBlob(b BlobID, field string) {
+	if b == "" {
+		return
+	}
+	id, err := ParseBlobID(string(b))
+	c.value(err == nil && id == b, field, "must be %s and the 64 hexadecimal digits of its SHA-256", blobPrefix)
 }
 
 // Bytes is what the file holds, if it is not a blob.
@@ -283,6 +324,54 @@ func (s *Spec) checkTmpfs(c *checker, p Policy) {
 		}
 		c.value(s.Tmpfs[k] >= 4<<10 && s.Tmpfs[k] <= maxBytes, "tmpfs."+k, "must be 4KiB to %s", Size(maxBytes))
 	}
+}
+
+// checkMounts lets the folders stand where nothing else does, and neither inside the
+// other nor in a place to write.
+func (s *Spec) checkMounts(c *checker, p Policy) {
+	if s.Mounts == nil {
+		return
+	}
+	if !p.AllowMounts {
+		c.add("mounts", CodeNotAllowed, "this site does not let tasks have their folders elsewhere; use /task/input and /task/output")
+		return
+	}
+	within := func(a, b string) bool { return a == b || strings.HasPrefix(a, b+"/") }
+	check := func(field, at, other string) {
+		ok := path.IsAbs(at) && clean(at) && at != "/" && !strings.ContainsAny(at, ":,")
+		for _, taken := range []string{"/.dayfly", "/proc", "/sys", "/dev"} {
+			ok = ok && !within(at, taken)
+		}
+		c.value(ok, field, "must be an absolute path outside /.dayfly, /proc, /sys and /dev, without : and ,")
+		c.value(!within(at, other) && !within(other, at), field, "must not be the other folder, nor inside it")
+		c.value(!within(at, "/tmp"), field, "must not be /tmp, nor inside it")
+		for _, k := range slices.Sorted(maps.Keys(s.Tmpfs)) {
+			c.value(!within(at, path.Clean(k)) && !within(path.Clean(k), at), field, "must not be a tmpfs, inside one, or hold one")
+		}
+	}
+	if s.Mounts.Input != "" {
+		check("mounts.input", s.Mounts.Input, s.OutputPath())
+	}
+	if s.Mounts.Output != "" {
+		check("mounts.output", s.Mounts.Output, s.InputPath())
+	}
+}
+
+// checkCaps lets a task name what it needs by the names of Capabilities, each once. Only
+// root has use for them: nobody gains privileges by starting a program.
+func (s *Spec) checkCaps(c *checker, p Policy) {
+	for i, name := range s.CapAdd {
+		at := fmt.Sprintf("cap_add.%d", i)
+		switch {
+		case !slices.Contains(Capabilities, name):
+			c.add(at, CodeInvalidValue, "must be one of %s", strings.Join(Capabilities, ", "))
+		case slices.Contains(s.CapAdd[:i], name):
+			c.add(at, CodeInvalidValue, "stands there twice")
+		case !slices.Contains(p.AllowCaps, name):
+			c.add(at, CodeNotAllowed, "this site does not let tasks have this capability")
+		}
+	}
+	c.value(len(s.CapAdd) == 0 || s.User == "image", "cap_add", `needs user "image", of an image whose user is root: nobody else has a use for capabilities`)
 }
 
 func (s *Spec) checkTimes(c *checker, p Policy) {

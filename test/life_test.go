@@ -54,6 +54,7 @@ func (s *site) post(over map[string]any, command ...string) schemas.Task {
 func (s *site) until(id schemas.TaskID, ok func(schemas.Task) bool) (task schemas.Task) {
 	s.t.Helper()
 	err := harness.Poll(s.ctx, func() error {
+		task = schemas.Task{} // what is left out would stay
 		if err := s.Call(s.ctx, "GET", "/v1/tasks/"+string(id), nil, &task); err != nil {
 			return err
 		}

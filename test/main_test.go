@@ -14,7 +14,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/moby/moby/client"
 
@@ -59,21 +58,7 @@ func newUp(t testing.TB, args ...string) *harness.Up {
 	if err != nil {
 		t.Fatal(err)
 	}
-	up, err := harness.New(filepath.Join(dir, "dayfly"), args...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-		defer cancel()
-		if t.Failed() {
-			t.Log(up.Tail())
-		}
-		if err := up.Remove(ctx); err != nil {
-			t.Error(err)
-		}
-	})
-	return up
+	return harness.NewFor(t, filepath.Join(dir, "dayfly"), args...)
 }
 
 // testImage makes the guest image under a name of its own.

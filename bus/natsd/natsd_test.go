@@ -22,7 +22,6 @@ import (
 
 	"dayfly.dev/bus"
 	"dayfly.dev/bus/natsd"
-	"dayfly.dev/bus/natstest"
 	"dayfly.dev/schemas"
 )
 
@@ -186,16 +185,6 @@ func writeCertificate(t *testing.T, certFile, keyFile string) {
 		if err := os.WriteFile(name, pem.EncodeToMemory(block), 0o600); err != nil {
 			t.Fatal(err)
 		}
-	}
-}
-
-func TestStartIsQuick(t *testing.T) {
-	start := time.Now()
-	natstest.Server(t)
-	took := time.Since(start)
-	t.Log(took)
-	if took > 2*time.Second {
-		t.Errorf("took %v", took)
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 
 	"dayfly.dev/bus"
 	"dayfly.dev/bus/natsd"
+	"dayfly.dev/bus/port"
 	"dayfly.dev/schemas"
 )
 
@@ -36,13 +37,18 @@ func Workers(workers ...schemas.WorkerID) Option {
 // Dir keeps the server's files there rather than in a folder of the test.
 func Dir(dir string) Option { return func(c *natsd.Config) { c.Dir = dir } }
 
-const patience = 20 * time.Second
+const patience = time.Minute
 
-// Server starts a fresh server, in-process and on a free port, that stops with the
-// test. It has no streams; see bus.Provision.
+// Server starts a fresh server, in-process and on a port that is its own over restarts,
+// and stops it with the test. It has no streams; see bus.Provision.
 func Server(t testing.TB, opts ...Option) *natsd.Server {
 	t.Helper()
-	cfg := natsd.Config{Port: -1, CorePassword: Password, Logger: Logger(t)}
+	p, err := port.Keep("127.0.0.1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(p.Close)
+	cfg := natsd.Config{Port: int(p.Port()), CorePassword: Password, Logger: Logger(t)}
 	Workers("w1", "w2", "w3")(&cfg)
 	for _, o := range opts {
 		o(&cfg)

@@ -369,7 +369,9 @@ func (s *Server) create(w http.ResponseWriter, r *http.Request) {
 			s.keys[key] = id
 		}
 	})
-	if !known {
+	if known {
+		w.Header().Set("Idempotency-Replayed", "true")
+	} else {
 		go s.act(id)
 	}
 	w.Header().Set("Location", "/v1/tasks/"+string(id))

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -61,6 +62,7 @@ func backedUp() []schemas.Asset {
 		switch {
 		case a.Name == schemas.BucketIdempotency:
 			keys = a
+		case a.Name == schemas.BucketBlobs: // what they name is not in a backup
 		case a.Bucket && !a.Hint:
 			list = append(list, a)
 		}
@@ -138,11 +140,11 @@ func (c *cli) backupCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "backup FILE",
 		Short: "Write all records to a file",
-		Long: `backup writes the records of all tasks, batches, callbacks, drains and the clients'
-idempotency keys to FILE, while dayfly runs. The records are those of one moment. FILE holds what tasks
-were given, secrets in their environment too.
+		Long: `backup writes the records of all tasks, batches, callbacks, instances, wanted images, drains,
+the cluster's keys and the clients' idempotency keys to FILE, while dayfly runs. The records
+are those of one moment. FILE holds what tasks were given, secrets too.
 
-Logs are not in it, save the first 16 KiB of a finished task's output.`,
+Blobs, artifacts and logs are not in it, save the first 16 KiB of a finished task's output.`,
 		Example: `  dayfly backup /srv/backup/dayfly.jsonl --nats nats://10.0.0.1:4222 --credentials core.json
   dayfly backup dayfly.jsonl --data /var/lib/dayfly     # of a dayfly up that is stopped`,
 		Args: cobra.ExactArgs(1),
@@ -267,8 +269,9 @@ may have run on:
   on_lost wait      stays with its worker, which takes it back; one that was queued
                     fails, since it may run on a worker that nobody knows of
 
-It lists these tasks, and those of which it has only the client's idempotency key, as
-lost. Start the services afterwards: tasks that were accepted after the backup and
+It lists these tasks, and those that only an idempotency key or an instance names, as
+lost. An owner keeps the instance that is brought back. Blobs and artifacts are not: a
+task whose blobs no worker's cache has fails with blob_missing. Start the services afterwards: tasks that were accepted after the backup and
 that a worker still has are closed, and named in the reapers' logs.`,
 		Example: `  dayfly restore /srv/backup/dayfly.jsonl --nats nats://10.0.0.1:4222 --credentials core.json
   dayfly restore dayfly.jsonl --data /var/lib/dayfly    # for dayfly up, which is stopped`,
@@ -341,6 +344,7 @@ func restore(ctx context.Context, conn *bus.Conn, head backupHead, entries map[s
 	var list []restored
 	var records []bus.Stored
 	known := map[schemas.TaskID]bool{}
+	live := map[string]schemas.InstanceEntry{} // by key: instances that are not over
 	for _, e := range entries[schemas.BucketTasks] {
 		var r schemas.Record
 		if err := schemas.Decode(e.Value, &r); err != nil {
@@ -366,7 +370,17 @@ func restore(ctx context.Context, conn *bus.Conn, head backupHead, entries map[s
 		}
 		records = append(records, bus.Stored{Key: e.Key, Data: data, Header: header})
 		list = append(list, restored{r.ID, r.State, next.State, next.Reason})
+		if of := next.Instance; of != nil && !next.State.Final() {
+			if key := of.Key(); live[key].Task < r.ID {
+				live[key] = schemas.InstanceEntry{Template: of.Template, Owner: of.Owner, Task: r.ID, At: m.At}
+			}
+		}
 	}
+	instances, lost, err := restoredInstances(entries[schemas.BucketInstances], known, live)
+	if err != nil {
+		return nil, err
+	}
+	list = append(list, lost...)
 	for _, e := range entries[schemas.BucketIdempotency] {
 		var entry schemas.IdempotencyEntry
 		if err := schemas.Decode(e.Value, &entry); err != nil {
@@ -381,9 +395,12 @@ func restore(ctx context.Context, conn *bus.Conn, head backupHead, entries map[s
 	slices.Reverse(assets)
 	for _, a := range assets {
 		var stored []bus.Stored
-		if a.Name == schemas.BucketTasks {
+		switch a.Name {
+		case schemas.BucketTasks:
 			a.First, stored = head.Sequence+sequenceLeap, records
-		} else {
+		case schemas.BucketInstances:
+			stored = instances
+		default:
 			for _, e := range entries[a.Name] {
 				stored = append(stored, bus.Stored{Key: e.Key, Data: e.Value, Header: e.Header})
 			}
@@ -396,6 +413,34 @@ func restore(ctx context.Context, conn *bus.Conn, head backupHead, entries map[s
 		}
 	}
 	return list, nil
+}
+
+// restoredInstances are the entries of the bucket of instances. The backup has them as they
+// were a moment after the records, when one may have named a newer task already: an owner
+// whose instance is brought back keeps that one. An entry whose task is not in the backup
+// is left out, since a request would make that task again, while it may run somewhere;
+// these tasks are listed as lost.
+func restoredInstances(entries []backupEntry, known map[schemas.TaskID]bool, live map[string]schemas.InstanceEntry) (stored []bus.Stored, lost []restored, err error) {
+	named := maps.Clone(live)
+	for _, e := range entries {
+		var entry schemas.InstanceEntry
+		if err := schemas.Decode(e.Value, &entry); err != nil {
+			return nil, nil, fmt.Errorf("instance %s: %w", e.Key, err)
+		}
+		if !known[entry.Task] {
+			lost = append(lost, restored{Task: entry.Task, After: lostTask})
+		} else if _, ok := live[e.Key]; !ok {
+			named[e.Key] = entry
+		}
+	}
+	for _, key := range slices.Sorted(maps.Keys(named)) {
+		data, err := schemas.Encode(named[key])
+		if err != nil {
+			return nil, nil, err
+		}
+		stored = append(stored, bus.Stored{Key: key, Data: data})
+	}
+	return stored, lost, nil
 }
 
 func (c *cli) printRestored(list []restored) error {

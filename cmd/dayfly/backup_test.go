@@ -2,6 +2,7 @@ package main
 
 import (
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -119,5 +120,65 @@ func TestBackupAndRestore(t *testing.T) {
 	}
 	if there, err := to.Exists(t.Context(), schemas.BucketWorkers); err != nil || there {
 		t.Errorf("beats came back: %v", err)
+	}
+}
+
+// An owner whose instance is brought back keeps it, also where the instances were looked
+// at a moment after the records, and no entry names a task that is not there.
+func TestRestoreLeavesAnOwnerOneInstance(t *testing.T) {
+	encode := func(v any) []byte {
+		b, err := schemas.Encode(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	now := time.Now()
+	spec := schemas.DefaultSpec()
+	spec.Image, spec.OnLost = "busybox", schemas.OnLostRequeue
+	const mine, over, later, latest, never = "t-01jd6q0t000000000000000001", "t-01jd6q0t000000000000000002",
+		"t-01jd6q0t000000000000000003", "t-01jd6q0t000000000000000004", "t-01jd6q0t000000000000000005"
+	record := func(id schemas.TaskID, owner string) schemas.Record {
+		r := schemas.NewRecord(id, spec, schemas.DefaultPolicy(), schemas.Meta{At: now, By: "gateway"})
+		r.Instance = &schemas.InstanceOf{Template: "web", Owner: owner}
+		return r
+	}
+	canceled, err := schemas.Next(record(over, "b"), schemas.AskCancel{Meta: schemas.Meta{At: now, By: "client"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	entries := map[string][]backupEntry{}
+	for _, r := range []schemas.Record{record(mine, "a"), canceled, record(later, "d")} {
+		entries[schemas.BucketTasks] = append(entries[schemas.BucketTasks], backupEntry{Key: string(r.ID), Revision: 1, Header: r.Headers(), Value: encode(r)})
+	}
+	for owner, id := range map[string]schemas.TaskID{"a": latest, "b": over, "c": never} { // and none of "d"
+		entries[schemas.BucketInstances] = append(entries[schemas.BucketInstances], backupEntry{Key: schemas.InstanceKey("web", owner),
+			Value: encode(schemas.InstanceEntry{Template: "web", Owner: owner, Task: id, At: now})})
+	}
+
+	to := natstest.Connect(t, natstest.Server(t))
+	list, err := restore(t.Context(), to, backupHead{At: now, Sequence: 3}, entries, 1, time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []schemas.TaskID{latest, never} {
+		if !slices.Contains(list, restored{Task: id, After: lostTask}) {
+			t.Errorf("%s is lost, and the list does not say it: %+v", id, list)
+		}
+	}
+	stored, _, err := to.Snapshot(t.Context(), schemas.BucketInstances)
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := map[string]schemas.TaskID{}
+	for _, e := range stored {
+		var entry schemas.InstanceEntry
+		if err := schemas.Decode(e.Data, &entry); err != nil || schemas.InstanceKey(entry.Template, entry.Owner) != e.Key {
+			t.Errorf("%s: %s, %v", e.Key, e.Data, err)
+		}
+		names[entry.Owner] = entry.Task
+	}
+	if want := map[string]schemas.TaskID{"a": mine, "b": over, "d": later}; !maps.Equal(names, want) {
+		t.Errorf("the entries name %v, want %v", names, want)
 	}
 }

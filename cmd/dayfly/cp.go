@@ -30,7 +30,9 @@ As SRC, - is a tar archive on stdin, which is unpacked into the folder PATH. As 
 stdout: a file's bytes, or a tar archive of a folder.
 
 Nothing is ever written outside of DST. What a copy leaves out, such as sockets and links
-that lead elsewhere, is said on stderr.`,
+that lead elsewhere, is said on stderr.
+
+What a task left in its output folder is there after its end: dayfly artifacts get.`,
 		Example: `  dayfly cp main.py t-01jd6q0t:/tmp/
   dayfly cp t-01jd6q0t:/task/output results
   tar c src | dayfly cp - t-01jd6q0t:/tmp/work`,
@@ -49,12 +51,51 @@ that lead elsewhere, is said on stderr.`,
 				return err
 			}
 			if in {
-				return c.copyIn(ctx, cl, id, src, dst)
+				return copyError(c.copyIn(ctx, cl, id, src, dst), id, src, dst)
 			}
-			return c.copyOut(ctx, cl, id, src, dst)
+			return copyError(c.copyOut(ctx, cl, id, src, dst), id, src, src)
 		})(cmd, args)
 	}
 	return cmd
+}
+
+// copyError adds the next step to what a task's files are refused for. there is the path in
+// the task.
+func copyError(err error, id schemas.TaskID, src, there string) error {
+	if local, ok := errors.AsType[*fs.PathError](err); ok && local.Path == src {
+		return &hintError{err, "a file or folder of this machine, or - for a tar archive on stdin"}
+	}
+	e, ok := errors.AsType[*schemas.Error](err)
+	if !ok || e.Code == schemas.CodeNotFound && e.Task == "" { // it is the task that is not there
+		return err
+	}
+	hint := ""
+	switch e.Code {
+	case schemas.CodeStateConflict:
+		if there != src || !e.State.Final() {
+			return err
+		}
+		hint = fmt.Sprintf("dayfly artifacts %s: what it left in its output folder", id)
+	case schemas.CodeNotFound:
+		hint = fmt.Sprintf("dayfly exec %s ls -la %s, if the image has ls", id, path.Dir(path.Clean(there)))
+	case schemas.CodePermission:
+		hint = fmt.Sprintf("%s:/tmp/, which every task may write to; a task can be given more with --tmpfs", id)
+		if there == src {
+			hint = "dayfly cp copies as the task's own user, with no other rights"
+		}
+	case schemas.CodeInvalidValue, schemas.CodeInvalidQuery, schemas.CodeBadArchive:
+		hint = "dayfly cp --help"
+		if src != "-" && there != src && strings.Contains(e.Detail, "is a folder") {
+			hint = fmt.Sprintf("dayfly cp %s %s:%s/ to copy into it", src, id, there)
+		}
+	case schemas.CodeNoSpace:
+		hint = fmt.Sprintf("dayfly exec %s df -h; a task has more with --disk and --tmpfs", id)
+	case schemas.CodeTooLarge:
+		hint = "the folders in it one by one, or a tar of it as one file"
+	default:
+		return err
+	}
+	return &hintError{err, hint}
 }
 
 // remote takes ID:PATH apart. A path of this machine with a colon begins with . or /.

@@ -6,9 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -36,7 +34,8 @@ code: 127 if it is not there, 126 if it cannot be run, 124 after --timeout, 125 
 dayfly could not do it. With -t it runs on a terminal of its own, and Ctrl-C is the
 program's. After a broken connection it goes on by itself where it was.
 
-With -d it goes on in the background, and exec prints its id.`,
+With -d it goes on in the background, and exec prints its id: dayfly execs lists such
+programs, shows what they wrote, and stops them.`,
 		Example: `  dayfly exec t-01jd6q0t ls /task/output
   dayfly exec -it t-01jd6q0t sh
   dayfly exec -i t-01jd6q0t sh -c 'cat > /tmp/notes' < notes.txt`,
@@ -111,46 +110,25 @@ func (f *execFlags) request(command []string) (schemas.ExecRequest, error) {
 // console joins this terminal, or these streams, to a program of a task.
 func (c *cli) console(ctx context.Context, cl *client.Client, id schemas.TaskID, req schemas.ExecRequest, flags execFlags) error {
 	o := client.ConsoleOptions{ExecRequest: req, Input: flags.input, Stderr: c.err}
-	line := "\n" // on a raw terminal the cursor stays where it is
 	if flags.terminal {
-		line = "\r\n"
 		w := c.window()
 		o.Terminal = &w
 		if o.Env["TERM"] == "" && os.Getenv("TERM") != "" {
 			o.Env["TERM"] = os.Getenv("TERM")
 		}
 	}
-	o.Broken = func(err error) {
-		switch {
-		case c.quiet:
-		case err != nil:
-			fmt.Fprintf(c.err, "the connection broke; trying to come back%s", line)
-		default:
-			fmt.Fprintf(c.err, "the connection is back%s", line)
-		}
-	}
+	o.Broken = c.sayBroken(flags.terminal)
 	con, err := cl.Console(ctx, id, o)
 	if err != nil {
 		return err
 	}
 	defer con.Close()
 	if flags.terminal {
-		in := int(c.in.(*os.File).Fd())
-		old, err := term.MakeRaw(in)
+		restore, err := c.terminal(con, true)
 		if err != nil {
-			return fmt.Errorf("prepare the terminal: %w", err)
+			return err
 		}
-		defer term.Restore(in, old)
-		sizes := make(chan os.Signal, 1)
-		signal.Notify(sizes, syscall.SIGWINCH)
-		defer signal.Stop(sizes)
-		con.Resize(c.window()) // it may have changed meanwhile
-		go func() {
-			for range sizes {
-				con.Resize(c.window())
-			}
-		}()
-		defer close(sizes)
+		defer restore()
 	}
 	if flags.input || flags.terminal {
 		go func() { // a read of the terminal ends with the process
@@ -158,43 +136,19 @@ func (c *cli) console(ctx context.Context, cl *client.Client, id schemas.TaskID,
 			_ = con.CloseWrite()
 		}()
 	}
-	over := make(chan struct{})
-	left := make(chan os.Signal, 1)
-	go func() { // a signal is the program's; the third one ends the console
-		for n := 0; ; n++ {
-			select {
-			case s := <-c.signals:
-				if n >= 2 {
-					left <- s
-					_ = con.Close()
-					return
-				}
-				if s == os.Interrupt {
-					con.Signal("INT")
-				} else {
-					con.Signal("TERM")
-				}
-			case <-over:
-				return
-			}
+	n := 0
+	failed, left, err := c.copyConsole(con, c.out, flags.terminal, func(s os.Signal) bool { // the program's, but for the third
+		if n++; n <= 2 {
+			passSignal(con, s)
 		}
-	}()
-	for {
-		_, err = io.Copy(c.out, con)
-		if !errors.Is(err, client.ErrLostOutput) {
-			break
-		}
-		fmt.Fprintf(c.err, "warning: %s%s", err, line)
-	}
-	if err != nil && !errors.Is(err, context.Canceled) {
-		_ = con.Close() // nobody reads what it would write
-	}
-	exit, failed := con.Wait()
-	close(over)
-	select {
-	case s := <-left:
-		return &exitError{code: signalCode(s)}
-	default:
+		return n > 2
+	})
+	exit, _ := con.Wait()
+	switch {
+	case left != nil:
+		return &exitError{code: signalCode(left)}
+	case err != nil && failed == nil && exit.Code == 0:
+		return fmt.Errorf("write output: %w", err)
 	}
 	switch {
 	case failed != nil:

@@ -116,6 +116,9 @@ func explain(err error) (message, hint string) {
 	if e.Field != "" {
 		message = fieldName(e.Field) + ": " + message
 	}
+	if about, ok := strings.CutSuffix(err.Error(), e.Error()); ok { // what the error is wrapped in
+		message = about + message
+	}
 	for _, f := range e.Errors {
 		if f.Field != e.Field || f.Message != e.Detail {
 			message += fmt.Sprintf("\n       %s: %s", fieldName(f.Field), f.Message)
@@ -133,7 +136,12 @@ func explain(err error) (message, hint string) {
 func nextStep(e *schemas.Error) string {
 	switch e.Code {
 	case schemas.CodeNotFound:
+		if e.RequestID == "" { // of something else than a gateway
+			return "--url with the address of the API, such as " + defaultURL
+		}
 		return "dayfly ps -a shows the tasks that there are"
+	case schemas.CodeInUse, schemas.CodeBlobMissing:
+		return "dayfly blob ls shows which blobs are stored, and which are needed"
 	case schemas.CodeStateConflict, schemas.CodeTooLate:
 		if e.Task != "" {
 			return "dayfly inspect " + string(e.Task)
@@ -229,6 +237,8 @@ func sentence(t schemas.Task) string {
 	switch t.Reason {
 	case schemas.ReasonImage:
 		return "the image does not exist or may not be pulled"
+	case schemas.ReasonImageAuth:
+		return "the registry refuses the login for the image, or asks for one"
 	case schemas.ReasonImagePull:
 		return "the registry did not give the image"
 	case schemas.ReasonImageArch:
@@ -257,6 +267,8 @@ func reasonHint(t schemas.Task, otherwise string) string {
 	switch t.Reason {
 	case schemas.ReasonImage, schemas.ReasonImageArch:
 		return "another image, or docker pull on the worker to see what the registry says"
+	case schemas.ReasonImageAuth:
+		return "--registry-credentials with the name of a login, or the login in the worker's own file"
 	case schemas.ReasonPullTimeout:
 		return "a longer --timeout-pull"
 	case schemas.ReasonStartTimeout:

@@ -105,6 +105,9 @@ func (c *cli) forward(ctx context.Context, cl *client.Client, id schemas.TaskID,
 			}
 		})
 	}
+	if t.State != schemas.Running {
+		work.Go(func() { c.tellWaits(ctx, patient(cl), id) })
+	}
 	work.Go(func() {
 		t, err := patient(cl).Wait(ctx, id)
 		if err == nil {

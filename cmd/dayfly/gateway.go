@@ -8,15 +8,18 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/spf13/pflag"
 
+	"dayfly.dev/ops"
 	"dayfly.dev/schemas"
 	"dayfly.dev/services/gateway"
 	"dayfly.dev/services/gateway/ingress"
+	"dayfly.dev/services/gateway/kinds"
 )
 
 // gatewayConfig is what a gateway is told.
@@ -32,14 +35,25 @@ type gatewayConfig struct {
 	passAuthorization bool
 	cert, key         string
 	tcpPorts          string
+	kinds             string
+	kindsOnly         bool
 	backends          []string
+	blobMax           string
+
+	templates   string
+	maxPerOwner int
 }
 
 func (g *gatewayConfig) flags(f *pflag.FlagSet, tcpPorts string) {
 	f.StringVar(&g.http, "http", defaultHTTP, "address of the API")
 	f.StringSliceVar(&g.hosts, "host", nil, "name or address under which clients reach the API, beside localhost and the address itself; may be repeated")
 	f.DurationVar(&g.maxTTL, "max-ttl", schemas.DefaultPolicy().MaxTTL.Std(), "longest lifetime of a task, extensions included")
-	f.StringSliceVar(&g.allow, "allow", []string{"entrypoint", "tmpfs"}, "what tasks may ask for: entrypoint, tmpfs, image-user (to run as the user that the image names, root perhaps), or none")
+	f.StringVar(&g.kinds, "kinds", "", "folder of the kinds of tasks that this site has, a YAML file for each; read again when it changes")
+	f.BoolVar(&g.kindsOnly, "kinds-only", false, "take no tasks but those of --kinds")
+	f.StringSliceVar(&g.allow, "allow", []string{"entrypoint", "tmpfs"}, "what tasks may ask for: entrypoint, tmpfs, image-user (to run as the user that the image names, root perhaps), mounts (other places for input and output), writable-root (on the worker's disk), cap:NAME for a capability such as cap:SETUID, or none")
+	f.StringVar(&g.templates, "templates", "", "folder of templates for instances, one YAML file each; read again when it changes, and by SIGHUP")
+	f.IntVar(&g.maxPerOwner, "max-per-owner", 0, "instances that one owner may have at a time, over all templates (0: any number)")
+	f.StringVar(&g.blobMax, "blob-max-size", "4GiB", "the largest blob that is taken")
 	f.StringVar(&g.ingress, "ingress", defaultIngress, "address at which tasks are reached by their hostnames; empty: none")
 	f.StringVar(&g.endpointURL, "endpoint-url", "", "how clients reach tasks, such as https://*.tasks.example (default: http://*.localhost and the port of --ingress)")
 	f.StringArrayVar(&g.trusted, "trusted-proxy", nil, "network of proxies before the ingress, such as 10.0.0.0/24, whose X-Forwarded-* headers hold; may be repeated")
@@ -55,6 +69,13 @@ func (g *gatewayConfig) flags(f *pflag.FlagSet, tcpPorts string) {
 func (g *gatewayConfig) policy() (schemas.Policy, error) {
 	p := schemas.Policy{MaxTTL: schemas.Duration(g.maxTTL)}
 	for _, what := range g.allow {
+		if name, ok := strings.CutPrefix(what, "cap:"); ok {
+			if !slices.Contains(schemas.Capabilities, name) {
+				return p, fmt.Errorf("--allow cap: must name one of %s", strings.Join(schemas.Capabilities, ", "))
+			}
+			p.AllowCaps = append(p.AllowCaps, name)
+			continue
+		}
 		switch what {
 		case "entrypoint":
 			p.AllowEntrypoint = true
@@ -62,9 +83,13 @@ func (g *gatewayConfig) policy() (schemas.Policy, error) {
 			p.AllowTmpfs = true
 		case "image-user":
 			p.AllowImageUser = true
+		case "mounts":
+			p.AllowMounts = true
+		case "writable-root":
+			p.AllowWritableRoot = true
 		case "none":
 		default:
-			return p, errors.New("--allow must be of entrypoint, tmpfs, image-user, with commas between, or none")
+			return p, errors.New("--allow must be of entrypoint, tmpfs, image-user, mounts, writable-root and cap:NAME, with commas between, or none")
 		}
 	}
 	return p, nil
@@ -74,13 +99,22 @@ func (g *gatewayConfig) check(p *processConfig) error {
 	if g.maxTTL < time.Second {
 		return errors.New("--max-ttl must be at least 1s")
 	}
+	if g.maxPerOwner < 0 {
+		return errors.New("--max-per-owner must not be negative")
+	}
 	for _, name := range g.hosts {
-		if err := gateway.CheckHost(name); err != nil {
+		if err := ops.CheckHost(name); err != nil {
 			return fmt.Errorf("--host %w", err)
 		}
 	}
 	if _, err := g.policy(); err != nil {
 		return err
+	}
+	if _, err := blobSize("--blob-max-size", g.blobMax); err != nil {
+		return err
+	}
+	if g.kindsOnly && g.kinds == "" {
+		return errors.New("--kinds-only goes with --kinds")
 	}
 	if err := p.listens("--http", g.http); err != nil {
 		return err
@@ -198,7 +232,7 @@ func (g *gatewayConfig) endpoints(l listeners) gateway.EndpointAddress {
 	return a
 }
 
-func (p *process) gateway(connect connector, l listeners, g gatewayConfig, retention time.Duration) error {
+func (p *process) gateway(connect connector, l listeners, g gatewayConfig, assets assetConfig, retention time.Duration) error {
 	policy, err := g.policy()
 	if err != nil {
 		return err
@@ -209,9 +243,17 @@ func (p *process) gateway(connect connector, l listeners, g gatewayConfig, reten
 	}
 	cfg := gateway.Config{Policy: policy, Hosts: g.hosts, Retention: retention, Lease: p.config.scaled(defaultLease), Endpoints: g.endpoints(l),
 		Ingress: ingress.Config{TrustedProxies: trusted, PassAuthorization: g.passAuthorization, PrivateCookies: g.private}}
+	if g.kinds != "" {
+		if cfg.Kinds, err = kinds.Open(g.kinds, policy); err != nil {
+			return &hintError{fmt.Errorf("--kinds:\n%w", err), "docs/kinds.md says what these files hold"}
+		}
+		cfg.KindsOnly = g.kindsOnly
+	}
 	if cfg.TCP.From, cfg.TCP.To, err = portRange(g.tcpPorts); err != nil {
 		return err
 	}
+	cfg.BlobMaxSize, _ = blobSize("", g.blobMax) // they were checked
+	cfg.BlobBytes, _ = blobSize("", assets.blobs)
 	cfg.IngressBackends = g.backends
 	if l.ingress != nil {
 		if len(g.backends) == 0 {
@@ -219,12 +261,20 @@ func (p *process) gateway(connect connector, l listeners, g gatewayConfig, reten
 		}
 		cfg.TCP.Host = l.ingress.Addr().(*net.TCPAddr).IP.String()
 	}
-	deps := gateway.Deps{Connect: connect, Listener: l.api, Ingress: l.ingress, Logger: p.logger("gateway"), Metrics: p.registry, Health: p.health, Tracer: p.tracer("gateway")}
+	cfg.MaxPerOwner = g.maxPerOwner
+	templates, err := g.openTemplates(policy)
+	if err != nil {
+		return err
+	}
+	deps := gateway.Deps{Templates: templates, Connect: connect, Listener: l.api, Ingress: l.ingress, Logger: p.logger("gateway"), Metrics: p.registry, Health: p.health, Tracer: p.tracer("gateway")}
 	if g.cert != "" {
 		deps.Certificate = &gateway.CertificateFiles{Certificate: g.cert, Key: g.key}
 		if _, err := tls.LoadX509KeyPair(g.cert, g.key); err != nil {
 			return &hintError{fmt.Errorf("certificate of the ingress: %w", err), "--ingress-cert and --ingress-key with files in PEM that belong together"}
 		}
+	}
+	if templates != nil {
+		p.rereadOn(templates.Poke)
 	}
 	p.health.Add("gateway: nats", notConnectedYet)
 	p.parts = append(p.parts, part{"gateway", "gateway: views", func(ctx context.Context) error { return gateway.Run(ctx, deps, cfg) }})

@@ -11,6 +11,7 @@ require (
 	dayfly.dev/services/gateway v0.0.0-00010101000000-000000000000
 	dayfly.dev/services/placer v0.0.0-00010101000000-000000000000
 	dayfly.dev/services/reaper v0.0.0-00010101000000-000000000000
+	dayfly.dev/shims v0.0.0
 	github.com/google/go-cmp v0.7.0
 	github.com/moby/moby/client v0.6.2
 	github.com/nats-io/nats-server/v2 v2.15.2
@@ -64,6 +65,7 @@ require (
 	github.com/prometheus/client_model v0.6.3 // indirect
 	github.com/prometheus/common v0.72.0 // indirect
 	github.com/prometheus/procfs v0.22.0 // indirect
+	github.com/santhosh-tekuri/jsonschema/v6 v6.0.3 // indirect
 	go.opentelemetry.io/auto/sdk v1.2.1 // indirect
 	go.opentelemetry.io/contrib/instrumentation/net/http/otelhttp v0.70.0 // indirect
 	go.opentelemetry.io/otel v1.47.0 // indirect
@@ -75,6 +77,7 @@ require (
 	go.opentelemetry.io/otel/trace v1.47.0 // indirect
 	go.opentelemetry.io/proto/otlp v1.11.0 // indirect
 	go.yaml.in/yaml/v2 v2.4.4 // indirect
+	go.yaml.in/yaml/v3 v3.0.6 // indirect
 	golang.org/x/crypto v0.58.0 // indirect
 	golang.org/x/net v0.60.0 // indirect
 	golang.org/x/text v0.43.0 // indirect
@@ -95,4 +98,5 @@ replace (
 	dayfly.dev/services/gateway => ../../services/gateway
 	dayfly.dev/services/placer => ../../services/placer
 	dayfly.dev/services/reaper => ../../services/reaper
+	dayfly.dev/shims => ../../shims
 )

@@ -54,7 +54,10 @@ func (c *cli) main(ctx context.Context, args []string) int {
 	root.SetErr(c.err)
 	cmd, err := root.ExecuteContextC(ctx)
 	if err != nil && !*understood {
-		err = &usageError{err: err, command: cmd.CommandPath()}
+		if cmd.Runnable() {
+			err = fmt.Errorf("%w\n  usage: %s", err, cmd.UseLine())
+		}
+		err = &usageError{err, cmd.CommandPath()}
 	}
 	return c.fail(err)
 }
@@ -93,17 +96,17 @@ could not do it, 124 that the time was over, 130 Ctrl-C, 2 a wrong command line.
 		&cobra.Group{ID: "single", Title: "The services, each as a process of its own, and their records:"})
 	for _, cmd := range []*cobra.Command{
 		c.runCommand(), c.psCommand(), c.inspectCommand(), c.logsCommand(), c.eventsCommand(), c.cancelCommand(), c.extendCommand(), c.restartCommand(), c.waitCommand(),
-		c.batchCommand(), c.execCommand(), c.cpCommand(), c.forwardCommand(),
+		c.batchCommand(), c.instanceCommand(), c.attachCommand(), c.execCommand(), c.execsCommand(), c.cpCommand(), c.artifactsCommand(), c.blobCommand(), c.forwardCommand(),
 	} {
 		cmd.GroupID = "tasks"
 		root.AddCommand(cmd)
 	}
-	for _, cmd := range []*cobra.Command{c.upCommand(), c.workersCommand(), c.drainCommand(), c.undrainCommand(), c.topCommand(), c.contextCommand(), c.doctorCommand(), c.versionCommand()} {
+	for _, cmd := range []*cobra.Command{c.upCommand(), c.kindsCommand(), c.workersCommand(), c.drainCommand(), c.undrainCommand(), c.imagesCommand(), c.templatesCommand(), c.topCommand(), c.contextCommand(), c.doctorCommand(), c.versionCommand()} {
 		cmd.GroupID = "site"
 		root.AddCommand(cmd)
 	}
 	for _, cmd := range []*cobra.Command{
-		c.gatewayCommand(), c.placerCommand(), c.agentCommand(), c.reaperCommand(), c.natsCommand(), c.credentialsCommand(),
+		c.gatewayCommand(), c.placerCommand(), c.agentCommand(), c.reaperCommand(), c.natsCommand(), c.shimCommand(), c.credentialsCommand(),
 		c.backupCommand(), c.restoreCommand(),
 	} {
 		cmd.GroupID = "single"

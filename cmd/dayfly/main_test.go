@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -98,7 +100,7 @@ func cmdCode(ts *testscript.TestScript, _ bool, args []string) {
 }
 
 func awaitState(s *clienttest.Server, state schemas.State) error {
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	if !s.Await(ctx.Done(), func(l []schemas.Task) bool { return len(l) > 0 && l[0].State == state }) {
 		return fmt.Errorf("no task became %s", state)
@@ -296,6 +298,89 @@ func TestRunSaysWhyItWaits(t *testing.T) {
 	}
 }
 
+// Whoever waits for a task to run says what it waits for.
+func TestWaitingIsExplained(t *testing.T) {
+	t.Parallel()
+	s := clienttest.Start(t)
+	id := start(t, s, "run", "-d", "--constraint", "zone=moon", "busybox")
+	if got := id.code(t); got != 0 {
+		t.Fatalf("exit code %d", got)
+	}
+	task := string(s.Tasks()[0].ID)
+	for _, args := range [][]string{
+		{"port-forward", task, "0:80"}, {"attach", task}, {"run", "-d", "--wait", "running", "--constraint", "zone=moon", "busybox"},
+	} {
+		t.Run(args[0], func(t *testing.T) {
+			t.Parallel()
+			p := start(t, s, args...)
+			p.err.await(t, "waits: no worker has the labels that it asks for")
+			p.signal(t, os.Interrupt)
+			if got := p.code(t); got != 130 {
+				t.Errorf("exit code %d", got)
+			}
+		})
+	}
+}
+
+// A drain that no placer has confirmed is noted, and is not taken for one that holds.
+func TestDrainThatNobodyConfirms(t *testing.T) {
+	t.Parallel()
+	s := clienttest.Start(t)
+	s.Intercept(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.URL.Path != "/v1/workers/w1/drain" {
+			return false
+		}
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(http.StatusAccepted)
+		fmt.Fprint(w, `{"id": "w1", "state": "draining"}`)
+		return true
+	})
+	p := start(t, s, "drain", "w1")
+	p.out.await(t, "w1\tdraining\t0 tasks left")
+	p.err.await(t, "w1: it is noted, but no placer has confirmed it yet")
+	p.err.await(t, "try: dayfly drain w1 again")
+	if got := p.code(t); got != 125 {
+		t.Errorf("exit code %d", got)
+	}
+}
+
+// A task whose output nobody reads any more is not left behind.
+func TestRunIntoABrokenPipe(t *testing.T) {
+	t.Parallel()
+	s := clienttest.Start(t)
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("dayfly", "run", "busybox", "out:hi", "hold")
+	cmd.Env, cmd.Stdout = append(os.Environ(), "DAYFLY_URL="+s.URL), w
+	_ = r.Close()
+	err = cmd.Run()
+	_ = w.Close()
+	var ee *exec.ExitError
+	if !errors.As(err, &ee) || ee.ExitCode() != 128+int(syscall.SIGPIPE) {
+		t.Error(err)
+	}
+	if got := s.Tasks()[0].State; got != schemas.Canceled {
+		t.Errorf("the task is %s", got)
+	}
+}
+
+// A terminal that is not raw puts a CR before each LF itself.
+func TestNewlines(t *testing.T) {
+	t.Parallel()
+	var b bytes.Buffer
+	w := &newlines{w: &b}
+	for _, part := range []string{"a\r\nb\r", "\nc\r", "d\r\r\n", "e\n"} {
+		if n, err := w.Write([]byte(part)); n != len(part) || err != nil {
+			t.Fatal(n, err)
+		}
+	}
+	if got, want := b.String(), "a\nb\nc\rd\r\ne\n"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
+
 func TestShortIDs(t *testing.T) {
 	t.Parallel()
 	l := []schemas.TaskID{"t-01jd0000000000000000000000", "t-01jd0000001000000000000000", "t-01jd9999990000000000000000"}
@@ -323,8 +408,8 @@ func TestAtLeast(t *testing.T) {
 func TestUpConfig(t *testing.T) {
 	t.Parallel()
 	good := upConfig{
-		processConfig: processConfig{admin: "[::1]:1", scale: 1}, gateway: gatewayConfig{http: defaultHTTP, maxTTL: time.Hour, ingress: "localhost:0"},
-		agent: agentConfig{worker: "w", runtime: "docker"}, assets: assetConfig{logAge: time.Hour},
+		processConfig: processConfig{admin: "[::1]:1", scale: 1}, gateway: gatewayConfig{http: defaultHTTP, maxTTL: time.Hour, ingress: "localhost:0", blobMax: "1GiB"},
+		agent: agentConfig{worker: "w", runtime: "docker", blobCache: "1GiB"}, assets: assetConfig{logAge: time.Hour, blobs: "1GiB"},
 		sync: "always", retention: time.Hour,
 	}
 	if err := good.check(); err != nil {
@@ -346,6 +431,7 @@ func TestUpConfig(t *testing.T) {
 		"a name with a dot":         func(u *upConfig) { u.agent.worker = "a.b" },
 		"sync sometimes":            func(u *upConfig) { u.sync = "sometimes" },
 		"an unknown allow":          func(u *upConfig) { u.gateway.allow = []string{"tmpfs", "root"} },
+		"a capability that is none": func(u *upConfig) { u.gateway.allow = []string{"cap:SYS_ADMIN"} },
 		"a lifetime of zero":        func(u *upConfig) { u.gateway.maxTTL = 0 },
 		"a negative capacity":       func(u *upConfig) { u.agent.slots = -1 },
 		"negative CPUs":             func(u *upConfig) { u.agent.cpus = -1 },

@@ -148,7 +148,7 @@ func (c *cli) nats(ctx context.Context, n natsConfig) error {
 		<-ctx.Done()
 		server.Retire()
 		return nil
-	}})
+	}}, part{"memory", "", natsd.BoundMemory})
 	p.address = func(a *addresses) { a.NATS, a.Routes = server.URL(), server.ClusterURL() }
 	p.up = func(a addresses) string { return fmt.Sprintf("dayfly nats is up: %s, admin %s", a.NATS, a.Admin) }
 	return interruptedIsFine(ctx, p.run(ctx))

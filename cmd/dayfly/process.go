@@ -24,6 +24,7 @@ import (
 // processConfig is what every process that serves is told.
 type processConfig struct {
 	admin               string
+	adminHosts          []string
 	printAddrs          string
 	insecure            bool
 	logLevel, logFormat string
@@ -32,6 +33,7 @@ type processConfig struct {
 
 func (p *processConfig) flags(f *pflag.FlagSet, admin string) {
 	f.StringVar(&p.admin, "admin", admin, "address of /metrics, /healthz, /readyz and /debug/pprof")
+	f.StringSliceVar(&p.adminHosts, "admin-host", nil, "name or address under which the admin port is reached, beside localhost and the address itself; may be repeated")
 	f.StringVar(&p.printAddrs, "print-addrs", "", "write the addresses to this file, as JSON, as soon as it listens")
 	f.BoolVar(&p.insecure, "insecure-listen", false, "listen beyond this machine although there are no API keys yet")
 	f.StringVar(&p.logLevel, "log-level", "info", "debug, info, warn or error")
@@ -45,6 +47,11 @@ func (p *processConfig) check() error {
 	}
 	if _, err := otlp.Wanted(); err != nil {
 		return err
+	}
+	for _, name := range p.adminHosts {
+		if err := ops.CheckHost(name); err != nil {
+			return fmt.Errorf("--admin-host %w", err)
+		}
 	}
 	return p.listens("--admin", p.admin)
 }
@@ -200,7 +207,7 @@ func (p *process) run(ctx context.Context) error {
 	}
 	var all []running
 	parts := append(p.parts, part{"admin", "", func(ctx context.Context) error {
-		return ops.Serve(ctx, p.admin, ops.Admin(p.registry, p.health), p.log)
+		return ops.Serve(ctx, p.admin, ops.Admin(p.registry, p.health, ops.NewHosts(p.config.adminHosts)), p.log)
 	}})
 	for _, one := range parts {
 		// Not gctx: each is stopped in its turn.
@@ -266,15 +273,16 @@ func (p *process) flush() {
 
 // addresses is what --print-addrs writes.
 type addresses struct {
-	Service string `json:"service"`
-	HTTP    string `json:"http,omitempty"`
-	Ingress string `json:"ingress,omitempty"`
-	Admin   string `json:"admin"`
-	NATS    string `json:"nats,omitempty"`
-	Routes  string `json:"routes,omitempty"` // where other NATS servers connect
-	Worker  string `json:"worker,omitempty"`
-	Cluster string `json:"cluster,omitempty"`
-	PID     int    `json:"pid"`
+	Service string            `json:"service"`
+	HTTP    string            `json:"http,omitempty"`
+	Ingress string            `json:"ingress,omitempty"`
+	Admin   string            `json:"admin"`
+	NATS    string            `json:"nats,omitempty"`
+	Routes  string            `json:"routes,omitempty"` // where other NATS servers connect
+	Worker  string            `json:"worker,omitempty"`
+	Cluster string            `json:"cluster,omitempty"`
+	Shims   map[string]string `json:"shims,omitempty"` // by name
+	PID     int               `json:"pid"`
 }
 
 // announce writes the addresses, for scripts: whoever comes early waits in the

@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/signal"
 	"slices"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -18,34 +20,62 @@ import (
 func (c *cli) runCommand() *cobra.Command {
 	var flags taskFlags
 	var detach bool
-	var key, until string
+	var key, until, artifacts, keys string
 	cmd := &cobra.Command{
-		Use:   "run [flags] IMAGE [COMMAND [ARG…]]",
+		Use:   "run [flags] IMAGE [COMMAND [ARG…]] | run [flags] --kind KIND",
 		Short: "Run a task, show its output, and end as it ends",
 		Long: `run asks for a task, shows what it writes while it runs, and exits with its exit
 code. Ctrl-C cancels the task and waits for its end; a second Ctrl-C leaves at once.
+A task whose output nobody reads any more, as in a pipe to head, is canceled too.
+
+With -i the task reads what comes on stdin here, to its end. With -t it is on a terminal;
+with -it that is this one, where Ctrl-C is the program's, and the keys ctrl-p ctrl-q leave
+it running: dayfly attach comes back. After a broken connection, or a restart of the
+worker's agent, it goes on by itself where it was.
+
 With -d it only prints the task's id; with --wait it then waits until the task runs, or
 is ready (has passed its health check), and exits as the task does if it ends before.
 
-Flags for dayfly stand before IMAGE; all after it belongs to the task.`,
+Flags for dayfly stand before IMAGE; all after it belongs to the task. With --kind the
+site makes the task of a payload, and there is no IMAGE; dayfly kinds lists the kinds.`,
 		Example: `  dayfly run busybox echo hi
   dayfly run --ttl 5m -m 128MiB -e LANG=C --file sol.py python:3 python /task/input/sol.py
   echo 1 2 3 | dayfly run -i busybox wc -w
+  echo '{"script": "print(42)"}' | dayfly run --kind python --payload -
+  dayfly run -it --ttl 2h debian bash
   id=$(dayfly run -d --ttl 2h -p web=8080 registry.lan/challenge:1)
   id=$(dayfly run -d --wait ready --health-http 8080/ --ttl 2h nginx)`,
-		Args:              cobra.MinimumNArgs(1),
+		Args:              flags.args,
 		ValidArgsFunction: cobra.NoFileCompletions,
 	}
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		spec, err := flags.spec(cmd.Flags(), c.in, args[0], args[1:])
+		var window *schemas.Window
+		if isTerminal(c.in) {
+			w := c.window()
+			window = &w
+		}
+		spec, err := flags.specOf(cmd.Flags(), c.in, window, args)
 		if err != nil {
 			return &usageError{err, cmd.CommandPath()}
 		}
+		detachKeys, err := readKeys(keys)
 		switch {
+		case err != nil:
+			return &usageError{err, cmd.CommandPath()}
+		case flags.interactive && flags.terminal && !detach && window == nil:
+			return &usageError{errors.New("-it needs a terminal here; leave -t out for a pipe or a file"), cmd.CommandPath()}
 		case !slices.Contains([]string{"", string(client.UntilRunning), string(client.UntilReady)}, until):
 			return &usageError{errors.New("--wait must be running or ready"), cmd.CommandPath()}
 		case until != "" && !detach:
 			return &usageError{errors.New("--wait goes with -d; without it run waits for the end"), cmd.CommandPath()}
+		}
+		if artifacts != "" {
+			if detach {
+				return &usageError{errors.New("--artifacts does not go with -d; dayfly artifacts get has them once the task is over"), cmd.CommandPath()}
+			}
+			if err := mayFill(artifacts); err != nil {
+				return err
+			}
 		}
 		body, err := json.Marshal(spec)
 		if err != nil {
@@ -55,17 +85,25 @@ Flags for dayfly stand before IMAGE; all after it belongs to the task.`,
 		if err != nil {
 			return err
 		}
+		if err := flags.send(cmd.Context(), cl); err != nil {
+			return err
+		}
 		if detach {
 			return c.runDetached(cmd.Context(), cl, body, key, client.Until(until))
 		}
-		r := &runner{cli: c, client: cl, body: body, key: key, stream: c.format == "table"}
+		r := &runner{cli: c, client: cl, body: body, key: key, stream: c.format == "table", artifacts: artifacts}
+		if flags.interactive || flags.terminal {
+			r.joint = &joint{terminal: flags.terminal, input: flags.interactive, keys: detachKeys}
+		}
 		return r.run(cmd.Context())
 	}
 	f := cmd.Flags()
 	f.SetInterspersed(false)
 	flags.register(f)
 	f.BoolVarP(&detach, "detach", "d", false, "print the task's id and leave it running")
+	f.StringVar(&keys, "detach-keys", defaultKeys, "with -it: the keys that leave the task running")
 	f.StringVar(&until, "wait", "", "with -d: wait until the task is running, or ready")
+	f.StringVar(&artifacts, "artifacts", "", "put what the task left in its output folder into this folder, which must be empty or not there")
 	f.StringVar(&key, "idempotency-key", "", "give the same task again when the same is asked for with the same key, for 24 h")
 	for flag, values := range map[string][]string{
 		"on-lost": {"requeue", "fail", "wait"}, "pull": {"missing", "always", "never"}, "priority": {"1", "5", "9"},
@@ -88,9 +126,9 @@ func (c *cli) runDetached(ctx context.Context, cl *client.Client, body []byte, k
 	}
 	switch until {
 	case client.UntilRunning:
-		t, err = patient(cl).WaitRunning(ctx, t.ID)
+		t, err = c.awaited(ctx, patient(cl), t.ID, patient(cl).WaitRunning)
 	case client.UntilReady:
-		t, err = patient(cl).WaitReady(ctx, t.ID)
+		t, err = c.awaited(ctx, patient(cl), t.ID, patient(cl).WaitReady)
 	}
 	if err == nil && c.data() {
 		err = c.printData(t)
@@ -113,7 +151,10 @@ type runner struct {
 	client *client.Client
 	body   []byte
 	key    string
-	stream bool // show the output; else the final task is printed as JSON or id
+	stream bool   // show the output; else the final task is printed as JSON or id
+	joint  *joint // with -i or -t
+
+	artifacts string // the folder for them, if any
 }
 
 // queuedWhy is how long a task may wait for a worker before run says why.
@@ -139,6 +180,10 @@ func (r *runner) run(ctx context.Context) error {
 	}
 	cl := patient(r.client)
 
+	if r.joint != nil {
+		return r.runJoined(ctx, cl, id, sig)
+	}
+	signal.Ignore(syscall.SIGPIPE) // a write says so, and the task is not left behind
 	output := make(chan error, 1)
 	if r.stream {
 		go func() { output <- r.copyLogs(ctx, cl, id) }()
@@ -196,8 +241,18 @@ func (r *runner) run(ctx context.Context) error {
 		case outputErr = <-output:
 			outputDone = true
 			output = nil
+			if errors.Is(outputErr, syscall.EPIPE) && sig == nil && final == nil { // nobody reads it any more
+				sig = syscall.SIGPIPE
+				stop()
+			}
 		case <-late:
 			outputErr, outputDone = errors.New("it did not come in time"), true
+		}
+	}
+	if r.artifacts != "" && final.ArtifactSum != nil {
+		if err := r.saveArtifacts(ctx, cl, *final, r.artifacts); err != nil {
+			message, _ := explain(err)
+			outputErr = errors.Join(outputErr, fmt.Errorf("not all of the artifacts are here: %s", message))
 		}
 	}
 	return r.finish(*final, sig, outputErr)
@@ -276,7 +331,7 @@ func truncation(l *schemas.LogSum) string {
 
 // watch tells how the task gets to run: on a terminal each step, and in any case why
 // it waits once that takes long. It ends when the task runs or has ended.
-func (r *runner) watch(ctx context.Context, cl *client.Client, id schemas.TaskID, progress chan<- string) {
+func (c *cli) watch(ctx context.Context, cl *client.Client, id schemas.TaskID, progress chan<- string) {
 	began := time.Now()
 	send := func(format string, args ...any) {
 		select {
@@ -288,7 +343,7 @@ func (r *runner) watch(ctx context.Context, cl *client.Client, id schemas.TaskID
 		t, err := cl.Get(ctx, id, client.GetOptions{Wait: client.UntilRunning, Timeout: wait})
 		return t, err == nil
 	}
-	chatty := !r.quiet && isTerminal(r.err)
+	chatty := !c.quiet && isTerminal(c.err)
 	t, ok := look(queuedWhy)
 	said := ""
 	for ok {
@@ -301,7 +356,7 @@ func (r *runner) watch(ctx context.Context, cl *client.Client, id schemas.TaskID
 			}
 			return
 		}
-		if line := waits(t); line != said && (chatty || t.State == schemas.Queued) && !r.quiet {
+		if line := waits(t); line != said && (chatty || t.State == schemas.Queued) && !c.quiet {
 			send("%s", line)
 			said = line
 		}
@@ -318,6 +373,33 @@ func (r *runner) watch(ctx context.Context, cl *client.Client, id schemas.TaskID
 			}
 		}
 	}
+}
+
+// tellWaits tells on stderr what watch finds, until the task runs, has ended, or ctx does.
+func (c *cli) tellWaits(ctx context.Context, cl *client.Client, id schemas.TaskID) {
+	progress := make(chan string)
+	go func() {
+		defer close(progress)
+		c.watch(ctx, cl, id, progress)
+	}()
+	for line := range progress {
+		c.tell("  %s", line)
+	}
+}
+
+// awaited is what wait gives, which waits for a task to run. Meanwhile it tells what the task
+// waits for.
+func (c *cli) awaited(ctx context.Context, cl *client.Client, id schemas.TaskID, wait func(context.Context, schemas.TaskID) (schemas.Task, error)) (schemas.Task, error) {
+	told := make(chan struct{})
+	watching, stop := context.WithCancel(ctx)
+	go func() {
+		defer close(told)
+		c.tellWaits(watching, cl, id)
+	}()
+	t, err := wait(ctx, id)
+	stop()
+	<-told
+	return t, err
 }
 
 // waits says in a line what a task that does not run yet is waiting for.

@@ -158,7 +158,7 @@ func (c *cli) gatewayCommand() *cobra.Command {
 			p.up = func(a addresses) string {
 				return fmt.Sprintf("dayfly gateway is up: API %s, admin %s", a.HTTP, a.Admin)
 			}
-			return p.gateway(connect, entries, g, k.retention)
+			return p.gateway(connect, entries, g, k.assets, k.retention)
 		})
 	})
 }
@@ -194,7 +194,7 @@ func (c *cli) reaperCommand() *cobra.Command {
 	check := func() error { return errors.Join(k.check(), r.check()) }
 	return c.serving(cmd, check, func(ctx context.Context) error {
 		return c.service(ctx, "reaper", k, func(p *process, connect connector) error {
-			p.reaper(connect, r, k.retention)
+			p.reaper(connect, r, k.assets, k.retention)
 			return nil
 		})
 	})

@@ -54,6 +54,16 @@ func (c *cli) up(ctx context.Context, u upConfig) (err error) {
 		return err
 	}
 	defer entries.close()
+	u.shims.hosts = u.gateway.hosts
+	shimming, err := u.shims.config()
+	if err != nil {
+		return err
+	}
+	spoken, err := u.shims.open()
+	if err != nil {
+		return err
+	}
+	defer closeShims(spoken)
 	secrets, err := ownCredentials(filepath.Join(u.agent.data, "credentials.json"))
 	if err != nil {
 		return err
@@ -90,15 +100,20 @@ func (c *cli) up(ctx context.Context, u upConfig) (err error) {
 			return conns[name], nil
 		}
 	}
-	if err := p.gateway(own("gateway"), entries, u.gateway, u.retention); err != nil {
+	if err := p.shims(spoken, shimming, gatewayURL(entries.api)); err != nil {
+		return err
+	}
+	if err := p.gateway(own("gateway"), entries, u.gateway, u.assets, u.retention); err != nil {
 		return err
 	}
 	// Nobody else holds this data folder, so an earlier leader of this name is dead.
 	p.placer(own("placer"), "up-"+u.agent.cluster)
 	p.agent(own("agent"), rt, u.agent)
-	p.reaper(own("reaper"), u.reaper, u.retention)
+	p.reaper(own("reaper"), u.reaper, u.assets, u.retention)
+	p.parts = append(p.parts, part{"memory", "", natsd.BoundMemory})
 	p.address = func(a *addresses) {
 		u.gateway.addresses(entries, a)
+		a.shims(spoken)
 		a.NATS, a.Worker, a.Cluster = server.URL(), u.agent.worker, u.agent.cluster
 	}
 	p.up = func(a addresses) string {

@@ -2,7 +2,10 @@ package main
 
 import (
 	"bufio"
+	"context"
+	"crypto/sha256"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -13,8 +16,10 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"dayfly.dev/client"
 	"dayfly.dev/schemas"
 )
 
@@ -27,27 +32,33 @@ type taskFlags struct {
 	cpus                                                  float64
 	pids, gpus, priority, maxAttempts                     int
 	env, envFiles, entrypoint, labels, constraints, files []string
-	tmpfs                                                 []string
-	workdir, user, onLost, pull, stdin                    string
-	interactive                                           bool
+	tmpfs, capAdd                                         []string
+	readOnly                                              bool
+	workdir, user, onLost, pull, stdin, credentials       string
+	interactive, terminal                                 bool
+	kind, payload                                         string
 	restart, healthHTTP                                   string
 	healthTCP                                             int
-	healthCmd, ports                                      []string
+	healthCmd, ports, secrets, secretFiles                []string
+	uploads                                               []*os.File // what the spec names as blobs
 	timeoutQueue, timeoutPull, timeoutStart, timeoutStop  time.Duration
 }
 
 // specFlags says which flag sets which field, for errors about a field.
 var specFlags = []struct{ field, flag string }{
-	{"image", "IMAGE"}, {"command", "CMD"}, {"ttl", "--ttl"}, {"resources.memory", "--memory"}, {"resources.cpus", "--cpus"},
+	{"image", "IMAGE"}, {"kind", "--kind"}, {"payload", "--payload"}, {"command", "CMD"}, {"ttl", "--ttl"}, {"resources.memory", "--memory"}, {"resources.cpus", "--cpus"},
 	{"resources.gpus", "--gpus"}, {"restart", "--restart"}, {"health.http", "--health-http"}, {"health.tcp", "--health-tcp"},
-	{"health.exec", "--health-cmd"}, {"health", "--health-…"}, {"resources.pids", "--pids"}, {"resources.disk", "--disk"}, {"env", "--env"}, {"workdir", "--workdir"}, {"user", "--user"},
+	{"health.exec", "--health-cmd"}, {"health", "--health-…"}, {"resources.pids", "--pids"}, {"resources.disk", "--disk"}, {"env", "--env"}, {"secrets", "--secret"}, {"workdir", "--workdir"}, {"user", "--user"},
 	{"entrypoint", "--entrypoint"}, {"labels", "--label"}, {"constraints", "--constraint"}, {"priority", "--priority"},
-	{"on_lost", "--on-lost"}, {"max_attempts", "--max-attempts"}, {"tmpfs", "--tmpfs"}, {"files", "--file"}, {"stdin", "--stdin"},
-	{"ports", "--port"}, {"pull", "--pull"}, {"timeouts.queue", "--timeout-queue"}, {"timeouts.pull", "--timeout-pull"},
+	{"on_lost", "--on-lost"}, {"max_attempts", "--max-attempts"}, {"tmpfs", "--tmpfs"}, {"read_only", "--read-only"}, {"cap_add", "--cap-add"}, {"files", "--file"}, {"stdin", "--stdin"},
+	{"stdin_open", "-i"}, {"tty", "-t"},
+	{"ports", "--port"}, {"pull", "--pull"}, {"registry_credentials", "--registry-credentials"}, {"timeouts.queue", "--timeout-queue"}, {"timeouts.pull", "--timeout-pull"},
 	{"timeouts.start", "--timeout-start"}, {"timeouts.stop", "--timeout-stop"},
 }
 
 func (t *taskFlags) register(f *pflag.FlagSet) {
+	f.StringVar(&t.kind, "kind", "", "one of the site's kinds, which makes the task of --payload")
+	f.StringVar(&t.payload, "payload", "", "file with the payload of --kind, in JSON; - is standard input")
 	f.DurationVar(&t.ttl, "ttl", 0, "how long it may live once it runs, such as 5m or 2h (default: the server's, 1h)")
 	f.StringVarP(&t.memory, "memory", "m", "", "memory, such as 128MiB or 1g, all its tmpfs and output counted in")
 	f.Float64Var(&t.cpus, "cpus", 0, "processors, such as 0.5")
@@ -56,6 +67,8 @@ func (t *taskFlags) register(f *pflag.FlagSet) {
 	f.StringVar(&t.disk, "disk", "", "size of /task/output")
 	f.StringArrayVarP(&t.env, "env", "e", nil, "set an environment variable: K=V, or K to pass on one's own")
 	f.StringArrayVar(&t.envFiles, "env-file", nil, "read environment variables from a file, one K=V on a line")
+	f.StringArrayVar(&t.secrets, "secret", nil, "set an environment variable that nobody is shown: K to pass on one's own, or K=V")
+	f.StringArrayVar(&t.secretFiles, "secret-file", nil, "put a text that nobody is shown into /task/input: LOCAL or LOCAL:PATH")
 	f.StringVarP(&t.workdir, "workdir", "w", "", "folder to start in")
 	f.StringVar(&t.user, "user", "", `who it runs as: UID:GID, or "image"`)
 	f.StringArrayVar(&t.entrypoint, "entrypoint", nil, "replace the image's entrypoint; repeat for its arguments")
@@ -70,18 +83,64 @@ func (t *taskFlags) register(f *pflag.FlagSet) {
 	f.StringArrayVarP(&t.ports, "port", "p", nil, "let others reach a port of it: [NAME=]PORT[/http|/h2c|/tcp]")
 	f.IntVar(&t.maxAttempts, "max-attempts", 0, "how many workers may try to run it")
 	f.StringArrayVar(&t.tmpfs, "tmpfs", nil, "a further place to write, in memory: PATH=SIZE")
-	f.StringArrayVar(&t.files, "file", nil, "put a file into /task/input: LOCAL or LOCAL:PATH")
+	f.BoolVar(&t.readOnly, "read-only", true, "the image's own folders cannot be written; false where the site allows it")
+	f.StringArrayVar(&t.capAdd, "cap-add", nil, "a capability for root in the container, such as SETUID, where the site allows it; may be repeated")
+	f.StringArrayVar(&t.files, "file", nil, "put a file into /task/input: LOCAL or LOCAL:PATH; a large one is sent as a blob, once for all tasks")
 	f.StringVar(&t.stdin, "stdin", "", "text for its standard input")
-	f.BoolVarP(&t.interactive, "interactive", "i", false, "send what is piped into dayfly as its standard input")
+	f.BoolVarP(&t.interactive, "interactive", "i", false, "keep its standard input open, and send it what comes here")
+	f.BoolVarP(&t.terminal, "tty", "t", false, "run it on a terminal")
 	f.StringVar(&t.pull, "pull", "", "when to pull the image: missing, always or never")
+	f.StringVar(&t.credentials, "registry-credentials", "", "name of the login to pull the image with, as the workers know it")
 	f.DurationVar(&t.timeoutQueue, "timeout-queue", 0, "how long it may wait for a worker")
 	f.DurationVar(&t.timeoutPull, "timeout-pull", 0, "how long pulling the image may take")
 	f.DurationVar(&t.timeoutStart, "timeout-start", 0, "how long the start may take once the image is there")
 	f.DurationVar(&t.timeoutStop, "timeout-stop", 0, "how long it may take to end after TERM, before KILL")
 }
 
-// spec is the JSON to send, as a tree.
-func (t *taskFlags) spec(f *pflag.FlagSet, stdin io.Reader, image string, command []string) (map[string]any, error) {
+// args checks how many words there are: an image at least, and none with --kind.
+func (t *taskFlags) args(cmd *cobra.Command, args []string) error {
+	if t.kind != "" {
+		return cobra.NoArgs(cmd, args)
+	}
+	return cobra.MinimumNArgs(1)(cmd, args)
+}
+
+// specOf is the JSON to send for a command line.
+func (t *taskFlags) specOf(f *pflag.FlagSet, stdin io.Reader, window *schemas.Window, args []string) (map[string]any, error) {
+	if t.kind == "" {
+		if t.payload != "" {
+			return nil, errors.New("--payload goes with --kind")
+		}
+		return t.spec(f, window, args[0], args[1:])
+	}
+	s, err := t.spec(f, window, "", nil)
+	if err != nil {
+		return nil, err
+	}
+	delete(s, "image")
+	s["kind"] = t.kind
+	if t.payload == "" {
+		return s, nil
+	}
+	var b []byte
+	if t.payload == "-" {
+		b, err = io.ReadAll(io.LimitReader(stdin, schemas.MaxBodyBytes+1))
+	} else {
+		b, err = os.ReadFile(t.payload)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("--payload: %w", err)
+	}
+	if !json.Valid(b) {
+		return nil, fmt.Errorf("--payload: %s is not JSON", t.payload)
+	}
+	s["payload"] = json.RawMessage(b)
+	return s, nil
+}
+
+// spec is the JSON to send, as a tree. window is the size of the terminal here, nil if
+// there is none.
+func (t *taskFlags) spec(f *pflag.FlagSet, window *schemas.Window, image string, command []string) (map[string]any, error) {
 	s := map[string]any{"image": image}
 	resources, timeouts, health := map[string]any{}, map[string]any{}, map[string]any{}
 	if len(command) > 0 {
@@ -101,10 +160,13 @@ func (t *taskFlags) spec(f *pflag.FlagSet, stdin io.Reader, image string, comman
 		{"health-cmd", health, "exec", t.healthCmd},
 		{"workdir", s, "workdir", t.workdir},
 		{"user", s, "user", t.user},
+		{"read-only", s, "read_only", t.readOnly},
+		{"cap-add", s, "cap_add", t.capAdd},
 		{"priority", s, "priority", t.priority},
 		{"on-lost", s, "on_lost", t.onLost},
 		{"max-attempts", s, "max_attempts", t.maxAttempts},
 		{"pull", s, "pull", t.pull},
+		{"registry-credentials", s, "registry_credentials", t.credentials},
 		{"stdin", s, "stdin", t.stdin},
 		{"timeout-queue", timeouts, "queue", schemas.Duration(t.timeoutQueue).String()},
 		{"timeout-pull", timeouts, "pull", schemas.Duration(t.timeoutPull).String()},
@@ -183,14 +245,19 @@ func (t *taskFlags) spec(f *pflag.FlagSet, stdin io.Reader, image string, comman
 		return nil, err
 	}
 	if t.interactive {
-		text, err := readStdin(stdin)
-		if err != nil {
-			return nil, err
-		}
 		if f.Changed("stdin") {
 			return nil, errors.New("give --stdin or -i, not both")
 		}
-		s["stdin"] = text
+		s["stdin_open"] = true
+	}
+	if t.terminal {
+		s["tty"] = true
+		if window != nil {
+			s["window"] = map[string]uint16{"rows": window.Rows, "cols": window.Cols}
+		}
+		if _, set := env["TERM"]; !set && os.Getenv("TERM") != "" && window != nil {
+			env["TERM"] = os.Getenv("TERM")
+		}
 	}
 	for field, m := range map[string]map[string]any{
 		"resources": resources, "timeouts": timeouts, "health": health, "env": env, "labels": labels, "constraints": constraints, "tmpfs": tmpfs,
@@ -202,7 +269,43 @@ func (t *taskFlags) spec(f *pflag.FlagSet, stdin io.Reader, image string, comman
 	if len(files) > 0 {
 		s["files"] = files
 	}
+	secrets, err := t.readSecrets()
+	if err != nil {
+		return nil, err
+	}
+	if len(secrets) > 0 {
+		s["secrets"] = secrets
+	}
 	return s, nil
+}
+
+// readSecrets reads what --secret and --secret-file say. One of our own environment that
+// is not set is an error: a task shall not run without its password.
+func (t *taskFlags) readSecrets() (list []map[string]any, err error) {
+	for _, entry := range t.secrets {
+		k, v, ok := strings.Cut(entry, "=")
+		if !ok {
+			if v, ok = os.LookupEnv(k); !ok {
+				return nil, errors.New("--secret K passes on one's own environment variable, and there is no such one; or give K=V")
+			}
+		}
+		list = append(list, map[string]any{"env": k, "value": v})
+	}
+	for _, arg := range t.secretFiles {
+		local, name := arg, ""
+		if i := strings.LastIndexByte(arg, ':'); i > 0 {
+			local, name = arg[:i], arg[i+1:]
+		}
+		if name == "" {
+			name = filepath.Base(local)
+		}
+		text, err := readSecret("--secret-file", nil, local)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, map[string]any{"path": name, "value": text})
+	}
+	return list, nil
 }
 
 // readPorts reads what --port says.
@@ -225,25 +328,6 @@ func readPorts(list []string) (ports []map[string]any, err error) {
 		ports = append(ports, p)
 	}
 	return ports, nil
-}
-
-// readStdin takes what is piped in. A terminal is refused: a task's standard input
-// is complete before it starts.
-func readStdin(in io.Reader) (string, error) {
-	if isTerminal(in) {
-		return "", errors.New("-i sends what is piped in, and here is a terminal; a task has no console yet")
-	}
-	b, err := io.ReadAll(io.LimitReader(in, schemas.MaxBodyBytes+1))
-	if err != nil {
-		return "", fmt.Errorf("read standard input: %w", err)
-	}
-	if len(b) > schemas.MaxBodyBytes {
-		return "", fmt.Errorf("standard input is longer than the %s that a task can carry", schemas.Size(schemas.MaxBodyBytes))
-	}
-	if !utf8.Valid(b) {
-		return "", errors.New("standard input is not text in UTF-8; send it with --file")
-	}
-	return string(b), nil
 }
 
 func pairs(flag string, list []string) (map[string]any, error) {
@@ -298,6 +382,9 @@ func (t *taskFlags) environment() (map[string]any, error) {
 	return env, nil
 }
 
+// inlineMost is how many bytes of files, or of standard input, go with the spec itself.
+const inlineMost = 16 << 10
+
 func (t *taskFlags) readFiles() ([]map[string]any, error) {
 	var files []map[string]any
 	total := int64(0)
@@ -316,20 +403,50 @@ func (t *taskFlags) readFiles() ([]map[string]any, error) {
 		if !info.Mode().IsRegular() {
 			return nil, fmt.Errorf("--file %s is no plain file; name its files one by one", strconv.Quote(local))
 		}
-		if total += info.Size(); total > schemas.MaxBodyBytes {
-			return nil, fmt.Errorf("the files are larger than the %s that a task can carry", schemas.Size(schemas.MaxBodyBytes))
+		f := map[string]any{"path": name}
+		files = append(files, f)
+		if total+info.Size() > inlineMost {
+			file, err := os.Open(local)
+			if err == nil {
+				f["blob"], err = t.upload(file)
+			}
+			if err != nil {
+				return nil, fmt.Errorf("--file: %w", err)
+			}
+			continue
 		}
+		total += info.Size()
 		b, err := os.ReadFile(local)
 		if err != nil {
 			return nil, fmt.Errorf("--file: %w", err)
 		}
-		f := map[string]any{"path": name}
 		if utf8.Valid(b) {
 			f["content"] = string(b)
 		} else {
 			f["base64"] = base64.StdEncoding.EncodeToString(b)
 		}
-		files = append(files, f)
 	}
 	return files, nil
+}
+
+// upload names a file as a blob that is to be sent before the spec.
+func (t *taskFlags) upload(f *os.File) (schemas.BlobID, error) {
+	sum := sha256.New()
+	if _, err := io.Copy(sum, f); err != nil {
+		return "", err
+	}
+	t.uploads = append(t.uploads, f)
+	return schemas.BlobIDOf([sha256.Size]byte(sum.Sum(nil))), nil
+}
+
+// send sends the blobs that the spec names.
+func (t *taskFlags) send(ctx context.Context, cl *client.Client) error {
+	for _, f := range t.uploads {
+		_, _, err := putFile(ctx, cl, f)
+		f.Close()
+		if err != nil {
+			return fmt.Errorf("send %s: %w", filepath.Base(f.Name()), err)
+		}
+	}
+	return nil
 }

@@ -79,6 +79,12 @@ func (c *cli) describe(t schemas.Task) error {
 		}
 	}
 	add("image", "%s", t.Spec.Image)
+	switch {
+	case t.ImageDigest != "":
+		add("image digest", "%s", t.ImageDigest)
+	case t.ImageID != "":
+		add("image id", "%s (no registry has it)", t.ImageID)
+	}
 	if words := append(append([]string{}, t.Spec.Entrypoint...), t.Spec.Command...); len(words) > 0 {
 		for i, w := range words {
 			if w == "" || strings.ContainsAny(w, " \t\n\"'$;&|<>*?") {
@@ -133,6 +139,12 @@ func (c *cli) describe(t schemas.Task) error {
 		add("output", "%s stdout, %s stderr", schemas.Size(l.StdoutBytes), schemas.Size(l.StderrBytes))
 		if l.Truncated {
 			add("", "%s", truncation(l))
+		}
+	}
+	if s := t.ArtifactSum; s != nil {
+		add("artifacts", "%d files, %s", s.Count, schemas.Size(s.Bytes))
+		if s.Truncated {
+			add("", "%s", incomplete(s.Why))
 		}
 	}
 	for _, kv := range pairList(t.Spec.Labels) {
@@ -244,6 +256,9 @@ the longest lifetime that the site allows.`,
 				return err
 			}
 			t, err := cl.Extend(ctx, id, ttl)
+			if e, ok := errors.AsType[*schemas.Error](err); ok && (e.Code == schemas.CodeInvalidValue || e.Code == schemas.CodeNotAllowed) {
+				return &hintError{err, "a shorter TTL"}
+			}
 			if err != nil {
 				return err
 			}
@@ -300,6 +315,9 @@ that did not complete; 124 if --timeout is over first.`,
 			var cancel context.CancelFunc
 			ctx, cancel = context.WithTimeoutCause(ctx, timeout, errTimeout)
 			defer cancel()
+		}
+		if _, err := cl.Get(ctx, ids[0], client.GetOptions{}); err != nil && ctx.Err() == nil {
+			return err // before the patience that a task deserves which was seen alive
 		}
 		var first error
 		for _, id := range ids {

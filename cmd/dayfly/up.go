@@ -24,6 +24,7 @@ type upConfig struct {
 	gateway    gatewayConfig
 	reaper     reaperConfig
 	agent      agentConfig
+	shims      shimConfig
 	assets     assetConfig
 	nats, sync string
 	tls        natsTLS
@@ -90,6 +91,7 @@ Where OTEL_EXPORTER_OTLP_ENDPOINT is set it sends spans there.`,
 	u.reaper.flags(f)
 	u.agent.flags(f)
 	u.assets.flags(f)
+	u.shims.flags(f)
 	u.processConfig.flags(f, defaultAdmin)
 	f.StringVar(&u.nats, "nats", "", "address of the NATS server for other machines' agents; empty: none, it is used in this process only")
 	u.tls.flags(f)
@@ -104,7 +106,7 @@ Where OTEL_EXPORTER_OTLP_ENDPOINT is set it sends spans there.`,
 func (u *upConfig) check() error {
 	for _, err := range []error{
 		u.agent.check(), checkSync(u.sync), u.assets.check(), u.tls.check(), checkRetention(u.retention), u.reaper.check(),
-		u.gateway.check(&u.processConfig), u.processConfig.check(),
+		u.gateway.check(&u.processConfig), u.shims.check(&u.processConfig), u.processConfig.check(),
 	} {
 		if err != nil {
 			return err

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -20,6 +21,7 @@ import (
 	"dayfly.dev/ops"
 	"dayfly.dev/ops/tracing"
 	"dayfly.dev/schemas"
+	"dayfly.dev/services/agent/blobs"
 )
 
 // Config of an agent. DefaultConfig has the values that production uses.
@@ -37,10 +39,17 @@ type Config struct {
 	LogLimit int64         // bytes of log kept of one attempt
 	LogDelay time.Duration // how long log bytes gather before a chunk is sent
 
+	ArtifactLimit int64         // bytes kept of what one attempt leaves in its output folder; 0: nothing is
+	ArtifactTime  time.Duration // how long they may take to be stored, the bus being there
+
 	// Linger is how long an agent that is told to stop waits until what has ended by then is
 	// closed and its containers are removed. The next agent does what is left.
 	Linger      time.Duration
 	MaxSessions int // sessions with tasks at a time; 0: this worker offers none
+
+	BlobCache int64 // bytes on the disk that blobs may take; 0: this worker takes none
+	// Kinds are the only tasks that this worker takes; nil: all, of any kind and of none.
+	Kinds []string
 
 	// ExecKeep is how long a program waits for its client to come back before it is hung
 	// up on, and ExecGrace how long it then has until it is killed.
@@ -53,8 +62,10 @@ func DefaultConfig(w schemas.WorkerID, stateDir string) Config {
 		Worker: w, StateDir: stateDir, Version: "dev",
 		Beat: 5 * time.Second, Lease: 30 * time.Second,
 		HoldBack: 30 * time.Millisecond, LogLimit: 64 << 20, LogDelay: 50 * time.Millisecond,
+		ArtifactLimit: 256 << 20, ArtifactTime: 10 * time.Minute,
 		Linger:      3 * time.Second,
 		MaxSessions: 1024,
+		BlobCache:   10 << 30,
 		ExecKeep:    time.Minute, ExecGrace: 5 * time.Second,
 	}
 }
@@ -97,10 +108,17 @@ func Run(ctx context.Context, deps Deps, cfg Config) error {
 		}
 	}()
 
+	defer a.bulk.Close()
+	closeBlobs, err := a.openBlobs()
+	if err != nil {
+		return err
+	}
+	defer closeBlobs()
 	host, err := a.rt.Host(ctx)
 	if err != nil {
 		return fmt.Errorf("ask the runtime about this host: %w", err)
 	}
+	host.Kinds = cfg.Kinds
 	a.host = host
 	a.metrics.host(deps.Metrics, cfg, host)
 	if err := a.recover(ctx); err != nil {
@@ -118,6 +136,7 @@ func Run(ctx context.Context, deps Deps, cfg Config) error {
 	g, gctx := errgroup.WithContext(a.ctx)
 	g.Go(func() error { return a.beats(gctx) })
 	g.Go(func() error { return a.orders(gctx) })
+	g.Go(func() error { return a.wanted.run(gctx) })
 	if cfg.MaxSessions > 0 {
 		g.Go(func() error { return a.serveSessions(gctx) })
 	}
@@ -139,23 +158,29 @@ type Agent struct {
 	tracer  *tracing.Tracer
 	journal *journal
 	table   *bus.Table[schemas.Beat]
+	wanted  *wanted
 	boot    string
 	host    schemas.Host
+	blobs   *blobs.Cache // nil: this worker takes none
 
+	pulling  atomic.Int32    // attempts whose images are being pulled
 	ctx      context.Context // of the attempts: ends with Run
 	stop     context.CancelCauseFunc
 	attempts sync.WaitGroup
+	uploads  chan struct{} // a place in it is an attempt that stores its artifacts
+	bulk     *bus.Aside    // for blobs and artifacts: beats do not wait behind them
 
-	mu     sync.Mutex
-	epoch  schemas.Epoch               // under mu
-	live   map[schemas.TaskID]*attempt // under mu: not closed
-	over   map[*attempt]struct{}       // under mu: no process is left, and a container may be
-	gpus   map[int]bool                // under mu: the devices that attempts have
-	used   schemas.Allocation          // under mu: by attempts that are not over
-	images map[string]bool             // under mu: references of images that are here
-	beat   bus.Entry[schemas.Beat]     // under mu: the last acknowledged
-	lease  time.Duration               // under mu: its end, on the runtime's clock
-	newest uint64                      // under mu: stream sequence of the newest order handled
+	mu       sync.Mutex
+	epoch    schemas.Epoch               // under mu
+	live     map[schemas.TaskID]*attempt // under mu: not closed
+	over     map[*attempt]struct{}       // under mu: no process is left, and a container may be
+	gpus     map[int]bool                // under mu: the devices that attempts have
+	used     schemas.Allocation          // under mu: by attempts that are not over
+	beat     bus.Entry[schemas.Beat]     // under mu: the last acknowledged
+	lease    time.Duration               // under mu: its end, on the runtime's clock
+	filter   schemas.BlobFilter          // under mu: of the blobs that are here
+	filterOf int                         // under mu: the version of the cache that it is of
+	newest   uint64                      // under mu: stream sequence of the newest order handled
 }
 
 func newAgent(deps Deps, cfg Config) (*Agent, error) {
@@ -179,10 +204,12 @@ func newAgent(deps Deps, cfg Config) (*Agent, error) {
 		metrics: newMetrics(deps.Metrics),
 		table:   bus.NewTable(deps.Conn, schemas.BucketWorkers, beatCodec),
 		live:    map[schemas.TaskID]*attempt{},
-		images:  map[string]bool{},
+		uploads: make(chan struct{}, uploadsAtOnce),
+		bulk:    bus.NewAside(deps.Conn, "bulk"),
 		gpus:    map[int]bool{},
 		over:    map[*attempt]struct{}{},
 	}
+	a.wanted = newWanted(a)
 	if deps.Health != nil {
 		deps.Health.Add("agent: lease", a.checkLease)
 	}
@@ -260,6 +287,7 @@ func (a *Agent) recover(ctx context.Context) error {
 		a.adopt(e, att)
 	}
 	if !sameBoot {
+		a.forgetJudges()
 		return nil // the journal belongs to another life; register begins anew
 	}
 	for _, e := range a.journal.open() {
@@ -267,6 +295,7 @@ func (a *Agent) recover(ctx context.Context) error {
 			a.adopt(e, nil)
 		}
 	}
+	a.forgetJudges()
 	a.epoch = head.Epoch
 	return nil
 }
@@ -278,7 +307,7 @@ func (a *Agent) clear(found Attempt, e entry, closed bool) {
 	if closed {
 		t := &attempt{agent: a, Assignment: e.Assignment, log: a.log, reconnected: a.conn.Reconnected()}
 		safe := offsets{e.Stdout, e.Stderr}
-		_ = (&shipper{t: t, out: found.Output(), sent: safe, safe: safe}).ship(a.ctx)
+		_ = t.newShipper(found.Output(), safe).ship(a.ctx)
 	}
 	a.remove(found)
 }
@@ -303,7 +332,7 @@ func (a *Agent) track(e entry) *attempt {
 		log = log.Str("trace_id", id)
 	}
 	t := &attempt{
-		agent: a, Assignment: e.Assignment, noPermit: e.NoPermit, needs: e.Needs, health: e.Health, gpus: e.GPUs, ctx: ctx, cancel: cancel,
+		agent: a, Assignment: e.Assignment, noPermit: e.NoPermit, needs: e.Needs, health: e.Health, isJudge: e.Judge, gpus: e.GPUs, ctx: ctx, cancel: cancel,
 		revision: e.Revision, applied: e.Applied, closed: make(chan struct{}), dead: make(chan struct{}), removed: make(chan struct{}),
 		safe: offsets{e.Stdout, e.Stderr}, reconnected: a.conn.Reconnected(),
 		trace: e.Trace, log: log.Logger(),

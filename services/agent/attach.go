@@ -73,6 +73,13 @@ func (h *holder) take(a schemas.ExecAttach) schemas.ExecBegin {
 	}
 	e.holder = h
 	h.told = e.fed
+	if e.main != nil {
+		if e.read { // it would hear of the end, and not what was written before that
+			h.end(errGap)
+		}
+		e.placeLocked(a)
+		a.Stdout, a.Stderr = e.out[0].end, e.out[1].end
+	}
 	for i, from := range []int64{a.Stdout, a.Stderr} {
 		o := &e.out[i]
 		h.next[i] = min(max(from, o.begin()), o.end)
@@ -90,6 +97,9 @@ func (h *holder) leave(closed bool) {
 	if e.holder == h {
 		e.holder, e.since = nil, time.Now()
 		e.left = closed || !e.open.Keep
+		if e.main != nil {
+			e.main.Hold(nil)
+		}
 		e.wakeLocked()
 	}
 }
@@ -108,6 +118,10 @@ func (h *holder) send(ctx context.Context) error {
 	b := make([]byte, session.MaxFrame)
 	for {
 		e.mu.Lock()
+		if e.holder != h {
+			e.mu.Unlock()
+			return context.Cause(ctx)
+		}
 		changed, fed, i, n := e.changed, e.fed, 0, 0
 		if e.deaf { // nor will it ever
 			fed = e.taken
@@ -220,11 +234,19 @@ func (h *holder) input(ctx context.Context, f session.Frame) error {
 
 // obey does what a client asks of the program. One that has ended is past asking.
 func (h *holder) obey(c schemas.ExecControl) {
-	p := h.e.program
 	if c.Ack != nil && h.acks {
 		h.acked([2]int64{c.Ack.Stdout, c.Ack.Stderr})
 	}
-	if p == nil {
+	var p interface {
+		Resize(Window) error
+		Signal(syscall.Signal) error
+	}
+	switch {
+	case h.e.main != nil:
+		p = h.e.main
+	case h.e.program != nil:
+		p = h.e.program
+	default:
 		return
 	}
 	if c.End {
@@ -234,7 +256,7 @@ func (h *holder) obey(c schemas.ExecControl) {
 		h.e.mu.Unlock()
 	}
 	if c.Resize != nil {
-		_ = p.Resize(Window(*c.Resize))
+		_ = p.Resize(Window{c.Resize.Rows, c.Resize.Cols})
 	}
 	if sig, ok := signalOf(c.Signal); ok {
 		_ = p.Signal(sig)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -31,6 +32,7 @@ type attempt struct {
 	health    *schemas.Health
 	gpus      []int // of the attempt's goroutine, with reserved
 	recovered bool
+	isJudge   bool
 	trace     string // W3C traceparent of the order
 	log       zerolog.Logger
 
@@ -41,13 +43,16 @@ type attempt struct {
 	dead    chan struct{} // closed once no process of it is left, or ever will be
 	removed chan struct{} // closed when the agent has done with it
 
-	reserved bool   // of the attempt's goroutine: it holds room on the host
-	image    string // of the attempt's goroutine: how its image came
-	exposed  int    // of the attempt's goroutine: the port that its image exposes, if the spec names none
+	reserved bool     // of the attempt's goroutine: it holds room on the host
+	image    string   // of the attempt's goroutine: how its image came
+	pins     []func() // of the attempt's goroutine: let go of its blobs
+	exposed  int      // of the attempt's goroutine: the port that its image exposes, if the spec names none
 
 	// reconnected is of the attempt's goroutine: closed by a reconnect to which the
 	// attempt has not answered yet. It outlives watch, so that none is missed.
 	reconnected <-chan struct{}
+
+	judgement *judgeLog // of the attempt's goroutine, while it is a judge's
 
 	logs *shipper // of the attempt's goroutine; nil before the process was started
 	safe offsets  // of the journal: log bytes that an earlier agent has surely stored
@@ -63,10 +68,13 @@ type attempt struct {
 	restartTo int                     // under mu: a client asked for so many
 	readyRun  int                     // under mu: the run that is ready, counted from 1
 	unhealthy string                  // under mu: why a run was stopped
+	judged    *schemas.JudgeResult    // under mu: of a judge, what has come of it so far
 	deadline  deadline                // under mu: as the newest order says it
 	given     deadline                // under mu: what the process was started with
 	report    schemas.Report          // under mu: what is true, as last said or about to be
 	timer     *time.Timer             // under mu: says it later, or again
+	resolved  *schemas.Resolved       // under mu: which image it is, once known
+	pullSince time.Duration           // under mu: when it first said how far the image is
 	sends     int                     // under mu: reports sent
 	repeats   int                     // under mu: of the present one
 	gone      bool                    // under mu: closed or superseded: nothing more is said
@@ -119,6 +127,18 @@ func (t *attempt) begin(o schemas.Order, before *attempt, journalled error) {
 		t.giveBack("the worker cannot write its journal")
 		return
 	}
+	if o.Spec.Judge != nil {
+		var err error
+		if t.judgement, err = newJudgeLog(t.agent.judgePath(t.Assignment), *o.Spec.Judge); err != nil {
+			t.log.Error().Err(err).Msg("judge")
+			t.giveBack("the worker cannot write down what it judges")
+			return
+		}
+	}
+	if !t.agent.takes(o.Spec.Kind) {
+		t.giveBack(fmt.Sprintf("worker %s does not take tasks of this kind", t.Worker))
+		return
+	}
 	gpus, err := t.agent.reserve(t.needs)
 	if err != nil {
 		t.giveBack(err.Error())
@@ -135,7 +155,7 @@ func (t *attempt) begin(o schemas.Order, before *attempt, journalled error) {
 
 	t.say(schemas.Report{Phase: schemas.PhaseAccepted}, t.agent.cfg.HoldBack)
 	began := t.agent.rt.Now()
-	found, end := t.start(sctx, *o.Spec)
+	found, end := t.start(sctx, *o.Spec, o.Image, o.Blobs)
 	switch {
 	case t.ctx.Err() != nil:
 		// The agent ends or the attempt was superseded. What was started in that very
@@ -168,25 +188,37 @@ func (t *attempt) resume(found Attempt) {
 		t.giveBack("the agent was restarted before the process was started")
 		return
 	}
+	if t.isJudge {
+		var err error
+		if t.judgement, err = openJudgeLog(t.agent.judgePath(t.Assignment)); err != nil {
+			t.log.Error().Err(err).Msg("judge")
+			t.kill(found)
+			t.finish(schemas.End{By: schemas.EndedLost, Message: "the worker has lost what it was to judge"}, true)
+			return
+		}
+	}
 	t.watch(found, t.agent.cfg.HoldBack)
 }
 
 // start makes the image present and the process run. It returns either an attempt
 // or how it ended without one.
-func (t *attempt) start(ctx context.Context, spec schemas.Spec) (Attempt, *schemas.End) {
+func (t *attempt) start(ctx context.Context, spec schemas.Spec, pinned *schemas.Resolved, uses []schemas.BlobUse) (Attempt, *schemas.End) {
 	pull, cancel := context.WithTimeoutCause(ctx, spec.Timeouts.Pull.Std(), &StartError{
-		Reason: schemas.ReasonPullTimeout, Message: fmt.Sprintf("the image was not pulled within %s", spec.Timeouts.Pull)})
+		Reason: schemas.ReasonPullTimeout, Message: fmt.Sprintf("the image and the blobs were not here within %s", spec.Timeouts.Pull)})
 	began := time.Now()
-	var pulled atomic.Bool // word of a pull may come late, and from elsewhere
+	var pulled atomic.Int32 // 1 once it is pulled, 2 when that is over: word of a pull may come late, and from elsewhere
 	span := t.span("image", began)
-	image, err := t.agent.rt.Image(pull, spec, func(said string) {
-		pulled.Store(true)
+	image, err := t.agent.rt.Image(pull, spec, pinned, func(said Progress) {
+		if pulled.CompareAndSwap(0, 1) {
+			t.agent.pulling.Add(1)
+		}
 		t.progress(said)
 	})
 	err = because(pull, err)
-	cancel()
+	defer cancel()
 	t.image = imagePresent
-	if pulled.Load() {
+	if pulled.Swap(2) == 1 {
+		t.agent.pulling.Add(-1)
 		t.image = imagePulled
 	}
 	how := t.image
@@ -199,9 +231,18 @@ func (t *attempt) start(ctx context.Context, spec schemas.Spec) (Attempt, *schem
 	if err != nil {
 		return nil, t.unstarted(ctx, err)
 	}
-	t.agent.have(spec.Image)
+	t.mu.Lock()
+	t.resolved = &schemas.Resolved{ID: image.ID, Digest: image.Digest}
+	t.mu.Unlock()
 	if len(spec.Ports) == 0 {
 		t.exposed = image.Port
+	}
+	paths, err := t.fetchBlobs(pull, uses)
+	if err == nil && t.judgement != nil {
+		err = t.judgement.keep(paths)
+	}
+	if err != nil {
+		return nil, t.unstarted(ctx, err)
 	}
 
 	t.agent.mu.Lock()
@@ -217,7 +258,7 @@ func (t *attempt) start(ctx context.Context, spec schemas.Spec) (Attempt, *schem
 	span = t.span("start", time.Now())
 	found, err := t.agent.rt.Start(span.In(ctx), StartRequest{
 		Assignment: t.Assignment, Spec: spec, Image: image, TimeLeft: left, NoPermit: t.noPermit,
-		Grace: spec.Timeouts.Stop.Std(), LogLimit: t.agent.cfg.LogLimit, GPUs: t.gpus, Within: spec.Timeouts.Start.Std(),
+		Grace: spec.Timeouts.Stop.Std(), LogLimit: t.agent.cfg.LogLimit, GPUs: t.gpus, Blobs: paths, Within: spec.Timeouts.Start.Std(),
 	})
 	span.End(err)
 	if err != nil {
@@ -283,8 +324,23 @@ func (t *attempt) watch(found Attempt, startTook time.Duration) {
 		checks.Go(func() { t.checkHealth(ctx, found, *t.health) })
 	}
 
+	var judged *judging
+	judge := make(chan struct{})
+	if t.judgement != nil {
+		go func() {
+			defer close(judge)
+			judged = t.judge(ctx, found, t.judgement)
+		}()
+	} else {
+		close(judge)
+	}
+	defer func() {
+		endChecks()
+		<-judge
+	}()
+
 	out := found.Output()
-	t.logs = &shipper{t: t, out: out, sent: t.safe, safe: t.safe}
+	t.logs = t.newShipper(out, t.safe)
 	_, ranAgain := found.Run()
 	for ended := false; ; {
 		changed := out.Changed()
@@ -297,7 +353,15 @@ func (t *attempt) watch(found Attempt, startTook time.Duration) {
 			break // the agent ends, or the record has left this attempt
 		}
 		if ended {
-			t.finish(t.outcome(found, out), true)
+			end := t.outcome(found, out)
+			<-judge // it ends with the task
+			if judged != nil {
+				judged.conclude(&end)
+			}
+			if t.judgement == nil && t.keepArtifacts(found, &end) != nil { // what a submission leaves is nobody's
+				break
+			}
+			t.finish(end, true)
 			return
 		}
 		select {
@@ -411,6 +475,7 @@ func (t *attempt) finish(end schemas.End, ran bool) {
 
 // vacate gives back the room on the host, however the attempt ended.
 func (t *attempt) vacate() {
+	t.unpin()
 	if t.reserved {
 		t.reserved = false
 		t.agent.release(t.needs, t.gpus)
@@ -421,6 +486,10 @@ func (t *attempt) vacate() {
 // removes its container.
 func (t *attempt) await() {
 	defer func() {
+		t.judgement.close()
+		if t.isJudge && t.agent.ctx.Err() == nil {
+			_ = os.RemoveAll(t.agent.judgePath(t.Assignment))
+		}
 		t.mu.Lock()
 		found := t.found
 		t.mu.Unlock()
@@ -470,15 +539,23 @@ func (t *attempt) kill(found Attempt) {
 
 // progress says what the worker is doing while the task starts. It may come late, when
 // more than that has been said.
-func (t *attempt) progress(sentence string) {
-	sentence = text(sentence, 256)
+// Each report is a write of the record, so a long pull is told of less often.
+func (t *attempt) progress(p Progress) {
+	sentence := text(p.Sentence, 256)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if r := t.report; r.Phase == schemas.PhaseAccepted && r.Progress != sentence {
-		r.Progress = sentence
-		t.tell(r, time.Second)
+		now := t.agent.rt.Now()
+		if t.pullSince == 0 {
+			t.pullSince = now
+		}
+		r.Progress, r.Pull = sentence, p.Pull
+		t.tell(r, min(max(time.Second, (now-t.pullSince)/10), progressMost))
 	}
 }
+
+// progressMost is the longest pause between two reports of how far an image is.
+const progressMost = 10 * time.Second
 
 // say makes r what is true of the attempt, and sends it after a while: at once if
 // that is zero. What is said meanwhile goes in its place.
@@ -531,6 +608,7 @@ func (t *attempt) send() {
 	}
 	r := t.report
 	r.Assignment, r.Revision, r.Applied = t.Assignment, t.revision, t.applied
+	r.Judge = t.judged
 	if t.found != nil && r.Ran {
 		ran, _ := t.found.StartedFor()
 		r.RanFor = schemas.Duration(ran)
@@ -538,6 +616,7 @@ func (t *attempt) send() {
 		r.Restarts, r.Last = run.Restarts, run.Last
 		r.Ready = t.readyRun == run.Restarts+1 && r.Phase == schemas.PhaseRunning
 	}
+	r.Image = t.resolved
 	r.Restarts = max(r.Restarts, t.restarts) // the record takes no fewer
 	body, err := schemas.Encode(r)
 	if err != nil {

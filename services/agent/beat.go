@@ -12,9 +12,6 @@ import (
 	"dayfly.dev/schemas"
 )
 
-// maxImages is how many image references a beat names.
-const maxImages = 64
-
 // beatCodec knows that the verdict is written over a beat and carries its name, but is
 // not it.
 var beatCodec = bus.JSON(func(b schemas.Beat, op string) bool { return beatOp(b) == op && !b.Lost() })
@@ -198,11 +195,12 @@ func (a *Agent) fill(b *schemas.Beat) {
 			b.Kept = append(b.Kept, t.Task)
 		}
 	}
-	b.Images = b.Images[:0:0]
-	for ref := range a.images {
-		b.Images = append(b.Images, ref)
-	}
+	images := a.rt.Images()
+	b.Images, b.Cache = images.Names, images.Cache
+	b.Wanted, b.Missing, b.Unnamed = a.wanted.missing()
 	b.Host, b.Version = a.host, a.cfg.Version
+	b.Host.Credentials = a.rt.Credentials()
+	a.advertise(b)
 }
 
 // acknowledged keeps an acknowledged beat and lengthens lease and permit: both
@@ -296,17 +294,4 @@ func (a *Agent) dispossessed(ctx context.Context) error {
 		return a.register(ctx)
 	}
 	return fmt.Errorf("worker %s: %w", a.cfg.Worker, ErrNameTaken)
-}
-
-// have remembers that an image is here.
-func (a *Agent) have(ref string) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if len(a.images) >= maxImages && !a.images[ref] {
-		for old := range a.images {
-			delete(a.images, old)
-			break
-		}
-	}
-	a.images[ref] = true
 }

@@ -21,17 +21,17 @@ import (
 // spy is a fake host whose steps a test can hold up.
 type spy struct {
 	*fakeruntime.Runtime
-	image func(ctx context.Context, progress func(string)) error
+	image func(ctx context.Context, progress func(agent.Progress)) error
 	start func(ctx context.Context, req agent.StartRequest, found agent.Attempt) agent.Attempt
 }
 
-func (s *spy) Image(ctx context.Context, spec schemas.Spec, progress func(string)) (agent.Image, error) {
+func (s *spy) Image(ctx context.Context, spec schemas.Spec, pinned *schemas.Resolved, progress func(agent.Progress)) (agent.Image, error) {
 	if s.image != nil {
 		if err := s.image(ctx, progress); err != nil {
 			return agent.Image{}, err
 		}
 	}
-	return s.Runtime.Image(ctx, spec, progress)
+	return s.Runtime.Image(ctx, spec, pinned, progress)
 }
 
 func (s *spy) Start(ctx context.Context, req agent.StartRequest) (agent.Attempt, error) {
@@ -177,7 +177,7 @@ func TestAnExtensionDuringTheStartIsNotLost(t *testing.T) {
 func TestAStopBecauseTimeIsOverSaysSoBeforeTheStartToo(t *testing.T) {
 	b := newBench(t)
 	pulling := make(chan struct{})
-	b.over = &spy{Runtime: b.rt, image: func(ctx context.Context, _ func(string)) error {
+	b.over = &spy{Runtime: b.rt, image: func(ctx context.Context, _ func(agent.Progress)) error {
 		close(pulling)
 		<-ctx.Done()
 		return ctx.Err()
@@ -195,11 +195,11 @@ func TestAStopBecauseTimeIsOverSaysSoBeforeTheStartToo(t *testing.T) {
 func TestWordOfAPullThatComesLateDoesNotUnsayTheEnd(t *testing.T) {
 	b := newBench(t)
 	told := make(chan struct{})
-	b.over = &spy{Runtime: b.rt, image: func(_ context.Context, progress func(string)) error {
+	b.over = &spy{Runtime: b.rt, image: func(_ context.Context, progress func(agent.Progress)) error {
 		begun := make(chan struct{})
 		go func() { // a pull that others wait for tells those too who have just left
 			for i := range 5000 {
-				progress(strconv.Itoa(i))
+				progress(agent.Progress{Sentence: strconv.Itoa(i)})
 				if i == 100 {
 					close(begun)
 				}
@@ -311,7 +311,6 @@ func (b *bench) logBytes(a schemas.Assignment) []byte {
 
 func TestLogsThatTheServerLostAreSentAgainThoughTheTaskEnded(t *testing.T) {
 	b := newBench(t)
-	b.cfg.Lease = 20 * time.Second
 	found := make(chan agent.Attempt, 1)
 	b.over = &spy{Runtime: b.rt, start: func(_ context.Context, _ agent.StartRequest, a agent.Attempt) agent.Attempt {
 		found <- a
@@ -328,6 +327,9 @@ func TestLogsThatTheServerLostAreSentAgainThoughTheTaskEnded(t *testing.T) {
 	if err := os.RemoveAll(msgs); err != nil { // as a server that is killed loses its last milliseconds
 		t.Fatal(err)
 	}
+	// For as long as what is stored counts as safe where the server stays.
+	gone := time.Now()
+	b.until("the server is away for long", func() bool { return time.Since(gone) > 1500*time.Millisecond })
 	task := <-found
 	task.Stop(time.Second) // it says "term", which has to wait for the server
 	<-task.Done()

@@ -27,6 +27,7 @@ type execution struct {
 	task    Attempt
 	open    schemas.ExecOpen
 	program Foreground // nil if it could not be started
+	main    Main       // of the task's own process: then there is no program
 	started time.Duration
 
 	mu       sync.Mutex
@@ -44,6 +45,7 @@ type execution struct {
 	timedOut bool              // under mu
 	exit     *schemas.ExecExit // under mu: the last word, once the output is complete
 	lost     string            // under mu: the last word where there is no exit
+	read     bool              // under mu: of the task's own process: nobody reads on for a client that comes now
 }
 
 // execOutput is the newest part of a stream.
@@ -81,7 +83,7 @@ func (s *sessions) exec(ctx, within context.Context, t Attempt, o schemas.ExecOp
 	}
 	c := Command{Argv: o.Argv, Env: o.Env, Dir: o.Workdir, Stdio: StdioPipes}
 	if o.Terminal != nil {
-		c.Stdio, c.Window = StdioTerminal, Window(*o.Terminal)
+		c.Stdio, c.Window = StdioTerminal, Window{o.Terminal.Rows, o.Terminal.Cols}
 	}
 	p, err := t.Exec(within, c)
 	var fault *StartError
@@ -333,7 +335,7 @@ func (e *execution) tell() schemas.Exec {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	x := schemas.Exec{ID: e.id, Command: e.open.Argv, Terminal: e.open.Terminal != nil, Attached: e.holder != nil,
-		Age: schemas.Duration(e.of.agent.rt.Now() - e.started), Running: e.exit == nil && e.lost == "",
+		Age: schemas.Duration((e.of.agent.rt.Now() - e.started).Round(time.Millisecond)), Running: e.exit == nil && e.lost == "",
 		StdoutBytes: e.out[0].end, StderrBytes: e.out[1].end}
 	if e.exit != nil {
 		x.Exit = &schemas.Exit{Code: e.exit.Code, Signal: e.exit.Signal, TimedOut: e.exit.TimedOut}
@@ -342,7 +344,7 @@ func (e *execution) tell() schemas.Exec {
 }
 
 func tellBackground(b Background, whole bool) schemas.Exec {
-	x := schemas.Exec{ID: schemas.ExecID(b.ID()), Command: b.Command().Argv, Background: true, Running: true, Age: schemas.Duration(b.StartedFor())}
+	x := schemas.Exec{ID: schemas.ExecID(b.ID()), Command: b.Command().Argv, Background: true, Running: true, Age: schemas.Duration(b.StartedFor().Round(time.Millisecond))}
 	select {
 	case <-b.Done():
 		x.Running = false

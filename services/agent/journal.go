@@ -26,6 +26,7 @@ type entry struct {
 	Needs    schemas.Resources `json:"needs,omitzero"`
 	GPUs     []int             `json:"gpus,omitzero"` // the devices that it has
 	Health   *schemas.Health   `json:"health,omitzero"`
+	Judge    bool              `json:"judge,omitzero"`  // it has a judgeLog
 	Stdout   int64             `json:"stdout,omitzero"` // bytes of the log that are surely stored
 	Stderr   int64             `json:"stderr,omitzero"`
 	Closed   bool              `json:"closed,omitzero"`

@@ -42,11 +42,17 @@ type shipper struct {
 	marks []mark
 	safe  offsets
 	last  time.Duration // of the newest acknowledgement, on the runtime's clock
+
+	reconnects uint64 // of the connection over which all since safe was sent
 }
 
 type mark struct {
 	at   time.Duration
 	sent offsets
+}
+
+func (t *attempt) newShipper(out Output, safe offsets) *shipper {
+	return &shipper{t: t, out: out, sent: safe, safe: safe, reconnects: t.agent.conn.Reconnects()}
 }
 
 // ship sends what is new in the log and returns when the bus has all of it, also what a
@@ -82,6 +88,9 @@ func (s *shipper) ship(ctx context.Context) error {
 
 // acknowledged remembers what the bus has by now, and journals what is safe.
 func (s *shipper) acknowledged() {
+	if s.reconnects != s.t.agent.conn.Reconnects() {
+		return // what was sent before may be lost, however long ago that was: rewind follows
+	}
 	now := s.t.agent.rt.Now()
 	s.last = now
 	before := s.safe
@@ -104,6 +113,7 @@ func (s *shipper) rewind() bool {
 	select {
 	case <-s.t.reconnected:
 		s.t.reconnected = s.t.agent.conn.Reconnected()
+		s.reconnects = s.t.agent.conn.Reconnects()
 		s.sent, s.marks = s.safe, nil
 		return true
 	default:
@@ -115,6 +125,9 @@ func (s *shipper) rewind() bool {
 func (s *shipper) settled() time.Duration {
 	if s.sent == s.safe {
 		return 0
+	}
+	if s.reconnects != s.t.agent.conn.Reconnects() {
+		return logSafe
 	}
 	return max(0, s.last+logSafe-s.t.agent.rt.Now())
 }

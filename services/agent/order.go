@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"fmt"
+	"slices"
 
 	"dayfly.dev/bus"
 	"dayfly.dev/ops/tracing"
@@ -62,7 +63,7 @@ func (a *Agent) handle(o schemas.Order, trace string) {
 	t := entry{Assignment: o.Assignment, Revision: o.Revision, Applied: o.Extensions, Trace: trace, At: schemas.Duration(a.rt.Now())}
 	if o.Want == schemas.WantRun && o.Spec != nil {
 		t.NoPermit, t.Needs = o.Spec.OnLost == schemas.OnLostWait, o.Spec.Resources
-		t.Health = o.Spec.Health
+		t.Health, t.Judge = o.Spec.Health, o.Spec.Judge != nil
 		err := a.journal.put(t)
 		live := a.track(t)
 		live.deadline = deadline{left: o.TimeLeft.Std(), at: a.rt.Now(), counting: o.Counting}
@@ -123,6 +124,11 @@ func (a *Agent) update(o schemas.Order, e entry) {
 		delete(a.live, o.Task)
 		t.close()
 	}
+}
+
+// takes says whether this worker takes tasks of the kind, "" for those of none.
+func (a *Agent) takes(kind string) bool {
+	return len(a.cfg.Kinds) == 0 || slices.Contains(a.cfg.Kinds, kind)
 }
 
 // reserve takes room for an attempt, if the host has it: the agent is the last judge

@@ -165,3 +165,35 @@ func Execute(ctx context.Context, a Attempt, c Command, stdout, stderr io.Writer
 	}
 	return p.Exit()
 }
+
+// ErrTorn says that nobody knows how much of a stdin the process was given: an agent was
+// killed in the midst of a write.
+var ErrTorn = errors.New("the worker's agent was killed while it wrote to stdin; how much of that has come is not known")
+
+// Main is what clients that attach to the task's own process share: of a task whose
+// process is on a terminal, or reads what clients write. It outlives the agent, and goes
+// on from one run to the next.
+type Main interface {
+	// Fed is how many bytes of stdin the process was ever given, under earlier agents too.
+	// The error is ErrTorn, or nil.
+	Fed() (int64, error)
+	// Write gives the process the beginning of p and says how much of it. It waits for room.
+	// An error is for good: nobody reads any more, ctx has ended, or stdin is nobody's to write.
+	Write(ctx context.Context, p []byte) (int, error)
+	// CloseInput is the end of stdin, save of a terminal, where Ctrl-D is.
+	CloseInput()
+	// Resize tells the terminal its new size.
+	Resize(Window) error
+	// Signal sends one of the Signals to the main process's group, on a terminal to the one
+	// that has it.
+	Signal(syscall.Signal) error
+	// End is how many bytes of a stream were ever written.
+	End(schemas.Stream) int64
+	// ReadAt reads a stream at the offset, or from the oldest byte behind it that is there, and
+	// says where it has read: in the log, and behind its limit the newest 128 KiB. It
+	// returns io.EOF at the present end. The attempt's Output tells of changes.
+	ReadAt(stream schemas.Stream, p []byte, off int64) (n int, at int64, err error)
+	// Hold says what who reads along has of both streams: behind the log's limit the process
+	// waits for him. nil says that nobody reads along. The array is not changed afterwards.
+	Hold(at *[2]int64)
+}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"time"
 
 	"dayfly.dev/schemas"
@@ -25,10 +26,21 @@ type Runtime interface {
 	// ended. Containers of this worker that no attempt can be made of are removed.
 	Recover(ctx context.Context) ([]Attempt, error)
 
-	// Image makes the task's image present and says which one it is. progress may be
-	// called with a sentence such as "pulling busybox: 3.1 of 12 MiB". An error that is
-	// the image's own fault is a *StartError.
-	Image(ctx context.Context, spec schemas.Spec, progress func(string)) (Image, error)
+	// Image makes the task's image present and says which one it is. pinned is what an
+	// earlier attempt of the task resolved it to, nil if none did: it is that one then,
+	// whatever its name means by now. progress may be called, by this call alone. An error
+	// that is the image's own fault, or its login's, is a *StartError.
+	Image(ctx context.Context, spec schemas.Spec, pinned *schemas.Resolved, progress func(Progress)) (Image, error)
+
+	// Images says which images are present, as last seen. It asks nobody and does not
+	// wait. What it gives never changes.
+	Images() *Images
+
+	// Keep names the images that shall stay, used or not. The last call counts.
+	Keep(images []string)
+
+	// Credentials names the registry credentials that tasks may ask for, in order.
+	Credentials() []string
 
 	// Start creates the container and starts the task's process in it. When it returns
 	// an Attempt the process has been started; when it returns an error nothing of the
@@ -51,6 +63,39 @@ type Runtime interface {
 	Close() error
 }
 
+// Progress is how far an image is.
+type Progress struct {
+	Sentence string        // such as "pulling busybox: 3.1 of 12 MiB"
+	Pull     *schemas.Pull // nil before the registry has said what there is to pull
+}
+
+// Images are those of a host.
+type Images struct {
+	Names []string // as schemas.ImageName has them, those used last first; bounded for a beat
+	Cache schemas.ImageCache
+
+	all map[string]bool
+}
+
+// NewImages takes all names, those used last first.
+func NewImages(names []string, cache schemas.ImageCache) *Images {
+	i := &Images{Cache: cache, all: make(map[string]bool, len(names))}
+	bytes := 0
+	for _, name := range names {
+		if name == "" || i.all[name] {
+			continue
+		}
+		i.all[name] = true
+		if bytes += len(name); len(i.Names) < schemas.MaxBeatImages && bytes <= schemas.MaxBeatImageText {
+			i.Names = append(i.Names, name)
+		}
+	}
+	return i
+}
+
+// Has says whether an image is there, by any of its names.
+func (i *Images) Has(image string) bool { return i.all[schemas.ImageName(image)] }
+
 // Image is an image that is present on the host.
 type Image struct {
 	Ref    string // as the task named it
@@ -65,11 +110,12 @@ type StartRequest struct {
 	Assignment schemas.Assignment
 	Spec       schemas.Spec
 	Image      Image
-	TimeLeft   time.Duration // until the deadline, counted from the start of the process
-	NoPermit   bool          // on_lost: wait
-	Grace      time.Duration // between TERM and KILL when the deadline passes, or the task is unhealthy
-	GPUs       []int         // the devices that are its own, by their numbers on this host
-	LogLimit   int64         // bytes of stdout and stderr together that are kept
+	TimeLeft   time.Duration             // until the deadline, counted from the start of the process
+	NoPermit   bool                      // on_lost: wait
+	Grace      time.Duration             // between TERM and KILL when the deadline passes, or the task is unhealthy
+	GPUs       []int                     // the devices that are its own, by their numbers on this host
+	Blobs      map[schemas.BlobID]string // where those are that the spec names: not to be changed, and there until the attempt has ended
+	LogLimit   int64                     // bytes of stdout and stderr together that are kept
 
 	// Within is how long the start may take from when the host begins with it; 0 is as long
 	// as its ctx. A host that starts a few at a time lets the others wait, and that is not
@@ -131,6 +177,18 @@ type Attempt interface {
 	// rights. Its streams are what package files says.
 	Files(ctx context.Context, r files.Request) (Foreground, error)
 
+	// Stage starts a program of an attempt that is judged (its spec has a Judge): alone, with
+	// three streams, in places to write that are empty and with so much memory beyond what the
+	// container takes without it. The context is of the start alone. ErrBusy says that another
+	// one has not ended yet; ErrUnclean that what one has left cannot be taken away.
+	Stage(ctx context.Context, c Command, memory schemas.Size) (Stage, error)
+
+	// Build makes what the last stage has left in the output folder a read-only part of the
+	// input folder, schemas.BuildFolder. A *BuildError says that there is too much.
+	Build(ctx context.Context) error
+	// Main gives the streams of the task's own process, nil unless the spec is Interactive.
+	Main() Main
+
 	// Done is closed when no process of the attempt is left, its pipes are drained into
 	// Output, and Outcome is known.
 	Done() <-chan struct{}
@@ -150,13 +208,44 @@ type Attempt interface {
 	// Output is what the attempt has written so far.
 	Output() Output
 
+	// OutputFolder opens the folder for artifacts, once Done is closed and until Remove.
+	// After a restart of the agent it may have to wait for it. ErrGone: the folder went with
+	// the container. nil: the attempt has none.
+	OutputFolder(ctx context.Context) (*os.File, error)
+
 	// Remove takes the container and the state folder away. It may be called again
 	// after an error, and ends a running attempt.
 	Remove(ctx context.Context) error
 }
 
+// Stage is a program that runs alone. When it is done no process of it is left.
+type Stage interface {
+	Foreground
+	// Used is what it has used so far, all its processes together: in the end once it is done.
+	Used() StageUse
+}
+
+// StageUse is what a stage has used.
+type StageUse struct {
+	CPU         time.Duration
+	Memory      schemas.Size // the most at a time
+	OutOfMemory bool         // one of its processes was killed for want of memory
+	Thrashing   bool         // it has nearly all that it may use, and spends its time with reading its own code again
+}
+
+// ErrUnclean says that a program has left what cannot be taken away.
+var ErrUnclean = errors.New("what an earlier program has left cannot be taken away")
+
+// BuildError says what is wrong with what a program has left in the output folder.
+type BuildError struct{ Message string }
+
+func (e *BuildError) Error() string { return e.Message }
+
 // ErrOver says that a deadline is over and cannot be moved.
 var ErrOver = errors.New("the deadline is over")
+
+// ErrGone says that the output folder of an attempt is not there any more.
+var ErrGone = errors.New("the output folder went with its container")
 
 // RunState is the present run of the task's process.
 type RunState struct {

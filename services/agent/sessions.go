@@ -39,6 +39,7 @@ type sessions struct {
 	gateways map[string]*schemas.Numbers   // under mu
 	open     int                           // under mu: sessions
 	execs    map[schemas.ExecID]*execution // under mu
+	mains    map[Attempt]*execution        // under mu: of the tasks' own processes
 }
 
 // serveSessions answers gateways until ctx ends.
@@ -60,6 +61,7 @@ func (a *Agent) serveSessions(ctx context.Context) error {
 		keys:     bus.NewTable(conn, schemas.BucketKeys, bus.JSON[schemas.VerifyingKey](nil)),
 		gateways: map[string]*schemas.Numbers{},
 		execs:    map[schemas.ExecID]*execution{},
+		mains:    map[Attempt]*execution{},
 	}
 	defer s.serving.Wait()
 	ctx, cancel := context.WithCancel(ctx)
@@ -95,6 +97,7 @@ func (s *sessions) request(ctx context.Context, m *nats.Msg) {
 			refused = &schemas.Error{Code: schemas.CodeInternal, Detail: "the worker could not do it"}
 		}
 		answer.Code, answer.Message = refused.Code, refused.Detail
+		s.agent.metrics.refused.WithLabelValues(string(refused.Code)).Inc()
 	}
 	b, err := schemas.Encode(answer)
 	if err == nil {
@@ -135,6 +138,7 @@ func (s *sessions) begin(ctx context.Context, m *nats.Msg, answer *schemas.Opene
 		s.done()
 		return nil, err
 	}
+	s.agent.metrics.begun.WithLabelValues(string(o.Kind)).Inc()
 	open := s.agent.metrics.sessions.WithLabelValues(string(o.Kind))
 	open.Inc()
 	return func() {
@@ -170,6 +174,12 @@ func (s *sessions) step(ctx context.Context, t Attempt, o schemas.Open, stream *
 			return nil, err
 		}
 		answer.Exec = e.id
+		return func() { e.serve(ctx, stream, attach) }, nil
+	case o.Kind == schemas.SessionMain:
+		e, err := s.main(ctx, t)
+		if err != nil {
+			return nil, err
+		}
 		return func() { e.serve(ctx, stream, attach) }, nil
 	case o.Kind == schemas.SessionExecs:
 		list, err := s.list(t, attach.ID)

@@ -67,7 +67,7 @@ func TestBadInput(t *testing.T) {
 		"newline in env":      post(`{"image":"a","env":{"A":"`+secret+`\n"}}`, 422, schemas.CodeInvalidValue, "env.A"),
 		"not available":       post(`{"image":"a","network":"egress"}`, 422, schemas.CodeNotAvailable, "network"),
 		"over 1 MiB":          post(`{"image":"a","stdin":"`+strings.Repeat("x", 1<<20)+`"}`, 413, schemas.CodeTooLarge, ""),
-		"spec too large":      post(`{"image":"a","stdin":"`+strings.Repeat("x", 100<<10)+`"}`, 413, schemas.CodeTooLarge, "stdin"),
+		"spec too large":      post(`{"image":"a","command":["`+strings.Repeat("x", 100<<10)+`"]}`, 413, schemas.CodeTooLarge, "command"),
 		"form":                {method: "POST", path: "/v1/tasks", body: spec, header: []string{"Content-Type", "application/x-www-form-urlencoded"}, status: 415, code: schemas.CodeContentType},
 		"text":                {method: "POST", path: "/v1/tasks", body: spec, header: []string{"Content-Type", "text/plain"}, status: 415, code: schemas.CodeContentType},
 		"latin-1":             {method: "POST", path: "/v1/tasks", body: spec, header: []string{"Content-Type", "application/json; charset=latin-1"}, status: 415, code: schemas.CodeContentType},

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -84,17 +85,17 @@ func (g *Gateway) createBatch(w *response, r *http.Request) error {
 }
 
 // createBatchOnce accepts a batch, or gives the one that the key made before.
-func (g *Gateway) createBatchOnce(ctx context.Context, key string, req schemas.BatchRequest, up *upload) (e bus.Entry[schemas.Batch], err error) {
+func (g *Gateway) createBatchOnce(ctx context.Context, key clientKey, req schemas.BatchRequest, up *upload) (e bus.Entry[schemas.Batch], err error) {
 	id, err := schemas.NewBatchID(time.Now(), rand.Reader)
 	if err != nil {
 		return e, err
 	}
-	if key != "" {
-		key = "batch-" + key
-		made, err := g.keys.Create(ctx, key, schemas.IdempotencyEntry{Fingerprint: req.Fingerprint, Batch: id, At: time.Now().UTC()}, "")
+	if key.given != "" {
+		key.stored = "batch-" + key.stored
+		made, err := g.keys.Create(ctx, key.stored, schemas.IdempotencyEntry{Fingerprint: g.fingerprint(key, req.Fingerprint), Batch: id, At: time.Now().UTC()}, "")
 		if errors.Is(err, bus.ErrConflict) {
-			made, err = g.keys.Get(ctx, key)
-			if err == nil && made.Value.Fingerprint != req.Fingerprint {
+			made, err = g.keys.Get(ctx, key.stored)
+			if err == nil && !g.sameRequest(made.Value, key, req.Fingerprint) {
 				return e, &schemas.Error{Status: http.StatusUnprocessableEntity, Code: schemas.CodeKeyReused, Field: "Idempotency-Key",
 					Detail: "this key came before with another batch; use a new key for a new batch"}
 			}
@@ -103,7 +104,7 @@ func (g *Gateway) createBatchOnce(ctx context.Context, key string, req schemas.B
 				if err == nil || !errors.Is(err, bus.ErrNotFound) {
 					return e, readError(err)
 				}
-				if err = nil; time.Since(made.Created) >= g.cfg.KeyGrace {
+				if err = nil; keyAge(made) >= g.cfg.KeyGrace {
 					return e, &schemas.Error{Status: http.StatusGone, Code: schemas.CodeKeyExpired, Field: "Idempotency-Key",
 						Detail: "the batch of this key was never made, or is gone; use a new key"}
 				}
@@ -118,14 +119,16 @@ func (g *Gateway) createBatchOnce(ctx context.Context, key string, req schemas.B
 		id = made.Value.Batch
 	}
 	m := meta("gateway")
-	e, err = g.batches.table.Create(ctx, string(id), schemas.NewBatch(id, req, up.id, up.parts, m), m.Op)
+	b := schemas.NewBatch(id, req, up.id, up.parts, m)
+	b.Blobs = up.blobs
+	e, err = g.batches.table.Create(ctx, string(id), b, m.Op)
 	switch {
 	case err == nil:
 		up.used = true
 		g.batches.observe(e)
 		g.metrics.batches.Inc()
 		g.log.Info().Str("batch", string(id)).Int("items", req.Items).Msg("batch accepted")
-	case errors.Is(err, bus.ErrConflict) && key != "": // somebody with the same key was quicker
+	case errors.Is(err, bus.ErrConflict) && key.given != "": // somebody with the same key was quicker
 		e, err = g.batches.table.Get(ctx, string(id))
 		return e, readError(err)
 	case errors.Is(err, bus.ErrUnknownOutcome):
@@ -141,7 +144,8 @@ type upload struct {
 	parts []int // index of the first item of each
 	part  schemas.BatchPart
 	size  int
-	used  bool // a batch has them
+	used  bool             // a batch has them
+	blobs []schemas.BlobID // that the items name
 }
 
 // read stores the items of a body.
@@ -217,6 +221,9 @@ func (u *upload) check(ctx context.Context, req schemas.BatchRequest) error {
 			}
 			if err == nil {
 				last = spec
+				err = u.checkBlobs(ctx, spec)
+			}
+			if err == nil {
 				continue
 			}
 			var e *schemas.Error
@@ -234,6 +241,33 @@ func (u *upload) check(ctx context.Context, req schemas.BatchRequest) error {
 		}
 	}
 	if len(faults) > 0 {
+		return schemas.InvalidSpec(faults)
+	}
+	return nil
+}
+
+// checkBlobs notes which blobs an item names. They are not collected from here on: the
+// batch's record follows soon, and names them.
+func (u *upload) checkBlobs(ctx context.Context, spec schemas.Spec) error {
+	names, fields := spec.Blobs()
+	sizes := map[schemas.BlobID]schemas.Size{}
+	for i, id := range names {
+		blob, err := u.g.blobs.touch(ctx, id)
+		sizes[id] = blob.Size
+		switch {
+		case errors.Is(err, bus.ErrNotFound):
+			return missingBlob(fields[i])
+		case err != nil:
+			return readError(err)
+		case slices.Contains(u.blobs, id):
+			continue
+		case len(u.blobs) == schemas.MaxBatchBlobs:
+			return &schemas.Error{Status: http.StatusUnprocessableEntity, Code: schemas.CodeInvalidValue, Field: fields[i],
+				Detail: fmt.Sprintf("all items of a batch may name %d blobs together; put files that belong together into one", schemas.MaxBatchBlobs)}
+		}
+		u.blobs = append(u.blobs, id)
+	}
+	if faults := spec.CheckExpected(sizes); len(faults) > 0 {
 		return schemas.InvalidSpec(faults)
 	}
 	return nil

@@ -38,6 +38,30 @@ func (g *Gateway) console(w *response, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	return g.join(w, r, id, o)
+}
+
+// attach is GET /v1/tasks/{id}/attach: a WebSocket that is the streams of the task's own
+// process.
+func (g *Gateway) attach(w *response, r *http.Request) error {
+	id, err := taskID(r)
+	if err != nil {
+		return err
+	}
+	q, err := parseQuery(w, r)
+	if err != nil {
+		return err
+	}
+	a, err := attachOpen(q)
+	if err != nil {
+		return err
+	}
+	a.Newest = !q.has("stdout") && !q.has("stderr")
+	return g.join(w, r, id, schemas.Open{Kind: schemas.SessionMain, Attach: &a})
+}
+
+// join makes the request a WebSocket that is the streams of a program.
+func (g *Gateway) join(w *response, r *http.Request, id schemas.TaskID, o schemas.Open) error {
 	if err := mayUpgrade(r); err != nil {
 		return err
 	}
@@ -46,7 +70,9 @@ func (g *Gateway) console(w *response, r *http.Request) error {
 		return err
 	}
 	defer v.end()
-	w.Header().Set(headerExec, string(v.exec))
+	if v.exec != "" {
+		w.Header().Set(headerExec, string(v.exec))
+	}
 	ws, err := websocket.Accept(w, r, nil)
 	if err != nil { // it has answered
 		return nil
@@ -57,29 +83,36 @@ func (g *Gateway) console(w *response, r *http.Request) error {
 	return nil
 }
 
+// attachOpen reads how the streams are to be taken.
+func attachOpen(q query) (a schemas.ExecAttach, err error) {
+	for name, to := range map[string]*int64{"stdout": &a.Stdout, "stderr": &a.Stderr} {
+		n, e := q.number(name, 0, 0, math.MaxInt)
+		if e != nil {
+			return a, e
+		}
+		*to = int64(n)
+	}
+	a.Acks, err = q.flag("acks")
+	return a, err
+}
+
 // consoleOpen reads what a console is to run, or which one is to be resumed.
 func consoleOpen(q query) (o schemas.Open, err error) {
-	offset := func(name string) (n int64) {
-		var k int
-		if err == nil {
-			k, err = q.number(name, 0, 0, math.MaxInt)
-		}
-		return int64(k)
-	}
+	a, err := attachOpen(q)
+	o.Attach = &a
 	flag := func(name string) (on bool) {
 		if err == nil {
 			on, err = q.flag(name)
 		}
 		return on
 	}
-	o.Attach = &schemas.ExecAttach{Stdout: offset("stdout"), Stderr: offset("stderr"), Acks: flag("acks")}
 	tty, stdin := flag("tty"), flag("stdin")
 	var window schemas.Window
 	for name, to := range map[string]*uint16{"rows": &window.Rows, "cols": &window.Cols} {
 		fallback := map[string]int{"rows": 24, "cols": 80}[name]
 		var n int
 		if err == nil {
-			n, err = q.number(name, fallback, 1, 10_000)
+			n, err = q.number(name, fallback, 1, schemas.MaxWindow)
 		}
 		*to = uint16(n)
 	}

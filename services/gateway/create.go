@@ -78,7 +78,7 @@ func (g *Gateway) createTask(w *response, r *http.Request) error {
 }
 
 // createOnce accepts a task, or gives the one that the key made before.
-func (g *Gateway) createOnce(ctx context.Context, key string, spec schemas.Spec, trace string) (e bus.Entry[record], replayed bool, err error) {
+func (g *Gateway) createOnce(ctx context.Context, key clientKey, spec schemas.Spec, trace string) (e bus.Entry[record], replayed bool, err error) {
 	misfit := g.fleet.misfit(spec)
 	if misfit == nil {
 		misfit = g.ports.misfit(spec)
@@ -87,7 +87,7 @@ func (g *Gateway) createOnce(ctx context.Context, key string, spec schemas.Spec,
 	if err != nil {
 		return e, false, err
 	}
-	if key == "" {
+	if key.given == "" {
 		if misfit != nil {
 			return e, false, misfit
 		}
@@ -95,20 +95,20 @@ func (g *Gateway) createOnce(ctx context.Context, key string, spec schemas.Spec,
 		return e, false, busError(err, id)
 	}
 
-	print, err := fingerprint(spec)
+	plain, err := plainFingerprint(spec)
 	if err != nil {
 		return e, false, err
 	}
 	var made bus.Entry[schemas.IdempotencyEntry]
 	if misfit == nil {
 		op := meta("gateway").Op
-		made, err = g.keys.Create(ctx, key, schemas.IdempotencyEntry{Fingerprint: print, Task: id, At: time.Now().UTC()}, op)
+		made, err = g.keys.Create(ctx, key.stored, schemas.IdempotencyEntry{Fingerprint: g.fingerprint(key, plain), Task: id, At: time.Now().UTC()}, op)
 	} else {
 		err = bus.ErrConflict // a new task is refused, one that was made before is shown
 	}
 	first := err == nil
 	if errors.Is(err, bus.ErrConflict) {
-		made, err = g.keys.Get(ctx, key)
+		made, err = g.keys.Get(ctx, key.stored)
 		if misfit != nil && errors.Is(err, bus.ErrNotFound) {
 			return e, false, misfit
 		}
@@ -121,22 +121,21 @@ func (g *Gateway) createOnce(ctx context.Context, key string, spec schemas.Spec,
 	}
 	id = made.Value.Task
 	if !first {
-		if made.Value.Fingerprint != print {
-			return e, false, &schemas.Error{Status: http.StatusUnprocessableEntity, Code: schemas.CodeKeyReused, Field: "Idempotency-Key",
-				Detail: "this key came before with another task; use a new key for a new task"}
-		}
 		e, err = g.records.Get(ctx, string(id))
-		if err == nil {
-			g.fold(e)
-			return e, true, nil
-		}
-		if !errors.Is(err, bus.ErrNotFound) {
+		if err != nil && !errors.Is(err, bus.ErrNotFound) {
 			return e, false, readError(err)
 		}
-		if misfit != nil {
+		there := err == nil
+		switch gone := !there && keyAge(made) >= g.cfg.KeyGrace; {
+		case !gone && !g.sameRequest(made.Value, key, plain): // it names the task: whoever wants only one waits for that
+			return e, false, &schemas.Error{Status: http.StatusUnprocessableEntity, Code: schemas.CodeKeyReused, Field: "Idempotency-Key", Task: id,
+				Detail: "this key came before with another task; use a new key for a new task"}
+		case there:
+			g.fold(e)
+			return e, true, nil
+		case misfit != nil:
 			return e, false, misfit
-		}
-		if time.Since(made.Created) >= g.cfg.KeyGrace {
+		case gone:
 			return e, false, &schemas.Error{Status: http.StatusGone, Code: schemas.CodeKeyExpired, Field: "Idempotency-Key",
 				Detail: "the task of this key was never made, or is gone; use a new key"}
 		}
@@ -155,17 +154,51 @@ func (g *Gateway) createOnce(ctx context.Context, key string, spec schemas.Spec,
 	return e, false, busError(err, id)
 }
 
+// keyAge is how long ago a key came. After a restore from a backup NATS takes all keys for
+// new, and its task may run where no record tells of it: so what the entry says counts too.
+func keyAge(e bus.Entry[schemas.IdempotencyEntry]) time.Duration {
+	at := e.Created
+	if e.Value.At.Before(at) {
+		at = e.Value.At
+	}
+	return time.Since(at)
+}
+
 // accept stores the record: from then on the task exists, and the placer's view of
 // the records brings it there. batch is whose item it is, or empty; trace is the
 // traceparent of the request, empty for an item: each is a trace of its own.
 func (g *Gateway) accept(ctx context.Context, id schemas.TaskID, spec schemas.Spec, batch schemas.BatchID, trace string) (bus.Entry[record], error) {
 	m := meta("gateway")
-	r := schemas.NewRecord(id, spec, g.cfg.Policy, m)
+	r, err := g.newRecord(ctx, id, spec, g.cfg.Policy, batch, m)
+	if err != nil {
+		return bus.Entry[record]{}, err
+	}
+	return g.acceptRecord(ctx, r, m.Op, trace, schemas.Record{})
+}
+
+// newRecord is the record of a task: of its spec what belongs into blobs has been put there.
+func (g *Gateway) newRecord(ctx context.Context, id schemas.TaskID, spec schemas.Spec, p schemas.Policy, batch schemas.BatchID, m schemas.Meta) (schemas.Record, error) {
+	slim, uses, faults, err := g.blobs.take(ctx, spec, batch != "")
+	if err != nil {
+		return schemas.Record{}, err
+	}
+	if len(faults) > 0 && batch == "" { // an item was looked at before: it fails at its start
+		return schemas.Record{}, schemas.InvalidSpec(faults)
+	}
+	r := schemas.NewRecord(id, slim, p, m)
+	r.Blobs, r.Batch = uses, batch
+	return r, nil
+}
+
+// acceptRecord is accept of a record that the write op made. It gets the TCP ports that
+// former had, where it can: the final task whose place it takes.
+func (g *Gateway) acceptRecord(ctx context.Context, r schemas.Record, op, trace string, former schemas.Record) (bus.Entry[record], error) {
+	id := r.ID
 	span := g.tracer.Start(trace, "accept", tracing.Inner)
 	span.Task(string(id), 0)
-	r.Batch, r.Trace = batch, cmp.Or(trace, span.Traceparent())
+	r.Trace = cmp.Or(trace, span.Traceparent())
 	var err error
-	if r.Public, err = g.ports.take(ctx, id, spec); err != nil {
+	if r.Public, err = g.ports.take(ctx, id, r.Spec, former); err != nil {
 		span.End(err)
 		return bus.Entry[record]{}, err
 	}
@@ -174,7 +207,7 @@ func (g *Gateway) accept(ctx context.Context, id schemas.TaskID, spec schemas.Sp
 		span.End(err)
 		return bus.Entry[record]{}, err
 	}
-	e, err := g.records.Create(ctx, string(id), rec, m.Op)
+	e, err := g.records.Create(ctx, string(id), rec, op)
 	span.End(err)
 	if err != nil {
 		if !errors.Is(err, bus.ErrUnknownOutcome) {
@@ -188,12 +221,16 @@ func (g *Gateway) accept(ctx context.Context, id schemas.TaskID, spec schemas.Sp
 	return e, nil
 }
 
-// idempotencyKey gives the key under which the bucket knows the request, "" if it
-// has none. The client's own word is not stored.
-func idempotencyKey(h http.Header) (string, error) {
+// clientKey is an Idempotency-Key, empty if a request has none.
+type clientKey struct {
+	stored string // the key under which the bucket knows the request
+	given  string // the client's own word, which is not stored
+}
+
+func idempotencyKey(h http.Header) (clientKey, error) {
 	given := h.Values("Idempotency-Key")
 	if len(given) == 0 {
-		return "", nil
+		return clientKey{}, nil
 	}
 	ok := len(given) == 1 && len(given[0]) >= 1 && len(given[0]) <= 255
 	if ok {
@@ -202,21 +239,47 @@ func idempotencyKey(h http.Header) (string, error) {
 		}
 	}
 	if !ok {
-		return "", badHeader("Idempotency-Key", "must be 1 to 255 visible ASCII characters")
+		return clientKey{}, badHeader("Idempotency-Key", "must be 1 to 255 visible ASCII characters")
 	}
 	sum := sha256.Sum256([]byte("tasks\x00" + given[0]))
-	return hex.EncodeToString(sum[:]), nil
+	return clientKey{stored: hex.EncodeToString(sum[:]), given: given[0]}, nil
 }
 
-// fingerprint tells equal requests: of the spec with its defaults filled in, so that
+// plainFingerprint tells equal requests: of the spec with its defaults filled in, so that
 // spaces, the order of fields and spelt-out defaults make no difference.
-func fingerprint(spec schemas.Spec) (string, error) {
+func plainFingerprint(spec schemas.Spec) (string, error) {
 	b, err := schemas.Encode(spec)
 	if err != nil {
 		return "", fmt.Errorf("encode spec: %w", err)
 	}
 	sum := sha256.Sum256(b)
 	return hex.EncodeToString(sum[:]), nil
+}
+
+// fingerprint is what is stored of a plain one, which is a hash of secrets too: who reads
+// it could guess them and test each guess. A backup has the site's key beside it, and so
+// the client's word, which is stored nowhere, is part of it.
+func (g *Gateway) fingerprint(key clientKey, plain string) string {
+	return "keyed:" + g.endpoints.key.Digest("fingerprint", key.given, plain)
+}
+
+// sameRequest says whether the request that made an entry is the one with this key and plain
+// fingerprint. Older gateways stored the plain one.
+func (g *Gateway) sameRequest(made schemas.IdempotencyEntry, key clientKey, plain string) bool {
+	return made.Fingerprint == g.fingerprint(key, plain) || made.Fingerprint == plain
+}
+
+// asWanted gives the task once it has come as far as p says, or p's time is over; e is what
+// it is now. Without a wait that is all.
+func (g *Gateway) asWanted(w *response, r *http.Request, e bus.Entry[record], p patience) (bus.Entry[record], error) {
+	if p.until == "" {
+		return e, nil
+	}
+	w.route += "?wait"
+	if p.satisfied(e.Value.State, e.Value.Ready) {
+		return e, nil
+	}
+	return g.await(r, schemas.TaskID(e.Key), p)
 }
 
 // await waits until the task has come as far as p says, or p's time is over, and

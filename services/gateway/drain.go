@@ -42,6 +42,11 @@ func (g *Gateway) undrain(w *response, r *http.Request) error {
 	})
 }
 
+// drainUnknown is what a client hears of a change that was made, or may have been.
+func drainUnknown(what string) *schemas.Error {
+	return &schemas.Error{Status: http.StatusServiceUnavailable, Code: schemas.CodeUnknownOutcome, Detail: what, RetryAfter: schemas.Duration(time.Second)}
+}
+
 // setDrain makes the change and answers with the worker as it is then.
 func (g *Gateway) setDrain(w *response, r *http.Request, draining bool, change func(ctx context.Context, key string) error) error {
 	id, err := schemas.ParseWorkerID(r.PathValue("id"))
@@ -66,11 +71,13 @@ func (g *Gateway) setDrain(w *response, r *http.Request, draining bool, change f
 	}
 	ctx, cancel := g.onBus(r)
 	defer cancel()
-	if err := change(ctx, string(id)); err != nil {
+	if err := change(ctx, string(id)); errors.Is(err, bus.ErrUnknownOutcome) {
+		return drainUnknown("it may have been noted; send it again")
+	} else if err != nil {
 		return busError(err, "")
 	}
 	if err := g.fleet.drains.Wait(ctx, string(id), func(_ schemas.Drain, _ uint64, there bool) bool { return there == draining }); err != nil {
-		return unavailable()
+		return drainUnknown("it is noted, but this gateway has not heard of it yet; send it again to see what became of it")
 	}
 	g.log.Info().Str("worker", string(id)).Bool("draining", draining).Msg("worker drain")
 	status := http.StatusOK

@@ -86,15 +86,26 @@ func (e *endpoints) load(ctx context.Context, conn *bus.Conn) error {
 	return nil
 }
 
+// label is the first label of the hostname of a port of a task. That of an instance, whose
+// key is given, does not change when another task comes to be it.
+func (e *endpoints) label(id schemas.TaskID, instance, port string) string {
+	if instance != "" {
+		return e.key.InstanceLabel(instance, port)
+	}
+	return e.key.Label(id, port)
+}
+
 // learn remembers the hostnames of a task.
 func (e *endpoints) learn(id schemas.TaskID, it *item) {
 	for _, p := range schemas.ParsePortsHeader(it.ports) {
 		if p.Protocol == schemas.ProtocolTCP {
 			continue
 		}
-		label := e.key.Label(id, p.Name)
+		label := e.label(id, it.instance, p.Name)
 		e.mu.Lock()
-		e.labels[label] = endpoint{id, p.Name}
+		if e.labels[label].task <= id { // an instance's hostname is that of its newest task
+			e.labels[label] = endpoint{id, p.Name}
+		}
 		if e.news != nil {
 			close(e.news)
 			e.news = nil
@@ -109,9 +120,11 @@ func (e *endpoints) forget(id schemas.TaskID, it *item) {
 		return
 	}
 	for _, p := range schemas.ParsePortsHeader(it.ports) {
-		label := e.key.Label(id, p.Name)
+		label := e.label(id, it.instance, p.Name)
 		e.mu.Lock()
-		delete(e.labels, label)
+		if e.labels[label].task == id {
+			delete(e.labels, label)
+		}
 		e.mu.Unlock()
 	}
 }
@@ -153,6 +166,10 @@ func (e *endpoints) of(r schemas.Record) (list []schemas.Endpoint) {
 	if r.State.Final() {
 		return nil
 	}
+	instance := ""
+	if r.Instance != nil {
+		instance = r.Instance.Key()
+	}
 	for _, p := range r.Ports() {
 		if p.Protocol == schemas.ProtocolTCP {
 			if public := r.Public[p.Name]; public != 0 {
@@ -161,7 +178,7 @@ func (e *endpoints) of(r schemas.Record) (list []schemas.Endpoint) {
 			}
 			continue
 		}
-		host := e.key.Label(r.ID, p.Name) + "." + e.at.Domain
+		host := e.label(r.ID, instance, p.Name) + "." + e.at.Domain
 		list = append(list, schemas.Endpoint{Name: p.Name, Protocol: p.Protocol, Host: host, Port: e.at.Port, URL: e.at.url(host)})
 	}
 	return list

@@ -296,10 +296,16 @@ type history struct {
 	ID   schemas.TaskID `json:"id"`
 	Spec struct {
 		Labels map[string]string `json:"labels"`
+		Judge  *struct {
+			Tests []struct{} `json:"tests"`
+		} `json:"judge"`
 	} `json:"spec"`
-	State     schemas.State    `json:"state"`
-	History   []schemas.Change `json:"history"`
-	Forgotten uint64           `json:"forgotten"`
+	Attempt   int                  `json:"attempt"`
+	Worker    schemas.WorkerID     `json:"worker"`
+	Result    *schemas.JudgeResult `json:"result"`
+	State     schemas.State        `json:"state"`
+	History   []schemas.Change     `json:"history"`
+	Forgotten uint64               `json:"forgotten"`
 }
 
 // take holds the events of one record.
@@ -318,6 +324,7 @@ func (e *eventReader) take(m bus.Msg) error {
 	if !e.ask.filter.takesLabels(h.Spec.Labels) {
 		return nil
 	}
+	e.takeJudged(h, m.Sequence)
 	missing := h.Forgotten > e.given
 	rec := schemas.Record{History: h.History}
 	for _, c := range rec.Changes(m.Sequence) {
@@ -344,6 +351,19 @@ func (e *eventReader) take(m bus.Msg) error {
 		e.held = e.held[:keep]
 	}
 	return nil
+}
+
+// takeJudged holds the events of the tests of a judge.
+func (e *eventReader) takeJudged(h history, revision uint64) {
+	if h.Spec.Judge == nil || !e.ask.filter.takesState(schemas.Running) || e.ask.filter.worker != "" && h.Worker != e.ask.filter.worker {
+		return
+	}
+	for _, c := range h.Result.Events(revision, len(h.Spec.Judge.Tests)) {
+		if c.Revision > e.given && (e.cut == 0 || c.Revision < e.cut) {
+			e.held = append(e.held, schemas.TaskEvent{ID: c.Revision, Task: h.ID, At: c.At, State: schemas.Running, By: "reaper", Note: c.JudgeEvent.String(),
+				Attempt: h.Attempt, Worker: h.Worker, Labels: h.Spec.Labels, Judge: &c.JudgeEvent})
+		}
+	}
 }
 
 // sort puts what is held in order, each event once: a record that changes while others

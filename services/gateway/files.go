@@ -75,19 +75,27 @@ func (g *Gateway) putFiles(w *response, r *http.Request) error {
 		err = v.done(w, path, end)
 	}
 	if err != nil {
-		g.failEarly(w, r, err)
+		g.early(w, r, true, func() { g.fail(w, r, err) })
 	}
 	return nil
 }
 
-// failEarly answers a request whose body is perhaps still on its way. A connection that is
+// early answers a request whose body is perhaps still on its way. A connection that is
 // closed with bytes in it is reset, and takes the answer with it: so what the client sends
-// until it has read the answer is taken, for a while.
-func (g *Gateway) failEarly(w *response, r *http.Request, err error) {
+// until it has read the answer is taken, for a while. begun says that some of the body was
+// read: a client that expects our word on it first has had it then.
+func (g *Gateway) early(w *response, r *http.Request, begun bool, answer func()) {
 	control := http.NewResponseController(w)
 	w.Header().Set("Connection", "close")
-	g.fail(w, r, err)
-	if control.Flush() != nil || control.SetReadDeadline(time.Now().Add(5*time.Second)) != nil {
+	answer()
+	if control.Flush() != nil {
+		return
+	}
+	if !begun && r.Header.Get("Expect") != "" { // it waits for our word, and the server would wait for the body
+		_ = control.SetReadDeadline(time.Unix(1, 0))
+		return
+	}
+	if control.SetReadDeadline(time.Now().Add(5*time.Second)) != nil {
 		return
 	}
 	_, _ = io.Copy(io.Discard, r.Body)

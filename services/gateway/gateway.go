@@ -22,6 +22,7 @@ import (
 	"dayfly.dev/ops/tracing"
 	"dayfly.dev/schemas"
 	"dayfly.dev/services/gateway/ingress"
+	"dayfly.dev/services/gateway/kinds"
 	"dayfly.dev/services/gateway/ui"
 )
 
@@ -29,8 +30,11 @@ import (
 type Config struct {
 	Policy schemas.Policy // what tasks may ask for; zero: schemas.DefaultPolicy
 
+	Kinds     *kinds.Folder // of tasks; nil: none
+	KindsOnly bool          // no task without a kind
+
 	// Hosts are names and addresses under which clients reach this gateway, beside localhost,
-	// loopback addresses and the one to which a request came. CheckHost says what one may be.
+	// loopback addresses and the one to which a request came. ops.CheckHost says what one may be.
 	Hosts []string
 
 	WaitMax      time.Duration // longest ?wait=, 60 s
@@ -71,13 +75,24 @@ type Config struct {
 	PortSweep       time.Duration // how often it is checked whose they are, 10 s
 	// PortGrace is how long such a port may belong to a task that nobody knows: its record
 	// may be about to be stored. 1 min.
-	PortGrace time.Duration
+	PortGrace   time.Duration
+	BlobMaxSize int64         // bytes of one blob, 4 GiB
+	BlobBytes   int64         // bytes of all blobs, 20 GiB
+	BlobGrace   time.Duration // the collector's: schemas.BlobGrace
+
+	TemplatesEvery time.Duration // how often the folder of templates is read, 2 s
+	InstanceSweep  time.Duration // how often it is checked that instances and their tasks agree, 10 s
+	MaxPerOwner    int           // instances that one owner may have at a time; 0: any number
+
 	TaskConns int // connections and requests from outside to one task at a time, 256
 }
 
 func (c Config) withDefaults() Config {
-	if c.Policy == (schemas.Policy{}) {
+	if c.Policy.MaxTTL == 0 {
 		c.Policy = schemas.DefaultPolicy()
+	}
+	if c.Kinds != nil {
+		c.Policy.Kinds, c.Policy.KindsOnly = c.Kinds, c.KindsOnly
 	}
 	c.WaitMax = cmp.Or(c.WaitMax, time.Minute)
 	c.MaxFollowers = cmp.Or(c.MaxFollowers, 2048)
@@ -102,7 +117,12 @@ func (c Config) withDefaults() Config {
 	c.Ingress.Domain = c.Endpoints.Domain
 	c.PortSweep = cmp.Or(c.PortSweep, 10*time.Second)
 	c.PortGrace = cmp.Or(c.PortGrace, time.Minute)
+	c.TemplatesEvery = cmp.Or(c.TemplatesEvery, templatesEvery)
+	c.InstanceSweep = cmp.Or(c.InstanceSweep, 10*time.Second)
 	c.TaskConns = cmp.Or(c.TaskConns, 256)
+	c.BlobMaxSize = cmp.Or(c.BlobMaxSize, 4<<30)
+	c.BlobBytes = cmp.Or(c.BlobBytes, schemas.BlobBytes)
+	c.BlobGrace = cmp.Or(c.BlobGrace, schemas.BlobGrace)
 	return c
 }
 
@@ -115,6 +135,8 @@ type Deps struct {
 	Health   *ops.Health           // may be nil
 	Tracer   *tracing.Tracer       // may be nil
 	Listener net.Listener          // of Run
+
+	Templates *Templates // may be nil: there are none; read again while the gateway runs
 
 	// Of Run, each may be nil: where tasks are reached by their hostnames, and the
 	// certificate for it.
@@ -136,13 +158,18 @@ type Gateway struct {
 	records *bus.Table[record]
 	keys    *bus.Table[schemas.IdempotencyEntry]
 	drains  *bus.Table[schemas.Drain]
+	wanted  *bus.Table[schemas.WantedImages]
 
 	deliveries *bus.Table[schemas.Delivery]
 	batches    *batches
+	blobs      *blobs
 	sessions   *sessions
 	endpoints  *endpoints
 	visits     *visits
 	ports      *ports
+	templates  *Templates
+	prepulled  string // of instances.run: the digest of the templates whose images workers are asked to hold
+	instances  *instances
 	ingress    *ingress.Server
 	outside    *ingress.Metrics
 
@@ -152,7 +179,7 @@ type Gateway struct {
 	tally  tally
 	fleet  *fleet
 
-	hosts     hosts
+	hosts     ops.Hosts
 	handler   http.Handler              // of Run
 	page      func() ([]byte, error)    // the docs page
 	ui        func() (*ui.Pages, error) // the pages for people
@@ -165,7 +192,7 @@ type Gateway struct {
 // starts during an outage is not silent.
 func Run(ctx context.Context, deps Deps, cfg Config) error {
 	var open atomic.Pointer[Gateway]
-	away := (&Gateway{log: deps.Logger, hosts: newHosts(cfg.Hosts), ui: sync.OnceValues(ui.New)}).connecting()
+	away := (&Gateway{log: deps.Logger, hosts: ops.NewHosts(cfg.Hosts), ui: sync.OnceValues(ui.New)}).connecting()
 	group, ctx := errgroup.WithContext(ctx)
 	ready := make(chan *Gateway, 1)
 	group.Go(func() error {
@@ -192,6 +219,12 @@ func Run(ctx context.Context, deps Deps, cfg Config) error {
 		ready <- g
 		return g.KeepViews(ctx)
 	})
+	if cfg.Kinds != nil {
+		group.Go(func() error {
+			followKinds(ctx, cfg.Kinds, deps.Logger)
+			return nil
+		})
+	}
 	group.Go(func() error {
 		if deps.Ingress == nil {
 			return nil
@@ -235,19 +268,23 @@ func New(deps Deps, cfg Config) *Gateway {
 		}),
 		keys:       bus.NewTable(deps.Conn, schemas.BucketIdempotency, bus.JSON[schemas.IdempotencyEntry](nil)),
 		drains:     bus.NewTable(deps.Conn, schemas.BucketDrains, bus.JSON[schemas.Drain](nil)),
+		wanted:     bus.NewTable(deps.Conn, schemas.BucketImages, bus.JSON[schemas.WantedImages](nil)),
 		deliveries: newDeliveries(deps.Conn),
 
 		fleet:     newFleet(deps.Conn, cfg.Lease),
 		recent:    newRecent(cfg.CacheBytes),
 		followers: make(chan struct{}, cfg.MaxFollowers),
-		hosts:     newHosts(cfg.Hosts),
+		hosts:     ops.NewHosts(cfg.Hosts),
 		page:      sync.OnceValues(docsPage),
 		ui:        sync.OnceValues(ui.New),
 		tally:     tally{of: map[schemas.State]int{}},
 	}
 	g.newest.look = func() (uint64, error) { return deps.Conn.LastStored(context.Background(), schemas.BucketTasks) }
 	g.batches = newBatches(g)
-	g.metrics = newMetrics(deps.Metrics, g.batches.unfinished)
+	g.blobs = newBlobs(g)
+	g.templates = deps.Templates
+	g.instances = newInstances(g)
+	g.metrics = newMetrics(deps.Metrics, g.batches.unfinished, g.instances.open)
 	g.sessions = newSessions()
 	g.endpoints = newEndpoints(cfg.Endpoints)
 	g.visits = newVisits(cfg.TaskConns)
@@ -256,6 +293,9 @@ func New(deps Deps, cfg Config) *Gateway {
 	g.ingress = ingress.New(cfg.Ingress, router{g}, deps.Logger, g.outside)
 	g.tasks = bus.NewView(deps.Conn, schemas.BucketTasks, g.decodeItem, bus.ViewOptions[*item]{OnChange: g.taskChanged})
 	if deps.Health != nil {
+		if g.templates != nil {
+			deps.Health.Add("gateway: templates", g.templatesHealth)
+		}
 		deps.Health.Add("gateway: nats", func(context.Context) error {
 			if !g.conn.Connected() {
 				return errors.New("not connected")
@@ -286,11 +326,14 @@ func (g *Gateway) KeepViews(ctx context.Context) error {
 	group.Go(func() error { return g.batches.run(ctx) })
 	group.Go(func() error { return g.sessions.run(ctx, g.conn) })
 	group.Go(func() error { return g.ports.run(ctx) })
+	group.Go(func() error { return g.blobs.run(ctx) })
+	group.Go(func() error { return g.instances.run(ctx) })
+	group.Go(func() error { g.followTemplates(ctx); return nil })
 	return group.Wait()
 }
 
 func (g *Gateway) views() []<-chan struct{} {
-	all := []<-chan struct{}{g.tasks.Ready(), g.fleet.beats.Ready(), g.fleet.drains.Ready(), g.batches.view.Ready()}
+	all := []<-chan struct{}{g.tasks.Ready(), g.fleet.beats.Ready(), g.fleet.drains.Ready(), g.batches.view.Ready(), g.instances.view.Ready()}
 	if g.cfg.TCP.size() > 0 {
 		all = append(all, g.ports.view.Ready())
 	}
@@ -322,6 +365,7 @@ func (g *Gateway) taskChanged(c bus.Change[*item]) {
 	g.recent.changed(c.Old, c.New)
 	g.batches.taskChanged(c)
 	g.ports.taskChanged(c)
+	g.instances.taskChanged(c)
 }
 
 // meta is that of one write: by says who wants it.
@@ -329,26 +373,32 @@ func meta(by string) schemas.Meta {
 	return schemas.Meta{At: time.Now().UTC(), By: by, Op: rand.Text()}
 }
 
-// reach waits a moment for NATS to be there.
+// reach waits a moment for NATS to be there, and for the site's key.
 func (g *Gateway) reach(ctx context.Context) error {
-	again, loaded := g.conn.Reconnected(), g.endpoints.loaded
+	again := g.conn.Reconnected()
 	if g.conn.Connected() {
+		again = g.endpoints.loaded
+	}
+	return g.awaited(ctx, again, g.endpoints.loaded)
+}
+
+// awaited waits a moment for what there has to be before a request is answered.
+func (g *Gateway) awaited(ctx context.Context, all ...<-chan struct{}) error {
+	ctx, cancel := context.WithTimeout(ctx, g.cfg.Unavailable)
+	defer cancel()
+	for _, one := range all {
 		select {
-		case <-loaded:
-			return nil
+		case <-one:
+			continue
 		default:
-			again = loaded
+		}
+		select {
+		case <-one:
+		case <-ctx.Done():
+			return unavailable()
 		}
 	}
-	timer := time.NewTimer(g.cfg.Unavailable)
-	defer timer.Stop()
-	select {
-	case <-again:
-		return nil
-	case <-timer.C:
-	case <-ctx.Done():
-	}
-	return unavailable()
+	return nil
 }
 
 // onBus gives the context of work on the bus. The client's leaving does not end

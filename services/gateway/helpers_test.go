@@ -2,6 +2,7 @@ package gateway_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -76,8 +77,16 @@ func newStore(t testing.TB) *world {
 // newAPI starts a gateway over an own connection.
 func newAPI(t testing.TB, c *bus.Conn, cfg gateway.Config) api {
 	t.Helper()
+	return newAPIOf(t, c, cfg, nil)
+}
+
+// newAPIOf is newAPI with templates.
+func newAPIOf(t testing.TB, c *bus.Conn, cfg gateway.Config, templates *gateway.Templates) api {
+	t.Helper()
+	// However busy the machine is: tests of what happens without the bus say how long.
+	cfg.Unavailable, cfg.OpTimeout = cmp.Or(cfg.Unavailable, 20*time.Second), cmp.Or(cfg.OpTimeout, 20*time.Second)
 	a := api{TB: t, logs: &buffer{}, health: ops.NewHealth(), reg: prometheus.NewRegistry()}
-	a.g = gateway.New(gateway.Deps{Conn: c, Logger: zerolog.New(a.logs), Metrics: a.reg, Health: a.health}, cfg)
+	a.g = gateway.New(gateway.Deps{Conn: c, Logger: zerolog.New(a.logs), Metrics: a.reg, Health: a.health, Templates: templates}, cfg)
 	ctx, cancel := context.WithCancel(context.Background())
 	var done sync.WaitGroup
 	done.Go(func() {
@@ -120,7 +129,7 @@ func (b *buffer) String() string {
 }
 
 func deadline(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -130,7 +139,7 @@ func until(t testing.TB, what string, fact func() bool) {
 	t.Helper()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
-	end := time.After(15 * time.Second)
+	end := time.After(time.Minute)
 	for !fact() {
 		select {
 		case <-tick.C:

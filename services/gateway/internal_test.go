@@ -16,12 +16,13 @@ import (
 	"github.com/rs/zerolog"
 
 	"dayfly.dev/bus"
+	"dayfly.dev/ops"
 	"dayfly.dev/schemas"
 )
 
 func TestAPanicIsAnAnswerWithoutItsValue(t *testing.T) {
 	var log bytes.Buffer
-	g := &Gateway{log: zerolog.New(&log), metrics: newMetrics(nil, nil), hosts: newHosts(nil)}
+	g := &Gateway{log: zerolog.New(&log), metrics: newMetrics(nil, nil, nil), hosts: ops.NewHosts(nil)}
 	h := g.guard(g.route("/x", methods{"GET": {handle: func(*Gateway, *response, *http.Request) error { panic("hunter2") }}}))
 	rec := httptest.NewRecorder()
 	h.ServeHTTP(rec, httptest.NewRequest("GET", "http://localhost/x", nil))

@@ -57,10 +57,11 @@ func document(t *testing.T) []byte {
 	}
 	paths := object{}
 	for _, o := range operations() {
-		if paths[o.path] == nil {
-			paths[o.path] = object{}
+		path := strings.ReplaceAll(o.path, "...}", "}")
+		if paths[path] == nil {
+			paths[path] = object{}
 		}
-		paths[o.path].(object)[strings.ToLower(o.method)] = g.operation(o)
+		paths[path].(object)[strings.ToLower(o.method)] = g.operation(o)
 	}
 	for _, v := range []any{schemas.LogLine{}, schemas.TaskEvent{}, schemas.ExecControl{}, schemas.FilesSkipped{}, problem{}} {
 		g.schema(reflect.TypeOf(v))
@@ -85,7 +86,7 @@ func document(t *testing.T) []byte {
 	return append(text, '\n')
 }
 
-var inPath = regexp.MustCompile(`\{(\w+)\}`)
+var inPath = regexp.MustCompile(`\{(\w+)(?:\.\.\.)?\}`)
 
 func (g *generator) operation(o operation) object {
 	var params []any
@@ -97,11 +98,19 @@ func (g *generator) operation(o operation) object {
 			of = reflect.TypeFor[schemas.BatchID]()
 		}
 		schema := g.schema(of)
-		if m[1] == "exec" {
-			schema = g.schema(reflect.TypeFor[schemas.ExecID]())
-		}
-		if m[1] == "port" {
+		switch m[1] {
+		case "template":
+			schema = object{"type": "string", "pattern": "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"}
+		case "owner":
+			schema = object{"type": "string", "minLength": 1, "maxLength": schemas.MaxOwnerBytes}
+		case "name":
+			schema = object{"type": "string", "description": "With its slashes."}
+		case "sha256":
+			schema = object{"type": "string", "pattern": "^(sha256:)?[0-9a-f]{64}$"}
+		case "port":
 			schema = object{"type": "integer", "minimum": 1, "maximum": 65535}
+		case "exec":
+			schema = g.schema(reflect.TypeFor[schemas.ExecID]())
 		}
 		params = append(params, object{"name": m[1], "in": "path", "required": true, "schema": schema})
 	}
@@ -120,7 +129,7 @@ func (g *generator) operation(o operation) object {
 		op["parameters"] = params
 	}
 	if o.body != nil {
-		op["requestBody"] = object{"required": true, "content": object{"application/json": object{"schema": g.schema(reflect.TypeOf(o.body))}}}
+		op["requestBody"] = object{"required": !o.bodyOptional, "content": object{"application/json": object{"schema": g.schema(reflect.TypeOf(o.body))}}}
 	}
 	if len(o.kinds) > 0 {
 		content := object{}
@@ -186,6 +195,7 @@ var words = map[reflect.Type]object{
 	reflect.TypeFor[schemas.CPUs]():      {"type": "number"},
 	reflect.TypeFor[schemas.Reason]():    {"type": "string"},
 	reflect.TypeFor[schemas.Code]():      {"type": "string"},
+	reflect.TypeFor[schemas.RawJSON]():   {},
 	reflect.TypeFor[jsontext.Value]():    {},
 	reflect.TypeFor[map[string]any]():    {"type": "object"},
 	reflect.TypeFor[map[string]string](): {"type": "object", "additionalProperties": object{"type": "string"}},
@@ -249,7 +259,7 @@ func (g *generator) form(t reflect.Type) object {
 }
 
 // optional are fields that are always written and need not be given.
-var optional = []string{"Timeouts.Stop", "LogSum.Truncated"}
+var optional = []string{"Timeouts.Stop", "LogSum.Truncated", "ArtifactSum.Truncated"}
 
 func (g *generator) properties(t reflect.Type, into object, required *[]string) {
 	for i := range t.NumField() {

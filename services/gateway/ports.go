@@ -57,7 +57,7 @@ type publicPort struct {
 }
 
 func newPorts(g *Gateway, within PortRange) *ports {
-	p := &ports{g: g, within: within, table: bus.NewTable(g.conn, schemas.BucketPorts, bus.JSON[schemas.PortLease](nil)),
+	p := &ports{g: g, within: within, table: bus.NewTable(g.conn, schemas.BucketPorts, bus.JSON(func(l schemas.PortLease, op string) bool { return l.Op == op })),
 		over: make(chan schemas.TaskID, 1024), orphan: map[int]time.Time{}, open: map[int]*publicPort{}}
 	p.view = bus.NewView(g.conn, schemas.BucketPorts, func(_ string, _ nats.Header, data []byte) (l schemas.PortLease, err error) {
 		return l, schemas.Decode(data, &l)
@@ -147,8 +147,9 @@ func noPorts() *schemas.Error {
 		Detail: "all TCP ports of this site are taken; wait until a task with one ends, or its operator widens --tcp-ports"}
 }
 
-// take gives a task its ports, and none if it cannot have all.
-func (p *ports) take(ctx context.Context, id schemas.TaskID, spec schemas.Spec) (map[string]int, error) {
+// take gives a task its ports, and none if it cannot have all: those of former, the task
+// that was final and whose place it takes, while nobody else has them.
+func (p *ports) take(ctx context.Context, id schemas.TaskID, spec schemas.Spec, former schemas.Record) (map[string]int, error) {
 	if tcpPorts(spec) == 0 {
 		return nil, nil
 	}
@@ -161,11 +162,16 @@ func (p *ports) take(ctx context.Context, id schemas.TaskID, spec schemas.Spec) 
 		return nil, unavailable()
 	}
 	taken := map[string]int{}
+	var err error
 	for _, port := range spec.Ports {
 		if port.Protocol != schemas.ProtocolTCP {
 			continue
 		}
-		n, err := p.takeOne(ctx, schemas.PortLease{Task: id, Name: port.Name})
+		lease := schemas.PortLease{Task: id, Name: port.Name, Op: meta("gateway").Op}
+		n := former.Public[port.Name]
+		if n < p.within.From || n > p.within.To || !p.keep(ctx, n, lease, former.ID) {
+			n, err = p.takeOne(ctx, lease)
+		}
 		if err != nil {
 			p.give(ctx, id, taken)
 			return nil, err
@@ -173,6 +179,26 @@ func (p *ports) take(ctx context.Context, id schemas.TaskID, spec schemas.Spec) 
 		taken[port.Name] = n
 	}
 	return taken, nil
+}
+
+// keep takes a port that a final task had, if it has it still or nobody does.
+func (p *ports) keep(ctx context.Context, n int, lease schemas.PortLease, former schemas.TaskID) bool {
+	key := strconv.Itoa(n)
+	e, err := p.table.Get(ctx, key)
+	switch {
+	case err == nil && e.Value.Task == former && e.Value.Name == lease.Name:
+		e, err = p.table.Replace(ctx, e, lease, lease.Op) // whoever frees it sees that it is another's
+	case errors.Is(err, bus.ErrNotFound) && p.listen(n, lease):
+		if e, err = p.table.Create(ctx, key, lease, lease.Op); err != nil {
+			p.unlisten(n, lease)
+		}
+	default:
+		return false
+	}
+	if err == nil {
+		p.view.Observe(key, lease, e.Revision)
+	}
+	return err == nil
 }
 
 // takeOne tries the ports in an order of chance: one that was freed just now is not the
@@ -187,7 +213,7 @@ func (p *ports) takeOne(ctx context.Context, lease schemas.PortLease) (int, erro
 		if !p.listen(n, lease) {
 			continue
 		}
-		e, err := p.table.Create(ctx, strconv.Itoa(n), lease, "")
+		e, err := p.table.Create(ctx, strconv.Itoa(n), lease, lease.Op)
 		if err == nil {
 			p.view.Observe(e.Key, lease, e.Revision)
 			return n, nil

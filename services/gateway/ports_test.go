@@ -8,10 +8,12 @@ import (
 	"net/http"
 	"slices"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
 	"dayfly.dev/bus"
+	"dayfly.dev/bus/natsd"
 	"dayfly.dev/bus/natstest"
 	"dayfly.dev/schemas"
 	"dayfly.dev/services/gateway"
@@ -101,6 +103,41 @@ func TestPortsOfNoTaskAreSwept(t *testing.T) {
 	}
 }
 
+// Two gateways make the task of one key, and want the same port for it: one has it, and the
+// other does not give it back.
+func TestAPortIsOfOneGatewaysTask(t *testing.T) {
+	within := portRange(t, 1)
+	w := newWorld(t, gateway.Config{TCP: within})
+	p := newProxy(t, strings.TrimPrefix(w.nats.URL(), "nats://"))
+	conn, err := bus.Connect(deadline(t), bus.Config{Name: "proxied", URL: "nats://" + p.addr, User: natsd.CoreUser, Password: natstest.Password})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(conn.Close)
+	slow := newAPI(t, conn, gateway.Config{OpTimeout: 20 * time.Second, TCP: gateway.PortRange{Host: "127.0.0.2", From: within.From, To: within.To}})
+	until(t, "it is ready", func() bool { return slow.get("/v1/tasks").status == 200 })
+	lease := "PUB $KV." + schemas.BucketPorts + "."
+	p.hold.Store(&lease)
+	late := make(chan reply)
+	go func() {
+		r, err := slow.try("POST", "/v1/tasks", withPort, "Idempotency-Key", "k")
+		if err != nil {
+			t.Error(err)
+		}
+		late <- r
+	}()
+	<-p.held
+	task := w.create(withPort, "Idempotency-Key", "k")
+	close(p.release)
+	(<-late).want(t, 503, schemas.CodeNoPorts)
+	if e, err := w.leases().Get(deadline(t), strconv.Itoa(within.From)); err != nil || e.Value.Task != task.ID {
+		t.Errorf("the port of %s: %+v (%v)", task.ID, e.Value, err)
+	}
+	if again := slow.create(withPort, "Idempotency-Key", "k"); again.ID != task.ID {
+		t.Errorf("%s, and %s", task.ID, again.ID)
+	}
+}
+
 // A port that something else has is not given.
 func TestPortsOfOthersAreNotGiven(t *testing.T) {
 	within := portRange(t, 3)
@@ -151,6 +188,15 @@ func TestHostnamesAreTheSameEverywhere(t *testing.T) {
 		w.do("DELETE", "/v1/tasks/"+string(early.ID), "")
 	}
 	task := w.create(`{"image":"a","ports":[{"name":"web","port":80}]}`)
+	key, err := bus.NewTable(natstest.Connect(t, w.nats), schemas.BucketKeys, bus.JSON[schemas.HostnameKey](nil)).Get(t.Context(), schemas.KeyHostnames)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for port, want := range map[string]schemas.Code{"web": schemas.CodeStarting, "80": schemas.CodeNotFound, "81": schemas.CodeNotFound, "": schemas.CodeNotFound} {
+		if res := ask(key.Value.Label(task.ID, port) + ".localhost"); res.Header.Get("Dayfly-Code") != string(want) {
+			t.Errorf("port %q of the task: %s %s", port, res.Status, res.Header.Get("Dayfly-Code"))
+		}
+	}
 	alone := second.task(task.ID).Endpoints // which brings it into that gateway's view
 	var list schemas.TaskList
 	if err := schemas.Decode(second.get("/v1/tasks").body, &list); err != nil || len(list.Items) == 0 {

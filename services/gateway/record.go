@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync/atomic"
 
 	"github.com/nats-io/nats.go"
@@ -43,7 +44,10 @@ type item struct {
 	state  schemas.State
 	holder string // "<worker> <epoch>" while a worker holds it
 	ports  string // schemas.HeaderPorts
-	body   atomic.Pointer[body]
+	blobs  string // schemas.HeaderBlobs
+	// instance is the key of which the task is the instance, or was; empty for any other.
+	instance string
+	body     atomic.Pointer[body]
 
 	// Only taskChanged looks at these.
 	size    *schemas.Resources // nil: not known yet
@@ -59,7 +63,7 @@ type body struct {
 }
 
 func newItem(h nats.Header, raw []byte) *item {
-	it := &item{state: schemas.State(h.Get(schemas.HeaderState)), holder: h.Get(schemas.HeaderHolder), ports: h.Get(schemas.HeaderPorts)}
+	it := &item{state: schemas.State(h.Get(schemas.HeaderState)), holder: h.Get(schemas.HeaderHolder), ports: h.Get(schemas.HeaderPorts), blobs: strings.Clone(h.Get(schemas.HeaderBlobs)), instance: h.Get(schemas.HeaderInstance)}
 	it.body.Store(&body{raw: raw})
 	return it
 }
@@ -111,9 +115,12 @@ func (b *body) listed() (schemas.Record, error) {
 // bodies in its spec.
 func shorten(r *schemas.Record) {
 	r.History, r.LastOps, r.Holders, r.Avoid, r.Unknown = nil, nil, nil, nil, nil
-	r.Stdout, r.Stderr = "", ""
-	r.Spec.Stdin, r.Spec.Files, r.Spec.Env = "", nil, nil
-	r.Spec.Callback, r.Spec.Unknown = nil, nil
+	r.Stdout, r.Stderr, r.Artifacts = "", "", nil
+	r.Spec.Stdin, r.Spec.Files, r.Spec.Secrets, r.Spec.Env = "", nil, nil, nil
+	r.Spec.Callback, r.Spec.Judge, r.Spec.Unknown = nil, nil, nil
+	if r.Result != nil {
+		r.Result = &schemas.JudgeResult{Verdict: r.Result.Verdict}
+	}
 }
 
 // recent bounds the memory of the view: the newest items keep their whole record, up

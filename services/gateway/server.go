@@ -68,8 +68,8 @@ func (g *Gateway) connecting() http.Handler {
 	}))
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		w := newResponse(rw, r)
-		if err := g.hosts.check(r); err != nil {
-			g.fail(w, r, err)
+		if !g.hosts.Ours(r) {
+			g.fail(w, r, unknownHost())
 			return
 		}
 		next.ServeHTTP(w, r)
@@ -120,10 +120,9 @@ func (g *Gateway) guard(next http.Handler) http.Handler {
 				panic(p)
 			}
 		}()
-		host := g.hosts.check(r)
 		switch {
-		case host != nil:
-			g.fail(w, r, host)
+		case !g.hosts.Ours(r):
+			g.fail(w, r, unknownHost())
 		case r.Method == http.MethodOptions && r.URL.Path == "*":
 			h.Set("Allow", "DELETE, GET, HEAD, OPTIONS, POST, PUT")
 			w.WriteHeader(http.StatusNoContent)
@@ -135,6 +134,11 @@ func (g *Gateway) guard(next http.Handler) http.Handler {
 			next.ServeHTTP(w, r)
 		}
 	})
+}
+
+func unknownHost() *schemas.Error {
+	return &schemas.Error{Status: http.StatusMisdirectedRequest, Code: schemas.CodeUnknownHost,
+		Detail: "this gateway does not answer under that name; dayfly gateway and dayfly up take more names with --host"}
 }
 
 func crossOrigin() *schemas.Error {

@@ -40,13 +40,8 @@ func (g *Gateway) get(w *response, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if wait.until != "" {
-		w.route += "?wait"
-		if !wait.satisfied(e.Value.State, e.Value.Ready) {
-			if e, err = g.await(r, id, wait); err != nil {
-				return err
-			}
-		}
+	if e, err = g.asWanted(w, r, e, wait); err != nil {
+		return err
 	}
 	t := g.present(e.Value.Record, e.Revision, time.Now())
 	tag := etag(e.Revision)
@@ -101,6 +96,15 @@ func (g *Gateway) cancel(w *response, r *http.Request) error {
 	}
 	ctx, cancel := g.onBus(r)
 	defer cancel()
+	e, err := g.cancelTask(ctx, id, takes, grace)
+	if err != nil {
+		return err
+	}
+	return g.show(w, http.StatusOK, e)
+}
+
+// cancelTask ends a task, if it is not over. A negative grace is that of its spec.
+func (g *Gateway) cancelTask(ctx context.Context, id schemas.TaskID, takes precondition, grace time.Duration) (bus.Entry[record], error) {
 	e, err := g.change(ctx, id, takes, func(rec schemas.Record, m schemas.Meta) schemas.Event {
 		ask := schemas.AskCancel{Meta: m, Grace: schemas.Duration(grace)}
 		if grace < 0 {
@@ -113,9 +117,9 @@ func (g *Gateway) cancel(w *response, r *http.Request) error {
 		g.order(e)
 	case errors.Is(err, schemas.ErrFinal), errors.Is(err, schemas.ErrUnchanged):
 	default:
-		return err
+		return e, err
 	}
-	return g.show(w, http.StatusOK, e)
+	return e, nil
 }
 
 // readChange reads a request that changes a task: which, at which revision, and its body
@@ -146,26 +150,36 @@ func (g *Gateway) extend(w *response, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	e, status, err := g.extendTask(r, id, takes, schemas.AskExtend{TTL: ask.TTL})
+	if err != nil {
+		return err
+	}
+	return g.show(w, status, e)
+}
+
+// extendTask moves a deadline, and gives the status of the answer.
+func (g *Gateway) extendTask(r *http.Request, id schemas.TaskID, takes precondition, ask schemas.AskExtend) (e bus.Entry[record], status int, err error) {
 	refuse := func(status int, code schemas.Code, detail string) *schemas.Error {
 		return &schemas.Error{Status: status, Code: code, Field: "ttl", Detail: detail}
 	}
 	switch {
 	case ask.TTL.Std() < time.Second:
-		return refuse(http.StatusUnprocessableEntity, schemas.CodeInvalidValue, `must be at least "1s"`)
+		return e, 0, refuse(http.StatusUnprocessableEntity, schemas.CodeInvalidValue, `must be at least "1s"`)
 	case ask.TTL > g.cfg.Policy.MaxTTL:
-		return refuse(http.StatusUnprocessableEntity, schemas.CodeInvalidValue, "must be at most "+g.cfg.Policy.MaxTTL.String()+" here")
+		return e, 0, refuse(http.StatusUnprocessableEntity, schemas.CodeInvalidValue, "must be at most "+g.cfg.Policy.MaxTTL.String()+" here")
 	}
 	ctx, cancel := g.onBus(r)
 	defer cancel()
-	e, err := g.fetch(ctx, id)
-	if err != nil {
-		return err
+	if e, err = g.fetch(ctx, id); err != nil {
+		return e, 0, err
 	}
 	if err := g.stays(ctx, e.Value.Record); err != nil {
-		return err
+		return e, 0, err
 	}
 	e, err = g.change(ctx, id, takes, func(_ schemas.Record, m schemas.Meta) schemas.Event {
-		return schemas.AskExtend{Meta: m, TTL: ask.TTL}
+		ask := ask
+		ask.Meta = m
+		return ask
 	})
 	conflict := func(code schemas.Code, detail string) *schemas.Error {
 		return &schemas.Error{Status: http.StatusConflict, Code: code, Detail: detail, Task: id, State: e.Value.State}
@@ -175,26 +189,28 @@ func (g *Gateway) extend(w *response, r *http.Request) error {
 		g.order(e)
 	case errors.Is(err, schemas.ErrUnchanged): // it has not run yet, and will get that much
 	case errors.Is(err, schemas.ErrFinal):
-		return conflict(schemas.CodeStateConflict, "the task is over; create a new one")
+		return e, 0, conflict(schemas.CodeStateConflict, "the task is over; create a new one")
 	case errors.Is(err, schemas.ErrState):
-		return conflict(schemas.CodeStateConflict, "the task is being canceled")
+		return e, 0, conflict(schemas.CodeStateConflict, "the task is being canceled")
 	case errors.Is(err, schemas.ErrTooLate):
-		return conflict(schemas.CodeTooLate, "less than "+schemas.Duration(schemas.ExtendLeast).String()+" of its time is left; create a new task")
+		return e, 0, conflict(schemas.CodeTooLate, "less than "+schemas.Duration(schemas.ExtendLeast).String()+" of its time is left; create a new task")
+	case errors.Is(err, schemas.ErrRenewals):
+		return e, 0, conflict(schemas.CodeRenewals, "the instance has had all its renewals; start a new one when it is over")
 	case errors.Is(err, schemas.ErrLimit):
-		return refuse(http.StatusUnprocessableEntity, schemas.CodeNotAllowed, "the task has the longest lifetime that it may have")
+		return e, 0, refuse(http.StatusUnprocessableEntity, schemas.CodeNotAllowed, "the task has the longest lifetime that it may have")
 	default:
-		return err
+		return e, 0, err
 	}
 
 	// What is shown may have the extension of somebody else beside ours.
 	heard := g.untilHeard(r.Context(), &e, func(rec schemas.Record) bool { return rec.Applied >= rec.Extensions })
 	switch {
 	case e.Value.State.Final():
-		return conflict(schemas.CodeStateConflict, "the task ended before its worker heard of the extension")
+		return e, 0, conflict(schemas.CodeStateConflict, "the task ended before its worker heard of the extension")
 	case !heard:
-		return g.show(w, http.StatusAccepted, e)
+		return e, http.StatusAccepted, nil
 	}
-	return g.show(w, http.StatusOK, e)
+	return e, http.StatusOK, nil
 }
 
 // restart is POST /v1/tasks/{id}/restart: 200 once the command runs again, 202 while the

@@ -62,7 +62,7 @@ func (g *Gateway) traefik(w *response, r *http.Request) error {
 			if p.Protocol == schemas.ProtocolTCP {
 				continue
 			}
-			label := g.endpoints.key.Label(id, p.Name)
+			label := g.endpoints.label(id, it.instance, p.Name)
 			c.HTTP.Routers[key+"-"+p.Name] = TraefikRouter{Rule: fmt.Sprintf("Host(`%s.%s`)", label, g.cfg.Endpoints.Domain), Service: traefikService}
 		}
 		return true

@@ -3,14 +3,12 @@ package gateway
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"strconv"
 	"strings"
 	"sync"
-	"time"
 
 	"github.com/coder/websocket"
 
@@ -36,24 +34,14 @@ func (g *Gateway) tunnel(w *response, r *http.Request) error {
 	if err := mayUpgrade(r); err != nil {
 		return err
 	}
-	ctx, cancel := g.onBus(r)
-	e, err := g.fetch(ctx, id) // the view may not show yet what another gateway has answered
-	cancel()
+	leave, err := g.enter(r, id, ingress.KindTunnel)
 	if err != nil {
 		return err
-	}
-	if s := e.Value.State; s != schemas.Running {
-		return notRunning(id, s)
-	}
-	leave, err := g.visits.enter(id)
-	if err != nil {
-		return &schemas.Error{Status: http.StatusTooManyRequests, Code: schemas.CodeTooManyRequests, Task: id, RetryAfter: schemas.Duration(time.Second),
-			Detail: fmt.Sprintf("%d connections to the task are open", g.cfg.TaskConns)}
 	}
 	defer leave()
 	stream, err := g.openSession(r.Context(), id, schemas.Open{Kind: schemas.SessionDial, Port: port})
 	if err != nil {
-		return err
+		return g.refused(ingress.KindTunnel, err)
 	}
 	ws, err := websocket.Accept(w, r, nil)
 	if err != nil { // it has answered

@@ -36,26 +36,19 @@ type visit struct {
 
 // visit opens a session for a request. The visit is to be ended.
 func (g *Gateway) visit(r *http.Request, id schemas.TaskID, kind string, o schemas.Open) (*visit, error) {
-	ctx, cancel := g.onBus(r)
-	e, err := g.fetch(ctx, id) // the view may not show yet what another gateway has answered
-	cancel()
+	leave, err := g.enter(r, id, kind)
 	if err != nil {
 		return nil, err
-	}
-	if s := e.Value.State; s != schemas.Running {
-		return nil, notRunning(id, s)
-	}
-	leave, err := g.visits.enter(id)
-	if err != nil {
-		return nil, &schemas.Error{Status: http.StatusTooManyRequests, Code: schemas.CodeTooManyRequests, Task: id, RetryAfter: schemas.Duration(time.Second),
-			Detail: fmt.Sprintf("%d connections to the task are open", g.cfg.TaskConns)}
 	}
 	v := &visit{task: id, result: resultBroken,
 		in: g.metrics.sessionBytes.WithLabelValues(kind, "in"), out: g.metrics.sessionBytes.WithLabelValues(kind, "out")}
 	v.stream, v.exec, err = g.openExec(r.Context(), id, o)
 	if err != nil {
 		leave()
-		return nil, err
+		return nil, g.refused(kind, err)
+	}
+	if o.Kind == schemas.SessionAttach {
+		g.metrics.resumes.Inc()
 	}
 	open := g.metrics.sessionsOpen.WithLabelValues(kind)
 	open.Inc()
@@ -65,6 +58,36 @@ func (g *Gateway) visit(r *http.Request, id schemas.TaskID, kind string, o schem
 		g.metrics.sessions.WithLabelValues(kind, v.result).Inc()
 	}
 	return v, nil
+}
+
+// enter lets a request for a session with the task in, if it runs and not too many are
+// there already. The request has to leave.
+func (g *Gateway) enter(r *http.Request, id schemas.TaskID, kind string) (leave func(), err error) {
+	ctx, cancel := g.onBus(r)
+	e, err := g.fetch(ctx, id) // the view may not show yet what another gateway has answered
+	cancel()
+	if err != nil {
+		return nil, g.refused(kind, err)
+	}
+	if s := e.Value.State; s != schemas.Running {
+		return nil, g.refused(kind, notRunning(id, s))
+	}
+	if leave, err = g.visits.enter(id); err != nil {
+		return nil, g.refused(kind, &schemas.Error{Status: http.StatusTooManyRequests, Code: schemas.CodeTooManyRequests, Task: id,
+			RetryAfter: schemas.Duration(time.Second), Detail: fmt.Sprintf("%d connections to the task are open", g.cfg.TaskConns)})
+	}
+	return leave, nil
+}
+
+// refused counts a session that was not begun, and gives err back.
+func (g *Gateway) refused(kind string, err error) error {
+	code := schemas.CodeInternal
+	var e *schemas.Error
+	if errors.As(err, &e) { // what a worker says is among them only if it is known
+		code = e.Code
+	}
+	g.metrics.refused.WithLabelValues(kind, string(code)).Inc()
+	return err
 }
 
 // end ends the session, which was broken off where no result was set.

@@ -40,7 +40,7 @@ func newFleet(c *bus.Conn, lease time.Duration) *fleet {
 	f := &fleet{lease: lease, seen: map[schemas.WorkerID]time.Time{}, sums: map[schemas.WorkerID]*sum{}}
 	f.beats = bus.NewView(c, schemas.BucketWorkers, func(_ string, _ nats.Header, data []byte) (b schemas.Beat, err error) {
 		err = schemas.Decode(data, &b)
-		b.Images, b.Unknown = nil, nil // long, and not shown
+		b.Unknown = nil // may be long, and is not shown
 		return b, err
 	}, bus.ViewOptions[schemas.Beat]{OnChange: f.beatChanged})
 	f.drains = bus.NewView(c, schemas.BucketDrains, func(_ string, _ nats.Header, data []byte) (d schemas.Drain, err error) {

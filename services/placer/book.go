@@ -273,11 +273,11 @@ func (b *book) wrote(d decision, o outcome, revision uint64, now time.Time) {
 const retryAfter = 200 * time.Millisecond
 
 // known gives what a task needs that has been seen.
-func (b *book) known(id schemas.TaskID) (resources, bool) {
+func (b *book) known(id schemas.TaskID) (need, bool) {
 	if t := b.tasks[id]; t != nil {
 		return t.need, true
 	}
-	return resources{}, false
+	return need{}, false
 }
 
 // orphans takes the assigned tasks whose order may never have been sent, first those

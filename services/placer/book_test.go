@@ -29,7 +29,7 @@ func beat(id string, h schemas.Host) schemas.Beat {
 // ask is a queued record as the view shows it. mods change it.
 func ask(n int, mods ...func(*queued, *seen)) (schemas.TaskID, seen) {
 	s := seen{
-		state: schemas.Queued, need: resourcesOf(schemas.Resources{CPUs: 0.5, Memory: gib / 4}),
+		state: schemas.Queued, need: need{resources: resourcesOf(schemas.Resources{CPUs: 0.5, Memory: gib / 4})},
 		queued: &queued{accepted: t0.Add(time.Duration(n) * time.Millisecond), priority: 5, image: "busybox"},
 	}
 	for _, m := range mods {
@@ -40,7 +40,9 @@ func ask(n int, mods ...func(*queued, *seen)) (schemas.TaskID, seen) {
 }
 
 func needs(cpus schemas.CPUs, memory schemas.Size) func(*queued, *seen) {
-	return func(_ *queued, s *seen) { s.need = resourcesOf(schemas.Resources{CPUs: cpus, Memory: memory}) }
+	return func(_ *queued, s *seen) {
+		s.need.resources = resourcesOf(schemas.Resources{CPUs: cpus, Memory: memory})
+	}
 }
 
 func priority(p int) func(*queued, *seen) { return func(q *queued, _ *seen) { q.priority = p } }
@@ -78,7 +80,7 @@ func TestScoresMatchTheHandComputed(t *testing.T) {
 	f.beat(beat("a", host(4, 8*gib, 10)), t0)
 	f.beat(beat("b", host(4, 8*gib, 10)), t0)
 	a := f.get("a")
-	f.take("a", resourcesOf(schemas.Resources{CPUs: 1, Memory: 2 * gib}))
+	f.take("a", need{resources: resourcesOf(schemas.Resources{CPUs: 1, Memory: 2 * gib})})
 	s := &shape{shapeKey: shapeKey{need: resourcesOf(schemas.Resources{CPUs: 1, Memory: 2 * gib}), image: "busybox"}}
 	// After it: 2 of 4 CPUs, 4 of 8 GiB, 2 of 10 slots.
 	near(t, "weighted", weighted(f, a, s), 0.5*0.5+0.3*0.5+0.2*0.2)
@@ -87,6 +89,18 @@ func TestScoresMatchTheHandComputed(t *testing.T) {
 	a.imageSet = map[string]struct{}{"busybox": {}}
 	near(t, "weighted with the image", weighted(f, a, s), 0.44-0.05)
 	near(t, "an empty worker", weighted(f, f.get("b"), s), 0.5*0.25+0.3*0.25+0.2*0.1)
+}
+
+// A worker that says it has more images than a beat may name is believed as many.
+func TestAWorkersImagesAreBounded(t *testing.T) {
+	f, b := newFleet(time.Minute), beat("a", host(4, 8*gib, 10))
+	for n := range 4 * schemas.MaxBeatImages {
+		b.Images = append(b.Images, fmt.Sprintf("image:%d", n))
+	}
+	f.beat(b, t0)
+	if a := f.get("a"); len(a.imageSet) != schemas.MaxBeatImages || !a.hasImage("image:0") {
+		t.Errorf("%d are remembered", len(a.imageSet))
+	}
 }
 
 func near(t *testing.T, what string, got, want float64) {
@@ -138,7 +152,8 @@ func TestFiltersRefuseAndExplain(t *testing.T) {
 		"another architecture":       {task: constrained("arch", "arm64"), filter: "arch", says: "asks for arm64, it is amd64"},
 		"a label of another value":   {task: constrained("zone", "b"), filter: "constraints", says: "asks the label zone=b, it has zone=a"},
 		"a label that is not there":  {task: constrained("disk", "ssd"), filter: "constraints", says: "no such label"},
-		"a kind":                     {task: func(q *queued, _ *seen) { q.kind = "judge" }, filter: "kind", says: "judge"},
+		"a kind":                     {worker: func(w *worker) { w.host.Kinds = []string{"python"} }, task: func(q *queued, _ *seen) { q.kind = "judge" }, filter: "kind", says: "judge"},
+		"registry credentials":       {task: func(q *queued, _ *seen) { q.credentials = "team-a" }, filter: "credentials", says: `no registry credentials "team-a"`},
 		"a worker that gave it back": {task: func(q *queued, _ *seen) { q.avoid = []avoid{{"w", time.Minute}} }, filter: "avoid", says: "gave the task back"},
 		"GPUs":                       {task: func(_ *queued, s *seen) { s.need.gpus = 2 }, filter: "gpus", says: "asks 2 GPUs, 1 of 1 are free"},
 		"slots":                      {worker: func(w *worker) { w.tasks = 3 }, filter: "slots", says: "all 3 slots"},
@@ -187,7 +202,7 @@ func TestWhyInOneSentence(t *testing.T) {
 	for i, free := range []float64{1.0, 2.1, 2, 1.5, 1.7} {
 		w := fmt.Sprintf("wrk-%02d", i+1)
 		b.fleet.beat(beat(w, host(8, 8*gib, 0)), t0)
-		b.fleet.take(schemas.WorkerID(w), resources{memory: int64(8*gib) - int64(free*float64(gib))})
+		b.fleet.take(schemas.WorkerID(w), need{resources: resources{memory: int64(8*gib) - int64(free*float64(gib))}})
 	}
 	b.fleet.drain("wrk-04", true)
 	b.fleet.drain("wrk-05", true)

@@ -60,7 +60,18 @@ var filters = []filter{
 		}
 		return fmt.Sprintf("asks the label %s=%s, it has no such label", k, want)
 	}},
-	{"kind", otherKind, func(x *trial, _ *worker) string { return "does not run the kind " + x.shape.kind }},
+	{"kind", otherKind, func(x *trial, _ *worker) string {
+		if x.shape.kind == "" {
+			return "takes only tasks of its kinds"
+		}
+		return "does not run the kind " + x.shape.kind
+	}},
+	{"blobs", lacksCache, func(x *trial, w *worker) string {
+		return fmt.Sprintf("asks %s of blobs, its cache takes %s", size(total(x.shape.names)), w.host.Cache)
+	}},
+	{"credentials", lacksCredentials, func(x *trial, _ *worker) string {
+		return fmt.Sprintf("has no registry credentials %q", x.shape.credentials)
+	}},
 	{"avoid", isAvoided, func(*trial, *worker) string { return "gave the task back and is skipped for a while" }},
 	{"gpus", lacksGPUs, func(x *trial, w *worker) string {
 		return fmt.Sprintf("asks %d GPUs, %d of %d are free", x.shape.need.gpus, max(0, w.free().gpus), w.total.gpus)
@@ -83,7 +94,7 @@ func (x *trial) takes(w *worker) bool {
 	return !isLost(x, w) && !isSilent(x, w) && !isDraining(x, w) &&
 		!lacksGPUs(x, w) && !lacksSlots(x, w) && !lacksCPUs(x, w) && !lacksMemory(x, w) &&
 		(len(x.shape.constraints) == 0 || !otherPlatform(x, w) && !otherLabels(x, w)) &&
-		(x.shape.kind == "" || !otherKind(x, w)) && (len(x.shape.avoid) == 0 || !isAvoided(x, w)) &&
+		!otherKind(x, w) && (x.shape.credentials == "" || !lacksCredentials(x, w)) && (len(x.shape.names) == 0 || !lacksCache(x, w)) && (len(x.shape.avoid) == 0 || !isAvoided(x, w)) &&
 		(w.hold == nil || !isHeldBack(x, w))
 }
 
@@ -99,7 +110,10 @@ func lacksMemory(x *trial, w *worker) bool { return x.shape.need.memory > w.tota
 func isHeldBack(x *trial, w *worker) bool  { return w.hold != nil && !w.hold.lets(x.shape) }
 func isAvoided(x *trial, w *worker) bool   { return slices.Contains(x.shape.avoid, w.id) }
 func otherKind(x *trial, w *worker) bool {
-	return x.shape.kind != "" && !slices.Contains(w.host.Kinds, x.shape.kind)
+	return len(w.host.Kinds) > 0 && !slices.Contains(w.host.Kinds, x.shape.kind)
+}
+func lacksCredentials(x *trial, w *worker) bool {
+	return x.shape.credentials != "" && !slices.Contains(w.host.Credentials, x.shape.credentials)
 }
 func otherLabels(x *trial, w *worker) bool { return labelMissed(x, w) != "" }
 

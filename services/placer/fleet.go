@@ -1,6 +1,7 @@
 package placer
 
 import (
+	"maps"
 	"math"
 	"slices"
 	"strings"
@@ -34,13 +35,15 @@ type worker struct {
 	draining bool
 	host     schemas.Host
 	total    resources
-	images   []string
+	images   []string // names, as schemas.ImageName has them
 	imageSet map[string]struct{}
 
 	used   resources
 	tasks  int
-	better bool  // it is in fleet.better
-	hold   *hold // it is kept free for a task that has waited long
+	blobs  schemas.BlobFilter
+	coming map[blobSum]int // blobs that its tasks name, and of how many: it has them, or fetches them
+	better bool            // it is in fleet.better
+	hold   *hold           // it is kept free for a task that has waited long
 }
 
 // free is what is left, possibly less than nothing.
@@ -87,10 +90,11 @@ func (f *fleet) beat(b schemas.Beat, now time.Time) (registered bool) {
 		f.reindex()
 	}
 	w.epoch, w.lost, w.seen, w.host = b.Epoch, b.Lost(), now, b.Host
+	w.blobs = b.Blobs
 	w.total = resources{cpus: b.Host.CPUs.Nano(), memory: int64(b.Host.Memory), gpus: b.Host.GPUs}
-	if !slices.Equal(w.images, b.Images) {
-		w.images, w.imageSet = b.Images, make(map[string]struct{}, len(b.Images))
-		for _, image := range b.Images {
+	if images := b.Images[:min(len(b.Images), schemas.MaxBeatImages)]; !slices.Equal(w.images, images) {
+		w.images, w.imageSet = images, make(map[string]struct{}, len(images))
+		for _, image := range images {
 			w.imageSet[image] = struct{}{}
 		}
 	}
@@ -103,19 +107,7 @@ func (f *fleet) beat(b schemas.Beat, now time.Time) (registered bool) {
 
 func sameHost(a, b schemas.Host) bool {
 	return a.CPUs == b.CPUs && a.Memory == b.Memory && a.Slots == b.Slots && a.GPUs == b.GPUs &&
-		a.Arch == b.Arch && a.OS == b.OS && mapsEqual(a.Labels, b.Labels) && slices.Equal(a.Kinds, b.Kinds)
-}
-
-func mapsEqual(a, b map[string]string) bool {
-	if len(a) != len(b) {
-		return false
-	}
-	for k, v := range a {
-		if w, ok := b[k]; !ok || v != w {
-			return false
-		}
-	}
-	return true
+		a.Arch == b.Arch && a.Cache == b.Cache && a.OS == b.OS && maps.Equal(a.Labels, b.Labels) && slices.Equal(a.Kinds, b.Kinds) && slices.Equal(a.Credentials, b.Credentials)
 }
 
 // gone forgets a worker's beat; what its tasks were promised stays.
@@ -158,8 +150,9 @@ func (f *fleet) drain(id schemas.WorkerID, draining bool) {
 }
 
 // take promises need to a worker.
-func (f *fleet) take(id schemas.WorkerID, need resources) {
+func (f *fleet) take(id schemas.WorkerID, need need) {
 	w := f.get(id)
+	w.expect(need.blobs, 1)
 	w.used.cpus += need.cpus
 	w.used.memory += need.memory
 	w.used.gpus += need.gpus
@@ -167,8 +160,9 @@ func (f *fleet) take(id schemas.WorkerID, need resources) {
 }
 
 // give takes the promise back.
-func (f *fleet) give(id schemas.WorkerID, need resources) {
+func (f *fleet) give(id schemas.WorkerID, need need) {
 	w := f.get(id)
+	w.expect(need.blobs, -1)
 	w.used.cpus -= need.cpus
 	w.used.memory -= need.memory
 	w.used.gpus -= need.gpus

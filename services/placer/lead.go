@@ -247,7 +247,7 @@ func (p *Placer) observe(e bus.Entry[schemas.Record]) {
 		p.tasks.Forget(e.Key, e.Revision)
 		return
 	case r.State.Held():
-		s.worker, s.need = intern(r.Worker), resourcesOf(r.Spec.Resources)
+		s.worker, s.need = intern(r.Worker), need{resourcesOf(r.Spec.Resources), blobsOf(r.Blobs)}
 	default:
 		data, err := schemas.Encode(r)
 		if err != nil {

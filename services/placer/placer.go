@@ -143,7 +143,7 @@ func (p *Placer) checkViews(context.Context) error {
 }
 
 func (p *Placer) decodeTask(key string, h nats.Header, data []byte) (seen, error) {
-	s, err := look(h, data, func() (resources, bool) {
+	s, err := look(h, data, func() (need, bool) {
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		return p.book.known(schemas.TaskID(key))

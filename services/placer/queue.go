@@ -16,9 +16,12 @@ type shapeKey struct {
 	priority int
 	need     resources
 	image    string
-	kind     string
-	labels   string // the constraints
-	skipped  string // the workers to avoid
+	// credentials of the registry, by their name.
+	credentials string
+	kind        string
+	labels      string // the constraints
+	skipped     string // the workers to avoid
+	blobs       string // those that it names
 }
 
 // shape is the queued tasks of one key, in their order. A task that fits nowhere so
@@ -27,6 +30,7 @@ type shape struct {
 	shapeKey
 	constraints map[string]string
 	avoid       []schemas.WorkerID
+	names       []blob
 
 	tasks    turns
 	blocked  bool // it fits on no worker, save those in fleet.better
@@ -62,7 +66,7 @@ func (q *queue) add(t *task, now time.Time) {
 	key := t.shapeKey(now)
 	s := q.shapes[key]
 	if s == nil {
-		s = &shape{shapeKey: key, constraints: t.constraints, avoid: t.avoiding(now), index: -1}
+		s = &shape{shapeKey: key, constraints: t.constraints, avoid: t.avoiding(now), names: t.need.blobs, index: -1}
 		q.shapes[key] = s
 	}
 	t.shape = s

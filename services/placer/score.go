@@ -46,7 +46,7 @@ func weighted(_ *fleet, w *worker, s *shape) float64 {
 	if w.hasImage(s.image) {
 		v -= imageBonus
 	}
-	return v
+	return v + w.fetching(s)
 }
 
 func roundRobin(f *fleet, w *worker, _ *shape) float64 {
@@ -65,7 +65,7 @@ func epvm(f *fleet, w *worker, s *shape) float64 {
 	if w.hasImage(s.image) {
 		v *= 1 - imageBonus // costs have no fixed range
 	}
-	return v
+	return v + float64(len(f.list))*w.fetching(s) // as much as a whole resource costs at the most
 }
 
 // share is how much of total is used; what has no limit is not used at all.

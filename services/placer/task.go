@@ -16,7 +16,7 @@ import (
 type seen struct {
 	state  schemas.State
 	worker schemas.WorkerID // while a worker holds it
-	need   resources        // while it is not final
+	need   need             // while it is not final
 	queued *queued          // while it is queued
 }
 
@@ -24,7 +24,8 @@ type seen struct {
 type queued struct {
 	accepted    time.Time
 	priority    int
-	image       string
+	image       string // as schemas.ImageName has it; by digest once it was resolved
+	credentials string // of its registry
 	kind        string
 	constraints map[string]string
 	labels      string        // constraints as one string
@@ -49,22 +50,25 @@ type sketch struct {
 		Priority    int               `json:"priority"`
 		Constraints map[string]string `json:"constraints"`
 		Kind        string            `json:"kind"`
+		Credentials string            `json:"registry_credentials"`
 	} `json:"spec"`
-	State      schemas.State    `json:"state"`
-	Message    string           `json:"message"`
-	Reason     schemas.Reason   `json:"reason"`
-	Worker     schemas.WorkerID `json:"worker"`
-	Attempt    int              `json:"attempt"`
-	AcceptedAt time.Time        `json:"accepted_at"`
-	QueuedAt   time.Time        `json:"queued_at"`
-	BackAt     time.Time        `json:"back_at"`
-	NotBefore  time.Time        `json:"not_before"`
-	Avoid      []schemas.Avoid  `json:"avoid"`
+	Blobs      []schemas.BlobUse `json:"blobs"`
+	State      schemas.State     `json:"state"`
+	Message    string            `json:"message"`
+	Reason     schemas.Reason    `json:"reason"`
+	Worker     schemas.WorkerID  `json:"worker"`
+	Attempt    int               `json:"attempt"`
+	AcceptedAt time.Time         `json:"accepted_at"`
+	QueuedAt   time.Time         `json:"queued_at"`
+	BackAt     time.Time         `json:"back_at"`
+	NotBefore  time.Time         `json:"not_before"`
+	Avoid      []schemas.Avoid   `json:"avoid"`
+	Digest     string            `json:"image_digest"`
 }
 
 // look reads a record as far as its state asks for. known gives what a task needs
 // that has been seen before, which never changes.
-func look(h nats.Header, data []byte, known func() (resources, bool)) (seen, error) {
+func look(h nats.Header, data []byte, known func() (need, bool)) (seen, error) {
 	state, worker := stateOf(h), holderOf(h)
 	if state.Final() {
 		return seen{state: state}, nil
@@ -78,10 +82,10 @@ func look(h nats.Header, data []byte, known func() (resources, bool)) (seen, err
 	if err := schemas.Decode(data, &k); err != nil {
 		return seen{}, err
 	}
-	s := seen{state: k.State, need: resourcesOf(k.Spec.Resources)}
+	s := seen{state: k.State, need: need{resourcesOf(k.Spec.Resources), blobsOf(k.Blobs)}}
 	switch {
 	case k.State.Final():
-		s.need = resources{}
+		s.need = need{}
 	case k.State.Held():
 		s.worker = intern(k.Worker)
 	default:
@@ -92,7 +96,8 @@ func look(h nats.Header, data []byte, known func() (resources, bool)) (seen, err
 
 func (k *sketch) queued(raw []byte) *queued {
 	q := &queued{
-		accepted: k.AcceptedAt, priority: k.Spec.Priority, image: unique.Make(k.Spec.Image).Value(), kind: k.Spec.Kind,
+		accepted: k.AcceptedAt, priority: k.Spec.Priority, image: unique.Make(imageOf(k.Spec.Image, k.Digest)).Value(), kind: k.Spec.Kind,
+		credentials: unique.Make(k.Spec.Credentials).Value(),
 		constraints: k.Spec.Constraints, attempt: k.Attempt, raw: raw,
 	}
 	if len(q.constraints) > 0 {
@@ -115,6 +120,14 @@ func (k *sketch) queued(raw []byte) *queued {
 		}
 	}
 	return q
+}
+
+// imageOf is the name by which workers say that they have a task's image.
+func imageOf(image, digest string) string {
+	if pinned := schemas.PinnedImage(image, digest); pinned != "" {
+		image = pinned
+	}
+	return schemas.ImageName(image)
 }
 
 // record decodes all of it, to be changed by schemas.Next.
@@ -153,7 +166,7 @@ type task struct {
 	id       schemas.TaskID
 	revision uint64 // as the view has it
 	state    schemas.State
-	need     resources
+	need     need
 	phase    phase
 	worker   schemas.WorkerID // whom it counts on
 	since    time.Time        // when it was first seen queued, the last time
@@ -169,7 +182,7 @@ type task struct {
 
 func (t *task) shapeKey(now time.Time) shapeKey {
 	return shapeKey{
-		priority: t.priority, need: t.need, image: t.image, kind: t.kind, labels: t.labels,
+		priority: t.priority, need: t.need.resources, blobs: blobsKey(t.need.blobs), image: t.image, credentials: t.credentials, kind: t.kind, labels: t.labels,
 		skipped: joinWorkers(t.avoiding(now)),
 	}
 }

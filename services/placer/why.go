@@ -32,7 +32,7 @@ func (b *book) why(id schemas.TaskID, now time.Time) schemas.Why {
 	}
 	s := t.shape
 	if s == nil { // as it would stand in the queue
-		s = &shape{shapeKey: t.shapeKey(now), constraints: t.constraints, avoid: t.avoiding(now)}
+		s = &shape{shapeKey: t.shapeKey(now), constraints: t.constraints, avoid: t.avoiding(now), names: t.need.blobs}
 		s.tasks.root = &task{id: t.id, queued: t.queued, since: t.since}
 		s.tasks.root.turn.count = 1
 	}
@@ -67,7 +67,7 @@ func (b *book) summary(t *task, s *shape, y schemas.Why, now time.Time) string {
 
 // closeness orders the filters by how near a worker is to taking the task: a sentence
 // about memory helps more than one about a worker that is gone.
-var closeness = []string{"held back", "memory", "cpus", "slots", "gpus", "avoid", "kind", "constraints", "arch", "draining", "silent", "lost"}
+var closeness = []string{"held back", "memory", "cpus", "slots", "gpus", "avoid", "blobs", "kind", "constraints", "arch", "draining", "silent", "lost"}
 
 // refused is the sentence for a task that every worker refuses: what the nearest
 // workers lack, and in brackets what is wrong with the others.
@@ -128,6 +128,8 @@ func (b *book) lack(name string, x *trial, list []schemas.WhyNotWorker) string {
 		return "waits for a slot: every worker that could take it has all its slots taken"
 	case "avoid":
 		return "waits: every worker that could take it has just given it back"
+	case "blobs":
+		return "no worker's cache of blobs is large enough: asks " + size(total(s.names)) + " (--blob-cache-bytes)"
 	case "constraints", "arch", "kind":
 		w := near[0]
 		return fmt.Sprintf("no worker meets its constraints: %s on %s", x.refusal(w).explain(x, w), w.id)
@@ -150,6 +152,8 @@ func verb(filter string, n int) string {
 		return map[bool]string{true: "has", false: "have"}[n == 1] + " too few " + strings.Replace(filter, "memory", "bytes of memory", 1)
 	case "avoid":
 		return "gave it back"
+	case "blobs":
+		return map[bool]string{true: "has", false: "have"}[n == 1] + " too small a cache of blobs"
 	case "kind", "constraints", "arch":
 		return map[bool]string{true: "does", false: "do"}[n == 1] + " not meet its " + filter
 	default:

@@ -28,6 +28,9 @@ type Callbacks struct {
 	First   time.Duration  // the first pause after a failure; each is twice the one before
 	Most    time.Duration  // the longest pause
 	For     time.Duration  // how long it is tried at most
+	// Form gives the request that announces a task of another system's protocol. The usual one
+	// goes out if it is nil, or gives no method.
+	Form func(schemas.Task) (method string, body []byte, err error)
 }
 
 func defaultCallbacks() Callbacks {
@@ -240,7 +243,7 @@ func (c *courier) deliver(ctx context.Context, id string) (again time.Time) {
 	span := c.tracer.Start(m.trace, "callback", tracing.Client)
 	span.Set("dayfly.callback", id)
 	span.SetInt("dayfly.try", claim.Tries)
-	o := c.poster.post(ctx, m.URL, m.header(time.Now(), span.Traceparent()), m.body)
+	o := c.poster.send(ctx, m.method, m.URL, m.header(time.Now(), span.Traceparent()), m.body)
 	span.SetInt("http.response.status_code", o.status)
 	if o.word != "" {
 		span.End(errors.New(o.word))
@@ -319,9 +322,10 @@ func (c *courier) warn(ctx context.Context, id string, err error) {
 	}
 }
 
-// message is what is posted.
+// message is what is sent.
 type message struct {
 	schemas.Callback
+	method string
 	fields map[string]string // headers
 	body   []byte
 	trace  string // W3C traceparent, empty if there is none
@@ -343,7 +347,14 @@ func (c *courier) compose(ctx context.Context, id string) (m message, err error)
 	m.fields = map[string]string{
 		schemas.CallbackDelivery: "d-" + id, schemas.CallbackTask: id, schemas.CallbackAttempt: strconv.Itoa(e.Value.Attempt),
 	}
-	m.body, err = schemas.Encode(e.Value.View(e.Revision, time.Now()).WithoutBodies())
+	t := e.Value.View(e.Revision, time.Now()).WithoutBodies()
+	if c.cfg.Form != nil {
+		if m.method, m.body, err = c.cfg.Form(t); err != nil || m.method != "" {
+			return m, err
+		}
+	}
+	m.method = http.MethodPost
+	m.body, err = schemas.Encode(t)
 	return m, err
 }
 
@@ -355,7 +366,7 @@ func (c *courier) composeBatch(ctx context.Context, id string) (m message, err e
 	if e.Value.Callback == nil {
 		return m, bus.ErrNotFound
 	}
-	m.Callback = *e.Value.Callback
+	m.Callback, m.method = *e.Value.Callback, http.MethodPost
 	m.fields = map[string]string{schemas.CallbackDelivery: "d-" + id, schemas.CallbackBatch: id}
 	v := e.Value.View(e.Revision, nil)
 	v.Callback = nil

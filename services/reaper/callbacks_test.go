@@ -35,6 +35,7 @@ type receiver struct {
 }
 
 type delivery struct {
+	method string
 	path   string
 	header http.Header
 	body   []byte
@@ -48,7 +49,7 @@ func newReceiver(t *testing.T, answer func(w http.ResponseWriter, r *http.Reques
 			t.Error(err)
 		}
 		r.mu.Lock()
-		r.got = append(r.got, delivery{req.URL.Path, req.Header, body})
+		r.got = append(r.got, delivery{req.Method, req.URL.Path, req.Header, body})
 		nth := 0
 		for _, d := range r.got {
 			if d.path == req.URL.Path {
@@ -183,6 +184,33 @@ func TestAFinalTaskIsAnnounced(t *testing.T) {
 			m.header.Get(schemas.CallbackDelivery) != got[0].header.Get(schemas.CallbackDelivery) || m.header.Get("Content-Type") != "application/json" {
 			t.Errorf("%v", m.header)
 		}
+	}
+}
+
+// A task of another system's protocol is announced as that does it, and all others as ever.
+func TestAnotherForm(t *testing.T) {
+	b, marks := newCallbackBench(t)
+	of := ""
+	b.cfg.Callbacks.Form = func(task schemas.Task) (string, []byte, error) {
+		if task.Spec.Env != nil || task.Spec.Callback != nil {
+			t.Errorf("it is given %+v", task.Spec)
+		}
+		if string(task.ID) != of {
+			return "", nil, nil
+		}
+		return http.MethodPut, []byte("in another form"), nil
+	}
+	r := newReceiver(t, func(http.ResponseWriter, *http.Request, int) {})
+	of = string(b.finish(r.URL + "/form"))
+	other := b.finish(r.URL + "/usual")
+	b.start()
+	b.delivered(marks, schemas.TaskID(of), schemas.DeliveryDelivered)
+	b.delivered(marks, other, schemas.DeliveryDelivered)
+	if got := r.to("/form")[0]; got.method != http.MethodPut || string(got.body) != "in another form" {
+		t.Errorf("%s %s", got.method, got.body)
+	}
+	if got := r.to("/usual")[0]; got.method != http.MethodPost || !strings.Contains(string(got.body), string(other)) {
+		t.Errorf("%s %s", got.method, got.body)
 	}
 }
 

@@ -158,16 +158,19 @@ func (r *Reaper) watchFleet(ctx context.Context) error {
 		case <-reconnected:
 			reconnected = r.conn.Reconnected()
 			r.fleet.restart(time.Now())
+			r.listenAnew()
 		case <-tick.C:
 			now := time.Now() // a tick may have waited
 			slept := r.fleet.awake(last, now, r.cfg.Fence)
 			last = now
 			if slept {
 				r.log.Warn().Msg("this reaper was stopped for a while: it counts the silence of workers anew")
+				r.listenAnew()
 				continue
 			}
 			if !r.conn.Connected() {
 				r.fleet.restart(now)
+				r.listenAnew()
 				continue
 			}
 			r.verdicts(ctx, now, reconnected)

@@ -10,35 +10,55 @@ import (
 )
 
 type metrics struct {
-	reports   *prometheus.CounterVec
-	again     prometheus.Counter
-	finished  *prometheus.CounterVec
-	requeued  *prometheus.CounterVec
-	lost      prometheus.Counter
-	redriven  prometheus.Counter
-	lag       prometheus.Histogram
-	start     prometheus.Histogram
-	lifetime  prometheus.Histogram
-	lastSweep prometheus.Gauge
-	callbacks *prometheus.CounterVec
-	overdue   prometheus.GaugeFunc
+	reports    *prometheus.CounterVec
+	again      prometheus.Counter
+	finished   *prometheus.CounterVec
+	requeued   *prometheus.CounterVec
+	lost       prometheus.Counter
+	redriven   prometheus.Counter
+	lag        prometheus.Histogram
+	start      prometheus.Histogram
+	lifetime   prometheus.Histogram
+	lastSweep  prometheus.Gauge
+	unanswered prometheus.Gauge
+	callbacks  *prometheus.CounterVec
+	overdue    prometheus.GaugeFunc
+
+	collected        *prometheus.CounterVec
+	artifactChunks   prometheus.Gauge
+	artifactsFilled  prometheus.Gauge
+	blobsGone        *prometheus.CounterVec
+	blobs, blobBytes prometheus.Gauge
 }
 
 // newMetrics makes them; oldest gives the age of the oldest callback that is not delivered.
 func newMetrics(reg prometheus.Registerer, oldest func() float64) *metrics {
 	m := &metrics{
-		reports:   prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_reports_total", Help: "Reports of workers, by what came of them."}, []string{"result"}),
-		again:     prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_reports_redelivered_total", Help: "Reports that came again because the first delivery was not acknowledged in time, or could not be settled yet."}),
-		finished:  ops.TasksFinished(reg),
-		requeued:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_tasks_requeued_total", Help: "Tasks that went back to the queue, by reason."}, []string{"reason"}),
-		lost:      prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_workers_lost_total", Help: "Workers declared lost by this reaper."}),
-		redriven:  prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_orders_redriven_total", Help: "Orders sent again because nothing had come of them."}),
-		lag:       prometheus.NewHistogram(prometheus.HistogramOpts{Name: "dayfly_reap_lag_seconds", Help: "From a task's deadline to its final record.", Buckets: []float64{.1, .5, 1, 2, 5, 10, 30, 60}}),
-		start:     prometheus.NewHistogram(prometheus.HistogramOpts{Name: "dayfly_task_start_seconds", Help: "From accepted to running.", Buckets: ops.BucketsStart}),
-		lifetime:  prometheus.NewHistogram(prometheus.HistogramOpts{Name: "dayfly_task_lifetime_seconds", Help: "From running to final.", Buckets: ops.BucketsLife}),
-		lastSweep: prometheus.NewGauge(prometheus.GaugeOpts{Name: "dayfly_reaper_last_sweep_timestamp_seconds", Help: "When this reaper last looked at what is due."}),
-		callbacks: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_callbacks_total", Help: "Tries to deliver a callback from here, by what came of them."}, []string{"outcome"}),
-		overdue:   prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "dayfly_callback_oldest_seconds", Help: "Age of the oldest callback that is not delivered yet."}, oldest),
+		reports:    prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_reports_total", Help: "Reports of workers, by what came of them."}, []string{"result"}),
+		again:      prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_reports_redelivered_total", Help: "Reports that came again because the first delivery was not acknowledged in time, or could not be settled yet."}),
+		finished:   ops.TasksFinished(reg),
+		requeued:   prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_tasks_requeued_total", Help: "Tasks that went back to the queue, by reason."}, []string{"reason"}),
+		lost:       prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_workers_lost_total", Help: "Workers declared lost by this reaper."}),
+		redriven:   prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_orders_redriven_total", Help: "Orders sent again because nothing had come of them."}),
+		lag:        prometheus.NewHistogram(prometheus.HistogramOpts{Name: "dayfly_reap_lag_seconds", Help: "From a task's deadline to its final record.", Buckets: []float64{.1, .5, 1, 2, 5, 10, 30, 60}}),
+		start:      prometheus.NewHistogram(prometheus.HistogramOpts{Name: "dayfly_task_start_seconds", Help: "From accepted to running.", Buckets: ops.BucketsStart}),
+		lifetime:   prometheus.NewHistogram(prometheus.HistogramOpts{Name: "dayfly_task_lifetime_seconds", Help: "From running to final.", Buckets: ops.BucketsLife}),
+		lastSweep:  prometheus.NewGauge(prometheus.GaugeOpts{Name: "dayfly_reaper_last_sweep_timestamp_seconds", Help: "When this reaper last looked at what is due."}),
+		unanswered: prometheus.NewGauge(prometheus.GaugeOpts{Name: "dayfly_tasks_unanswered", Help: "Tasks of whose orders nothing has come for minutes although their worker beats, as every reaper knows."}),
+		callbacks:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_callbacks_total", Help: "Tries to deliver a callback from here, by what came of them."}, []string{"outcome"}),
+		overdue:    prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "dayfly_callback_oldest_seconds", Help: "Age of the oldest callback that is not delivered yet."}, oldest),
+	}
+	m.blobsGone = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_blobs_collected_total", Help: "Blobs removed by this reaper: unused for long, to make room, by a client's wish (removed), or the rest of an upload that broke off (orphan)."}, []string{"why"})
+	m.blobs = prometheus.NewGauge(prometheus.GaugeOpts{Name: "dayfly_blobs", Help: "Blobs in the store, as every reaper knows them."})
+	m.blobBytes = prometheus.NewGauge(prometheus.GaugeOpts{Name: "dayfly_blobs_bytes", Help: "Bytes of the blobs in the store, as every reaper knows them."})
+	for _, why := range []string{collectedUnused, collectedRoom, collectedOrphan, collectedRemoved} {
+		m.blobsGone.WithLabelValues(why)
+	}
+	m.collected = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_artifacts_collected_total", Help: "Attempts of which stored artifacts were taken away: their record is gone, or has left them, or they are more than a task can have (excess); unknown are chunks that were never any."}, []string{"why"})
+	m.artifactChunks = prometheus.NewGauge(prometheus.GaugeOpts{Name: "dayfly_artifact_chunks", Help: "Chunks of artifacts that are stored, at this reaper's last look; each has up to 256 KiB."})
+	m.artifactsFilled = prometheus.NewGauge(prometheus.GaugeOpts{Name: "dayfly_artifact_store_filled", Help: "The part of the bounds of stored artifacts that is taken, 0 to 1, by bytes or by chunks, as every reaper knows it."})
+	for _, why := range []string{"record_gone", "superseded", "excess", "unknown"} {
+		m.collected.WithLabelValues(why)
 	}
 	for _, result := range []string{"settled", "unchanged", "stale", "ahead", "unknown", "refused", "error"} {
 		m.reports.WithLabelValues(result)
@@ -56,7 +76,7 @@ func newMetrics(reg prometheus.Registerer, oldest func() float64) *metrics {
 		m.finished.WithLabelValues(string(schemas.Failed), string(reason))
 	}
 	if reg != nil {
-		reg.MustRegister(m.reports, m.again, m.requeued, m.lost, m.redriven, m.lag, m.start, m.lifetime, m.lastSweep, m.callbacks, m.overdue)
+		reg.MustRegister(m.reports, m.again, m.requeued, m.lost, m.redriven, m.lag, m.start, m.lifetime, m.lastSweep, m.unanswered, m.callbacks, m.overdue, m.collected, m.artifactChunks, m.artifactsFilled, m.blobsGone, m.blobs, m.blobBytes)
 	}
 	return m
 }
@@ -64,7 +84,7 @@ func newMetrics(reg prometheus.Registerer, oldest func() float64) *metrics {
 // failures are the reasons for which tasks fail.
 var failures = []schemas.Reason{
 	schemas.ReasonExit, schemas.ReasonOOM, schemas.ReasonSignal, schemas.ReasonImage, schemas.ReasonImagePull, schemas.ReasonImageArch,
-	schemas.ReasonPullTimeout, schemas.ReasonNotFound, schemas.ReasonNotExec, schemas.ReasonStart, schemas.ReasonStartTimeout,
+	schemas.ReasonPullTimeout, schemas.ReasonNotFound, schemas.ReasonNotExec, schemas.ReasonBlobMissing, schemas.ReasonStart, schemas.ReasonStartTimeout,
 	schemas.ReasonQueueTimeout, schemas.ReasonWorkerLost,
 }
 

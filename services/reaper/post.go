@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// outcome is what came of one POST.
+// outcome is what came of one request.
 type outcome struct {
 	status int    // 0: no answer
 	word   string // what went wrong, from a small set; "" after a 2xx
@@ -60,11 +60,11 @@ func newPoster(allow []netip.Prefix, timeout time.Duration) *poster {
 
 func (p *poster) close() { p.client.CloseIdleConnections() }
 
-// post sends body once.
-func (p *poster) post(ctx context.Context, url string, header http.Header, body []byte) outcome {
+// send sends body once.
+func (p *poster) send(ctx context.Context, method, url string, header http.Header, body []byte) outcome {
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, method, url, bytes.NewReader(body))
 	if err != nil {
 		return outcome{word: "url", refused: true}
 	}

@@ -1,7 +1,6 @@
 package reaper
 
 import (
-	"bytes"
 	"context"
 	"crypto/rand"
 	"fmt"
@@ -28,7 +27,9 @@ type Config struct {
 	Redrive   time.Duration // how long nothing may come of an order before it is sent again
 	Overdue   time.Duration // how long after its deadline and grace a task is stopped from here
 	Scan      time.Duration // between two looks at every record, the safety net
+	Collect   time.Duration // between two looks at the artifacts that are stored
 	Callbacks Callbacks
+	Blobs     Blobs
 	Unknown   time.Duration // how long a report that no record explains is tried again before its attempt is closed
 }
 
@@ -36,7 +37,7 @@ type Config struct {
 func DefaultConfig() Config {
 	return Config{
 		Retention: 24 * time.Hour, Fence: 75 * time.Second, Redrive: 15 * time.Second,
-		Overdue: 2 * time.Second, Scan: time.Minute, Unknown: time.Minute, Callbacks: defaultCallbacks(),
+		Overdue: 2 * time.Second, Scan: time.Minute, Collect: 10 * time.Minute, Unknown: time.Minute, Callbacks: defaultCallbacks(), Blobs: defaultBlobs(),
 	}
 }
 
@@ -54,6 +55,7 @@ type Deps struct {
 // their number grows.
 type task struct {
 	holder string // "<worker> <epoch>", "" if none
+	blobs  string // schemas.HeaderBlobs
 	body   *body  // nil once final
 
 	callback string // schemas.HeaderCallback: it is final, and that is to be announced
@@ -96,7 +98,9 @@ type Reaper struct {
 	suspected chan struct{}
 	mu        sync.Mutex
 	suspects  map[schemas.WorkerID]struct{} // under mu: whose tasks are to be looked at
+	silent    map[schemas.TaskID]time.Time  // under mu: whose workers do not answer, and since when that is seen here
 	courier   *courier
+	blobs     *blobCollector
 }
 
 // Run runs the reaper until ctx ends.
@@ -109,7 +113,7 @@ func Run(ctx context.Context, deps Deps, cfg Config) error {
 			// under the same epoch.
 			bus.JSON(func(b schemas.Beat, _ string) bool { return b.Lost() })),
 		due: newTimers[schemas.TaskID](), fleet: newFleet(), unknown: newUnknown(),
-		suspected: make(chan struct{}, 1), suspects: map[schemas.WorkerID]struct{}{},
+		suspected: make(chan struct{}, 1), suspects: map[schemas.WorkerID]struct{}{}, silent: map[schemas.TaskID]time.Time{},
 	}
 	r.courier = newCourier(deps.Conn, r.table, deps.Logger, cfg)
 	r.metrics = newMetrics(deps.Metrics, r.courier.oldest)
@@ -117,12 +121,17 @@ func Run(ctx context.Context, deps Deps, cfg Config) error {
 	r.tasks = bus.NewView(deps.Conn, schemas.BucketTasks, decodeTask, bus.ViewOptions[task]{OnChange: r.taskChanged})
 	r.beats = bus.NewView(deps.Conn, schemas.BucketWorkers, decodeBeat, bus.ViewOptions[schemas.Beat]{OnChange: r.beatChanged})
 
+	r.blobs = newBlobCollector(deps.Conn, r.tasks, deps.Logger, cfg.Blobs)
+	r.blobs.metrics = r.metrics
+
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return r.tasks.Run(ctx) })
 	g.Go(func() error { return r.beats.Run(ctx) })
 	g.Go(func() error { return r.reports(ctx) })
 	g.Go(func() error { return r.sweeps(ctx) })
 	g.Go(func() error { return r.watchFleet(ctx) })
+	g.Go(func() error { return r.blobs.run(ctx) })
+	g.Go(func() error { return r.collect(ctx) })
 	g.Go(func() error { return r.courier.run(ctx, r.tasks.Ready()) })
 	if deps.Health != nil {
 		deps.Health.Add("reaper: views", r.checkViews)
@@ -151,7 +160,7 @@ func decodeTask(_ string, h nats.Header, data []byte) (task, error) {
 		}
 		return task{callback: callback}, nil
 	}
-	return task{holder: h.Get(schemas.HeaderHolder), body: newBody(bytes.Clone(data))}, nil
+	return newTask(h, data), nil
 }
 
 func decodeBeat(_ string, _ nats.Header, data []byte) (b schemas.Beat, err error) {
@@ -165,6 +174,7 @@ func (r *Reaper) taskChanged(c bus.Change[task]) {
 	r.courier.changed(c.Key, c.Old.callback, c.New.callback)
 	if c.Deleted || c.New.body == nil {
 		r.due.drop(id)
+		r.unanswered(schemas.Record{ID: id}, false)
 		return
 	}
 	r.due.add(id, time.Now().Add(firstLook))
@@ -234,7 +244,7 @@ func (r *Reaper) observe(e bus.Entry[schemas.Record]) {
 	if err != nil {
 		return
 	}
-	r.tasks.Observe(e.Key, task{holder: h.Get(schemas.HeaderHolder), body: newBody(raw)}, e.Revision)
+	r.tasks.Observe(e.Key, newTask(h, raw), e.Revision)
 }
 
 // order sends the order that follows from a record to the worker of an assignment.

@@ -92,7 +92,7 @@ func (b *bench) start() {
 }
 
 func (b *bench) ctx() context.Context {
-	ctx, cancel := context.WithTimeout(b.t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(b.t.Context(), time.Minute)
 	b.t.Cleanup(cancel)
 	return ctx
 }
@@ -274,6 +274,47 @@ func TestAWorkerCannotSpeakForAnother(t *testing.T) {
 
 // Reports that no record explains are tried again for a while, and wait in the same line as
 // those of all workers.
+// A report whose task is no task's id is refused: read as a key a wildcard would be any
+// record, and one that cannot be read would be tried again for ever.
+func TestAReportOfNoTaskIsRefused(t *testing.T) {
+	b := newBench(t)
+	b.cfg.Unknown = time.Nanosecond // else they would be tried again for a minute
+	id := b.accept(nil)
+	a := b.assign(id, "e1")
+	b.start()
+	for _, odd := range []schemas.TaskID{"*", ">", "a\x7fb", "t-1"} {
+		a := a
+		a.Task = odd
+		b.report(ended(a, schemas.EndedItself, 0))
+	}
+	b.report(ended(a, schemas.EndedItself, 0))
+	b.state(id, schemas.Completed)
+	ctx := b.ctx()
+	for {
+		c, err := b.core.JS.Consumer(ctx, schemas.StreamReports, "reaper")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i := c.CachedInfo(); i.NumPending == 0 && i.NumAckPending == 0 {
+			break
+		} else if i.NumRedelivered > 0 {
+			t.Fatalf("tried again: %+v", i)
+		}
+		select {
+		case <-ctx.Done():
+			t.Fatal("reports wait")
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, o := range b.orders {
+		if o.Task != id {
+			t.Errorf("an order came of it: %+v", o)
+		}
+	}
+}
+
 func TestAWorkerThatMakesTasksUpDoesNotStopTheOthers(t *testing.T) {
 	b := newBench(t)
 	b.cfg.Fence = time.Hour // no worker beats here

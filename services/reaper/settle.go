@@ -45,7 +45,11 @@ func (r *Reaper) reports(ctx context.Context) error {
 			r.metrics.again.Inc()
 		}
 		var rep schemas.Report
-		if err := schemas.Decode(m.Data, &rep); err != nil || m.Subject != schemas.ReportSubject(rep.Worker, rep.Task) {
+		err := schemas.Decode(m.Data, &rep)
+		if err == nil {
+			_, err = schemas.ParseTaskID(string(rep.Task)) // "*" would be read as any record
+		}
+		if err != nil || m.Subject != schemas.ReportSubject(rep.Worker, rep.Task) {
 			// Not ours, or a worker that speaks for another: its subject says who it is.
 			r.metrics.reports.WithLabelValues("refused").Inc()
 			r.log.Warn().Str("subject", m.Subject).Msg("report refused")

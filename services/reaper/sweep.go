@@ -92,7 +92,8 @@ func (r *Reaper) look(ctx context.Context, id schemas.TaskID) error {
 	}
 	t.body.looked()
 	now := time.Now()
-	if at := e.Value.SweepAt(); !at.IsZero() && !now.Before(at) {
+	kept := e.Value.State.Held() && e.Value.WorkerLostAt.IsZero()
+	if at := e.Value.SweepAt(); !at.IsZero() && !now.Before(at) && (!kept || r.silentFor(id) >= unansweredAfter*r.cfg.Redrive) {
 		after, err := r.apply(ctx, e, func(m schemas.Meta) schemas.Event { return schemas.Sweep{Meta: m} })
 		if err != nil && !settled(err) {
 			return err
@@ -128,6 +129,7 @@ func settled(err error) bool {
 func (r *Reaper) redrive(e bus.Entry[schemas.Record], now time.Time) time.Time {
 	rec := e.Value
 	if !rec.State.Held() {
+		r.unanswered(rec, false)
 		return rec.SweepAt()
 	}
 	last := rec.AssignedAt
@@ -135,6 +137,8 @@ func (r *Reaper) redrive(e bus.Entry[schemas.Record], now time.Time) time.Time {
 		last = rec.History[n-1].At
 	}
 	at := r.orderDue(rec, r.past(last, now), now)
+	r.unanswered(rec, !at.IsZero() && now.Sub(at) >= unansweredAfter*r.cfg.Redrive && rec.WorkerLostAt.IsZero() &&
+		(rec.State != schemas.Starting || now.After(rec.StartingAt.Add(rec.Spec.Timeouts.Pull.Std()+rec.Spec.Timeouts.Start.Std()))))
 	for !at.IsZero() && !at.After(now) { // the times of earlier orders are over
 		if next := at.Add(r.cfg.Redrive); next.After(now) {
 			r.metrics.redriven.Inc()
@@ -148,6 +152,45 @@ func (r *Reaper) redrive(e bus.Entry[schemas.Record], now time.Time) time.Time {
 		return s
 	}
 	return at
+}
+
+// unansweredAfter is how many orders a worker that beats leaves without an answer before an
+// operator should look at it. Only it may give its tasks up, and so they wait for it.
+const unansweredAfter = 8
+
+// unanswered takes note whether a task's worker leaves its orders without an answer.
+func (r *Reaper) unanswered(rec schemas.Record, is bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	_, was := r.silent[rec.ID]
+	switch {
+	case is && !was:
+		r.silent[rec.ID] = time.Now()
+		r.log.Warn().Str("task", string(rec.ID)).Int("attempt", rec.Attempt).Str("worker", string(rec.Worker)).Msg("worker beats and does not answer orders")
+	case was && !is:
+		delete(r.silent, rec.ID)
+	}
+	r.metrics.unanswered.Set(float64(len(r.silent)))
+}
+
+// silentFor is how long a task's worker was seen here to leave orders without an answer. The
+// times of a record alone say nothing of that: all of the site, or the server, may have been away.
+func (r *Reaper) silentFor(id schemas.TaskID) time.Duration {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	since, ok := r.silent[id]
+	if !ok {
+		return 0
+	}
+	return time.Since(since)
+}
+
+// listenAnew gives all workers their time again to answer: nobody heard them, or this reaper did not.
+func (r *Reaper) listenAnew() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	clear(r.silent)
+	r.metrics.unanswered.Set(0)
 }
 
 // past is t, or, where that is still to come, long enough ago for a redrive: it was

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -38,7 +39,13 @@ type site struct {
 func start(t *testing.T) *site {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	st, err := stack.Start(ctx, stack.Options{Dir: t.TempDir(), Agents: 1, Logger: zerolog.Nop()})
+	templates := t.TempDir()
+	for name, text := range map[string]string{"web": "image: a\ncommand: [sleep, 1m]\nextensions: 1\nvalues: {flag: {env: FLAG}}\n", "wrong": "image: [\n"} {
+		if err := os.WriteFile(filepath.Join(templates, name+".yaml"), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	st, err := stack.Start(ctx, stack.Options{Dir: t.TempDir(), Templates: templates, Agents: 1, Logger: zerolog.Nop()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -177,7 +184,7 @@ func TestEveryAnswerIsWhatTheDocumentPromises(t *testing.T) {
 
 	for _, spec := range []string{`{`, `{"image":"a","image":"b"}`, `{"image":"a","colour":"red"}`, `{"image":1}`, `{}`, `{"image":"a","network":"egress"}`,
 		`{"image":"a","ttl":"999h"}`, `{"image":"a","priority":99,"ttl":"0s"}`, `{"image":"a","user":"image"}`, `{"image":"a","resources":{"memory":"lots"}}`,
-		`{"image":"a","stdin":"` + strings.Repeat("x", 60<<10) + `"}`} {
+		`{"image":"a","workdir":"/` + strings.Repeat("x", 60<<10) + `"}`} {
 		if res, answer := s.ask("POST", "/v1/tasks", spec); res.StatusCode < 400 {
 			t.Errorf("%.80s was taken: %s", spec, answer)
 		}
@@ -209,6 +216,7 @@ func TestEveryAnswerIsWhatTheDocumentPromises(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = ws.CloseNow()
+	s.instances()
 	s.good["openTunnel"] = true // there is nothing to hold against the document
 	upgrade := []string{"Connection", "Upgrade", "Upgrade", "websocket", "Sec-WebSocket-Version", "13", "Sec-WebSocket-Key", "AAAAAAAAAAAAAAAAAAAAAA=="}
 	s.want(502, "GET", path(listening)+"/tunnel/7001", "", upgrade...)
@@ -257,6 +265,7 @@ func TestEveryAnswerIsWhatTheDocumentPromises(t *testing.T) {
 	s.want(400, "GET", "/v1/events", "", "Last-Event-ID", "x")
 
 	s.reach(path(running), path(done), none)
+	s.data(path(running), path(done), none)
 	s.want(412, "DELETE", path(running), "", "If-Match", `"1"`)
 	s.want(400, "DELETE", path(running), "", "If-Match", `1`)
 	s.want(200, "DELETE", path(running)+"?grace=1s", "")

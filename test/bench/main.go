@@ -4,6 +4,10 @@
 //	bench cold       POST to running beside create+start through the raw Docker API
 //	bench hop        one process beside one for each service
 //	bench scale      50 and 1,000 agents: many tasks through, then many that sleep
+//	bench reach      programs, consoles and files in a task among others, beside docker's own
+//	bench beats      what copies of 500 MB do to heartbeats and short tasks
+//	bench ingress    requests, connections and tunnels to a task beside a bridged container
+//	bench judge      submissions in C and Python beside the same programs run bare
 //	bench rest       what up takes while it has little to do: 300 real containers, 1,000 followers
 //	bench            control and cold
 //
@@ -36,7 +40,7 @@ func main() {
 	containers := flag.String("containers", "1,100,300", "numbers of real containers, for reach")
 	syncs := flag.String("sync", "default", "when NATS syncs its files, for scale: default or always")
 	flag.Usage = func() {
-		fmt.Fprintln(os.Stderr, "usage: bench [-n N] [control|cold|hop|ingress|reach|scale|rest]")
+		fmt.Fprintln(os.Stderr, "usage: bench [-n N] [beats|control|cold|hop|ingress|judge|reach|scale|rest]")
 		flag.PrintDefaults()
 	}
 	flag.Parse()
@@ -61,6 +65,8 @@ func main() {
 		err = cold(ctx, *bin, *n)
 	case "hop":
 		err = hop(ctx, *bin, *n)
+	case "beats":
+		err = beats(ctx, *bin, *n)
 	case "ingress":
 		err = ingress(ctx, *bin, *n)
 	case "scale":
@@ -85,6 +91,8 @@ func main() {
 			counts = append(counts, count)
 		}
 		err = reach(ctx, *bin, *n, counts)
+	case "judge":
+		err = judge(ctx, *bin, *n)
 	case "rest":
 		err = rest(ctx, restOptions{bin: *bin, sleepers: *sleepers, followers: *followers})
 	case "":

@@ -26,7 +26,8 @@ func TestRestoreAfterTheDisksAreLost(t *testing.T) {
 }
 
 func restored(t *testing.T, servers int) {
-	s, image := withDocker(t, harness.SiteOptions{NATS: servers, Agents: 2, Scale: 0.1})
+	templates := t.TempDir()
+	s, image := withDocker(t, harness.SiteOptions{NATS: servers, Agents: 2, Scale: 0.1, GatewayArgs: []string{"--templates", templates}})
 	of, overlaps := lives(t, s)
 	task := func(onLost string, command ...string) schemas.TaskID {
 		sp := contained(image, command...)
@@ -57,16 +58,39 @@ func restored(t *testing.T, servers int) {
 		return string(out)
 	}
 
-	done := task("requeue", "echo", "hi")
+	done, left := task("requeue", "echo", "hi"), task("requeue", "leave", "1", "10")
 	until(t, s, done, schemas.Completed)
+	until(t, s, left, schemas.Completed)
+	artifact := func() error { return s.Call(t.Context(), 0, "GET", "/v1/tasks/"+string(left)+"/artifacts", nil, nil) }
+	if err := artifact(); err != nil {
+		t.Fatal(err)
+	}
+	template := "image: " + image + "\ncommand: [sleep, 1h]\non_lost: wait\nresources: {cpus: 0.2, memory: 48MiB, disk: 1MiB}\ntimeouts: {stop: 1s}\n"
+	if err := os.WriteFile(filepath.Join(templates, "web.yaml"), []byte(template), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	instance := func() (i schemas.Instance) {
+		t.Helper()
+		eventually(t, "litmus has an instance", func() error {
+			return s.Call(t.Context(), 0, "PUT", "/v1/instances/web/litmus?wait=running", nil, &i)
+		})
+		return i
+	}
+	mine := instance()
 	requeue, fail := running("requeue", "sleep", "1h"), running("fail", "sleep", "1h")
 	wait := running("wait", "sleep", "1h")
 	drain("drain")
 	queued, queuedWait := task("requeue", "sleep", "1h"), task("wait", "sleep", "1h")
+	large := contained(image, "sleep", "1h")
+	large["files"] = []map[string]any{{"path": "large", "content": strings.Repeat("large ", 10_000)}} // becomes a blob
+	queuedBlob := create(t, s, large).ID
 	file := filepath.Join(t.TempDir(), "backup")
 	dayfly("backup", file)
 
 	// The world goes on.
+	if err := s.Call(t.Context(), 0, "DELETE", "/v1/tasks/"+string(queuedBlob), nil, nil); err != nil {
+		t.Fatal(err)
+	}
 	drain("undrain")
 	for _, id := range []schemas.TaskID{queued, queuedWait} {
 		until(t, s, id, schemas.Running)
@@ -108,7 +132,8 @@ func restored(t *testing.T, servers int) {
 	t.Logf("restored:\n%s", list)
 	for id, now := range map[schemas.TaskID]string{
 		requeue: "running queued restored", fail: "running failed restored", wait: "running running -",
-		queued: "queued queued restored", queuedWait: "queued failed restored",
+		queued: "queued queued restored", queuedWait: "queued failed restored", queuedBlob: "queued queued restored",
+		mine.Task: "running running -",
 	} {
 		if !strings.Contains(strings.Join(strings.Fields(list), " "), string(id)+" "+now) {
 			t.Errorf("%s: %s is not in the list", id, now)
@@ -135,6 +160,16 @@ func restored(t *testing.T, servers int) {
 	if now := get(t, s, done); now.State != schemas.Completed || now.Stdout != "hi\n" {
 		t.Errorf("what had completed is %s, with %q", now.State, now.Stdout)
 	}
+	var gone *schemas.Error
+	if err := artifact(); !errors.As(err, &gone) || gone.Code != schemas.CodeArtifactLost {
+		t.Errorf("artifacts of before: %v", err)
+	}
+	if now := instance(); now.Task != mine.Task {
+		t.Errorf("litmus got %s beside %s", now.Task, mine.Task)
+	}
+	if now := until(t, s, queuedBlob, schemas.Failed); now.Reason != schemas.ReasonBlobMissing {
+		t.Errorf("a task without its blob is %s (%s)", now.State, now.Reason)
+	}
 	for _, id := range []schemas.TaskID{requeue, queued} {
 		if now := until(t, s, id, schemas.Running); now.Attempt <= schemas.RestoreLeap {
 			t.Errorf("%s runs in attempt %d", id, now.Attempt)
@@ -152,12 +187,12 @@ func restored(t *testing.T, servers int) {
 		}
 		return nil
 	})
-	for _, id := range []schemas.TaskID{requeue, queued, wait} {
+	for _, id := range []schemas.TaskID{requeue, queued, wait, mine.Task} {
 		if err := s.Call(t.Context(), 0, "DELETE", "/v1/tasks/"+string(id), nil, nil); err != nil {
 			t.Fatal(err)
 		}
 		now := until(t, s, id, schemas.Canceled)
-		if id == wait && (now.Attempt != 1 || len(of(id)) != 1) {
+		if (id == wait || id == mine.Task) && (now.Attempt != 1 || len(of(id)) != 1) {
 			t.Errorf("it was started anew: attempt %d, containers %+v", now.Attempt, of(id))
 		}
 	}

@@ -42,6 +42,7 @@ type demo struct {
 	image string
 	began time.Time
 	rows  [][3]string
+	site  schemas.TaskID // the web server
 }
 
 // step does one thing and keeps what came of it for the table.
@@ -96,6 +97,9 @@ func (d *demo) run(ctx context.Context, bin string) (err error) {
 		{"start a long task and extend it", func() (string, error) { return d.extend(ctx) }},
 		{"cancel a task that ignores TERM", func() (string, error) { return d.cancel(ctx) }},
 		{"kill -9 dayfly under a running task, start it again", func() (string, error) { return d.survive(ctx) }},
+		{"serve a web page with no network at all", func() (string, error) { return d.web(ctx) }},
+		{"put a file into it and run a command there", func() (string, error) { return d.reach(ctx) }},
+		{"run a task on a terminal, resize it, press Ctrl-C", func() (string, error) { return d.terminal(ctx) }},
 		{"let a task's time run out", func() (string, error) { return d.expire(ctx) }},
 		{"ask for something impossible", func() (string, error) { return d.refuse(ctx) }},
 		{"stop; see that no container is left", func() (string, error) { return d.empty(ctx) }},

@@ -281,7 +281,7 @@ func makeImage(t *testing.T) string {
 	}
 	add("bin/busybox", program)
 	add("bin/python", []byte("#!/bin/sh\nexec sh \"$@\"\n")) // the programs of the pages are so small that both read them
-	for _, name := range []string{"sh", "echo", "sleep", "cat", "wc", "mkdir", "httpd", "wget"} {
+	for _, name := range []string{"sh", "echo", "sleep", "cat", "cp", "wc", "mkdir", "httpd", "wget"} {
 		err = errors.Join(err, w.WriteHeader(&tar.Header{Typeflag: tar.TypeLink, Name: "bin/" + name, Linkname: "bin/busybox", Mode: 0o755}))
 	}
 	if err = errors.Join(err, w.Close()); err != nil {

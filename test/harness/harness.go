@@ -17,6 +17,7 @@ import (
 	"syscall"
 	"time"
 
+	"dayfly.dev/bus/port"
 	"dayfly.dev/services/agent/guest"
 	cerrdefs "github.com/containerd/errdefs"
 	"github.com/moby/moby/client"
@@ -36,6 +37,8 @@ type Up struct {
 
 	cmd    *exec.Cmd
 	exited chan error
+
+	http, ingress *port.Port
 }
 
 // New prepares a dayfly in a temporary folder.
@@ -48,10 +51,16 @@ func New(bin string, args ...string) (*Up, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Up{
+	u := &Up{
 		Bin: bin, Dir: dir, Log: log, Args: args,
 		Cluster: "t" + strings.ToLower(rand.Text()[:10]),
-	}, nil
+	}
+	for _, p := range []**port.Port{&u.http, &u.ingress} {
+		if *p, err = port.Keep("127.0.0.1"); err != nil {
+			return nil, err
+		}
+	}
+	return u, nil
 }
 
 // Start starts the process and waits until its API answers. The ports stay the
@@ -59,11 +68,7 @@ func New(bin string, args ...string) (*Up, error) {
 func (u *Up) Start(ctx context.Context) error {
 	file := filepath.Join(u.Dir, "addrs.json")
 	_ = os.Remove(file)
-	listen, ingress := "127.0.0.1:0", "127.0.0.1:0"
-	if u.URL != "" {
-		listen, ingress = strings.TrimPrefix(u.URL, "http://"), u.Ingress
-	}
-	args := append([]string{"up", "--data", filepath.Join(u.Dir, "data"), "--http", listen, "--ingress", ingress,
+	args := append([]string{"up", "--data", filepath.Join(u.Dir, "data"), "--http", u.http.String(), "--ingress", u.ingress.String(),
 		"--admin", "127.0.0.1:0", "--nats", "", "--worker", "w-" + u.Cluster, "--cluster", u.Cluster,
 		"--print-addrs", file}, u.Args...)
 	u.cmd = exec.Command(u.Bin, args...)
@@ -140,6 +145,9 @@ func (u *Up) end(sig syscall.Signal) error {
 // Remove stops the process and takes away its containers and its folder.
 func (u *Up) Remove(ctx context.Context) error {
 	err := u.Kill()
+	if log, e := os.ReadFile(u.Log.Name()); e == nil {
+		err = errors.Join(err, raced("dayfly up", string(log)))
+	}
 	err = errors.Join(err, RemoveContainers(ctx, u.Cluster))
 	u.Log.Close()
 	return errors.Join(err, os.RemoveAll(u.Dir))

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -15,6 +16,7 @@ import (
 	"syscall"
 	"time"
 
+	"dayfly.dev/bus/port"
 	"dayfly.dev/schemas"
 )
 
@@ -35,6 +37,7 @@ type Process struct {
 	cmd    *exec.Cmd
 	exited chan struct{}
 	err    error // of its end, once exited is closed
+	ports  []*port.Port
 }
 
 // Addrs is what --print-addrs writes.
@@ -46,6 +49,8 @@ type Addrs struct {
 	Routes  string `json:"routes"`
 	Worker  string `json:"worker"`
 	PID     int    `json:"pid"`
+
+	Shims map[string]string `json:"shims"` // URLs by name
 }
 
 // Start starts the process and returns once it has said where it listens. It may
@@ -55,6 +60,19 @@ func (p *Process) Start(ctx context.Context) error {
 	_ = os.Remove(file)
 	args := append([]string{}, p.Args...)
 	for flag, addr := range p.Listen {
+		host, number, err := net.SplitHostPort(addr)
+		if err != nil {
+			return err
+		}
+		if number == "0" && p.Under == nil { // a network namespace has no strangers
+			kept, err := port.Keep(host)
+			if err != nil {
+				return err
+			}
+			p.ports = append(p.ports, kept)
+			addr = kept.String()
+			p.Listen[flag] = addr
+		}
 		args = append(args, flag, addr)
 	}
 	if err := p.run(append(args, "--print-addrs", file)); err != nil {

@@ -6,7 +6,6 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,6 +13,8 @@ import (
 	"time"
 
 	"github.com/moby/moby/client"
+
+	"dayfly.dev/bus/port"
 )
 
 // SiteOptions say what a site consists of. Zero of a service is one.
@@ -40,8 +41,9 @@ type Site struct {
 	Reaper  []*Process
 	Agent   []*Process
 
-	o    SiteOptions
-	core string // file of credentials
+	o      SiteOptions
+	core   string       // file of credentials
+	routes []*port.Port // of the NATS servers
 }
 
 // NewSite prepares a site in a temporary folder; nothing runs yet. Remove it.
@@ -60,9 +62,13 @@ func NewSite(ctx context.Context, o SiteOptions) (*Site, error) {
 	if out, err := exec.CommandContext(ctx, o.Bin, "credentials", "init", s.core).CombinedOutput(); err != nil {
 		return nil, errors.Join(fmt.Errorf("make credentials: %w: %s", err, out), os.RemoveAll(dir))
 	}
-	ports, err := freePorts(o.NATS)
-	if err != nil {
-		return nil, errors.Join(err, os.RemoveAll(dir))
+	var routes []string
+	for range o.NATS {
+		p, err := port.Keep("127.0.0.1")
+		if err != nil {
+			return nil, errors.Join(err, os.RemoveAll(dir))
+		}
+		s.routes, routes = append(s.routes, p), append(routes, p.String())
 	}
 	for i := range o.NATS {
 		args := []string{"nats", "--credentials", s.core, "--name", fmt.Sprintf("n%d", i+1), "--data", filepath.Join(dir, fmt.Sprintf("data-nats%d", i+1))}
@@ -70,7 +76,7 @@ func NewSite(ctx context.Context, o SiteOptions) (*Site, error) {
 			args = append(args, "--sync", o.Sync)
 		}
 		if o.NATS > 1 {
-			args = append(args, "--cluster-name", s.Cluster, "--cluster-listen", ports[i], "--routes", strings.Join(ports, ","))
+			args = append(args, "--cluster-name", s.Cluster, "--cluster-listen", routes[i], "--routes", strings.Join(routes, ","))
 		}
 		n := s.process(fmt.Sprintf("nats%d", i+1), args, "--listen")
 		if o.Host != "" {
@@ -79,19 +85,6 @@ func NewSite(ctx context.Context, o SiteOptions) (*Site, error) {
 		s.NATS = append(s.NATS, n)
 	}
 	return s, nil
-}
-
-// freePorts finds addresses at which nobody listens.
-func freePorts(n int) (list []string, err error) {
-	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			return nil, err
-		}
-		defer l.Close()
-		list = append(list, l.Addr().String())
-	}
-	return list, nil
 }
 
 func (s *Site) process(name string, args []string, listen ...string) *Process {
@@ -188,12 +181,13 @@ func (s *Site) All() (all []*Process) {
 
 // Remove kills everything and takes away its containers and its folder.
 func (s *Site) Remove(ctx context.Context, more ...*Process) error {
+	var err error
 	for _, p := range append(s.All(), more...) {
 		p.Kill()
+		err = errors.Join(err, raced(p.Name, p.Log()))
 	}
-	var err error
 	if !s.o.Fake {
-		err = RemoveContainers(ctx, s.Cluster)
+		err = errors.Join(err, RemoveContainers(ctx, s.Cluster))
 	}
 	if s.Image != "" {
 		err = errors.Join(err, RemoveImage(ctx, s.Image))
@@ -261,13 +255,30 @@ func engineAt(host string) (*client.Client, error) {
 	return client.New(client.WithHost(host))
 }
 
-// Binaries builds dayfly, and dayfly-init beside it, into a folder, for tests.
+// raced is an error if the race detector found something in a process.
+func raced(name, log string) error {
+	_, found, ok := strings.Cut(log, "WARNING: DATA RACE")
+	if !ok {
+		return nil
+	}
+	return fmt.Errorf("a race in %s:%s", name, found[:min(len(found), 8000)])
+}
+
+// Binaries builds dayfly, and dayfly-init beside it, into a folder, for tests. Where the
+// tests have the race detector dayfly has it too; what it says fails Remove.
 func Binaries(ctx context.Context, dir string) (dayfly string, err error) {
+	// A build that compiles all anew takes longer than a caller may think.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Minute)
+	defer cancel()
 	for _, b := range []struct{ out, pkg string }{
 		{"dayfly", "dayfly.dev/cmd/dayfly"}, {"dayfly-init", "dayfly.dev/services/agent/cmd/dayfly-init"},
 	} {
-		cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", filepath.Join(dir, b.out), b.pkg)
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		args, cgo := []string{"build", "-trimpath"}, "CGO_ENABLED=0"
+		if race && b.out == "dayfly" { // init has to be static
+			args, cgo = append(args, "-race"), "CGO_ENABLED=1"
+		}
+		cmd := exec.CommandContext(ctx, "go", append(args, "-o", filepath.Join(dir, b.out), b.pkg)...)
+		cmd.Env = append(os.Environ(), cgo)
 		cmd.WaitDelay = time.Second
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return "", fmt.Errorf("build %s: %w\n%s", b.pkg, err, out)

@@ -103,20 +103,7 @@ func start(t testing.TB, args ...string) *site {
 	if err != nil {
 		t.Fatal(err)
 	}
-	up, err := harness.New(b.bin, args...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
-		defer cancel()
-		if t.Failed() {
-			t.Log(up.Tail())
-		}
-		if err := up.Remove(ctx); err != nil {
-			t.Error(err)
-		}
-	})
+	up := harness.NewFor(t, b.bin, args...)
 	if err := up.Start(deadline(t)); err != nil {
 		t.Fatal(err)
 	}
@@ -164,7 +151,9 @@ func (s *site) create(spec map[string]any, query string) (t schemas.Task) {
 	s.Helper()
 	spec["image"] = s.image
 	spec["ttl"] = "5m"
-	spec["resources"] = map[string]any{"memory": "64MiB", "cpus": 0.4}
+	if spec["resources"] == nil {
+		spec["resources"] = map[string]any{"memory": "64MiB", "cpus": 0.4}
+	}
 	if err := s.up.Call(deadline(s), "POST", "/v1/tasks"+query, spec, &t); err != nil {
 		s.Fatal(err)
 	}

@@ -49,7 +49,8 @@ func cluster(t *testing.T) (*harness.Site, string) {
 }
 
 // Gateway and agent are killed in the middle of each kind of connection. Each ends
-// clearly, and afterwards all works again, at the same addresses.
+// clearly, and afterwards all works again, at the same addresses. NATS is killed, and they
+// go on.
 func TestKilledInTheMiddle(t *testing.T) {
 	cl, image := cluster(t)
 	s := &site{t, &harness.Up{}, image}
@@ -149,6 +150,64 @@ func TestKilledInTheMiddle(t *testing.T) {
 			t.Errorf("after %s was killed: %v", victim.Name, err)
 		}
 	}
+
+	// NATS is killed: everything stands still, and goes on.
+	ws, _, err := websocket.Dial(deadline(t), url+"/ws", &websocket.DialOptions{HTTPClient: c})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ws.CloseNow()
+	tunnel, err := s.api().Tunnel(deadline(t), task.ID, 7000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tunnel.Close()
+	raw, err := dialEndpoint(shell)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer raw.Close()
+	body, write := io.Pipe()
+	res, err := c.Do(s.request("POST", url+"/echo", io.MultiReader(strings.NewReader("x"), body)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	request := struct {
+		io.Reader
+		io.Writer
+	}{res.Body, write}
+	echo := func(conn io.ReadWriter, text string) {
+		t.Helper()
+		if _, err := io.WriteString(conn, text); err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, len(text))
+		if _, err := io.ReadFull(conn, got); err != nil || string(got) != text {
+			t.Fatalf("%q, %v", got, err)
+		}
+	}
+	if _, err := io.ReadFull(res.Body, make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	for _, text := range []string{"before", "after"} {
+		for _, conn := range []io.ReadWriter{tunnel, raw, request} {
+			echo(conn, text)
+		}
+		if err := ws.Write(deadline(t), websocket.MessageText, []byte(text)); err != nil {
+			t.Fatal(err)
+		}
+		if _, got, err := ws.Read(deadline(t)); err != nil || string(got) != text {
+			t.Fatalf("WebSocket: %q, %v", got, err)
+		}
+		if text == "before" {
+			cl.NATS[0].Kill()
+			if err := cl.NATS[0].Start(deadline(t)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	write.Close()
 	if err := cl.Call(deadline(t), 0, "DELETE", "/v1/tasks/"+string(task.ID)+"?grace=0s", nil, nil); err != nil {
 		t.Error(err)
 	}

@@ -6,11 +6,11 @@ package metrics
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"io"
 	"math"
-	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -23,6 +23,7 @@ import (
 	"testing"
 	"time"
 
+	"dayfly.dev/bus/port"
 	"dayfly.dev/deploy/grafana"
 	"dayfly.dev/schemas"
 	"dayfly.dev/test/harness"
@@ -32,9 +33,13 @@ import (
 const patience = 90 * time.Second
 
 func TestEveryQueryFindsData(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
+	bin, err := harness.Binaries(t.Context(), t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
 	defer cancel()
-	s := start(t, ctx)
+	s := start(t, ctx, bin)
 	lint(t, s.helper.Addrs.Admin)
 
 	loaded, stop := context.WithCancel(ctx)
@@ -47,7 +52,7 @@ func TestEveryQueryFindsData(t *testing.T) {
 	prom := prometheus(t, ctx, s.admin, s.helper.Addrs.Admin)
 	queries := append(panels(), rules(t, ctx, prom)...)
 	results := map[string]string{}
-	err := poll(ctx, func() error {
+	err = harness.Poll(ctx, func() error {
 		missing := 0
 		for _, q := range queries {
 			if results[q.name] == "ok" {
@@ -87,14 +92,17 @@ type site struct {
 // Labels of the two workers, for constraints.
 var onDocker, onHelper = map[string]string{"metrics": "docker"}, map[string]string{"metrics": "helper"}
 
-func start(t *testing.T, ctx context.Context) *site {
+func start(t *testing.T, ctx context.Context, bin string) *site {
 	t.Helper()
 	dir := t.TempDir()
-	bin, err := harness.Binaries(ctx, dir)
+	cert, key := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	out, err := exec.CommandContext(ctx, "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "30",
+		"-subj", "/CN=test", "-addext", "subjectAltName=DNS:*.localhost", "-keyout", key, "-out", cert).CombinedOutput()
 	if err != nil {
-		t.Fatal(err)
+		t.Fatalf("%v (make setup installs it)\n%s", err, out)
 	}
-	up, err := harness.New(bin, "--nats", "127.0.0.1:0", "--scale", "0.1", "--worker-label", "metrics=docker", "--callback-allow", "127.0.0.1/32")
+	up, err := harness.New(bin, "--nats", "127.0.0.1:0", "--scale", "0.1", "--worker-label", "metrics=docker", "--callback-allow", "127.0.0.1/32",
+		"--ingress-cert", cert, "--ingress-key", key, "--endpoint-url", "https://*.localhost")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -161,7 +169,10 @@ func (s *site) load(ctx context.Context) {
 		for i, spec := range []schemas.Spec{
 			task(onDocker, "echo hi", time.Minute),
 			task(onDocker, "exit 3", time.Minute),
-			task(onDocker, "sleep 1m", time.Second), // reaped at its deadline
+			task(onDocker, "leave 1 100", time.Minute), // an artifact
+			task(onDocker, "sleep 1m", time.Second),    // reaped at its deadline
+			{Image: s.image, Constraints: onDocker, TTL: schemas.Duration(time.Minute), Judge: &schemas.Judge{
+				Run: schemas.JudgeStage{Command: []string{"echo", "hi"}}, Tests: []schemas.JudgeTest{{Expected: "hi"}, {Expected: "other"}}}},
 			{Image: "127.0.0.1:1/dayfly/none", Constraints: onDocker, TTL: schemas.Duration(time.Minute)},
 		} {
 			all.Go(func() {
@@ -172,6 +183,7 @@ func (s *site) load(ctx context.Context) {
 			})
 		}
 		all.Go(func() { s.batch(ctx) })
+		all.Go(func() { s.reach(ctx, task(onDocker, "sleep 1m", time.Minute)) })
 		all.Go(func() {
 			_ = s.call(ctx, "POST", "/v1/tasks", "", `{"image": ""}`, nil)
 			_ = s.call(ctx, "GET", "/v1/tasks/none", "", nil, nil)
@@ -179,12 +191,14 @@ func (s *site) load(ctx context.Context) {
 			s.contend(ctx, task(onDocker, "sleep 2s", time.Minute))
 		})
 		all.Go(func() {
-			req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+s.up.Ingress, nil)
+			req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+s.up.Ingress, nil)
 			if err != nil {
 				return
 			}
-			req.Host = strings.Repeat("a", schemas.LabelBytes) + ".localhost" // that of no task
-			if res, err := http.DefaultClient.Do(req); err == nil {
+			req.Host = strings.Repeat("a", schemas.LabelBytes) + ".localhost"                    // that of no task
+			transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}} // its own certificate
+			defer transport.CloseIdleConnections()
+			if res, err := (&http.Client{Transport: transport}).Do(req); err == nil {
 				res.Body.Close()
 			}
 		})
@@ -208,6 +222,21 @@ func (s *site) batch(ctx context.Context) {
 		}
 		return err
 	})
+}
+
+// reach runs programs in a task and reads a file of it, some of which is refused.
+func (s *site) reach(ctx context.Context, spec schemas.Spec) {
+	var made schemas.Task
+	if s.call(ctx, "POST", "/v1/tasks?wait=running&timeout=20s", "", spec, &made) != nil {
+		return
+	}
+	path := "/v1/tasks/" + string(made.ID)
+	_ = s.call(ctx, "POST", path+"/exec", "", `{"command": ["echo", "hi"]}`, nil)
+	_ = s.call(ctx, "POST", path+"/exec", "", `{"command": ["none"], "background": true}`, nil) // by the agent
+	_ = s.call(ctx, "GET", path+"/files?path=/tmp&list=1", "", nil, nil)
+	_ = s.call(ctx, "DELETE", path+"?grace=0s", "", nil, nil)
+	_ = s.call(ctx, "GET", path+"?wait=done&timeout=20s", "", nil, nil)
+	_ = s.call(ctx, "POST", path+"/exec", "", `{"command": ["echo", "hi"]}`, nil) // by the gateway
 }
 
 // contend lets several write one record at once.
@@ -301,12 +330,12 @@ func prometheus(t *testing.T, ctx context.Context, admins ...string) string {
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	kept, err := port.Keep("127.0.0.1")
 	if err != nil {
 		t.Fatal(err)
 	}
-	addr := l.Addr().String()
-	l.Close()
+	t.Cleanup(kept.Close)
+	addr := kept.String()
 	log, err := os.Create(filepath.Join(dir, "log"))
 	if err != nil {
 		t.Fatal(err)

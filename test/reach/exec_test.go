@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"context"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"strings"
 	"testing"
@@ -131,6 +133,18 @@ func TestExecThatIsRefused(t *testing.T) {
 		_, err := s.Exec(deadline(t), c.id, c.req)
 		refusedAs(t, name, err, c.status, c.code)
 	}
+	starting := s.starting()
+	_, err = s.Exec(deadline(t), starting, hello)
+	refusedAs(t, "starting", err, 409, schemas.CodeStateConflict)
+	_, conErr := s.Console(deadline(t), starting, client.ConsoleOptions{ExecRequest: hello})
+	_, filesErr := s.ListFiles(deadline(t), starting, "/tmp")
+	_, tunnelErr := s.Tunnel(deadline(t), starting, 80)
+	for what, err := range map[string]error{"exec": err, "console": conErr, "files": filesErr, "tunnel": tunnelErr} {
+		var e *schemas.Error
+		if !errors.As(err, &e) || e.Status != 409 || e.State != schemas.Starting {
+			t.Errorf("%s in a task that starts: %v", what, err)
+		}
+	}
 	_, err = s.Launch(deadline(t), id, schemas.ExecRequest{Command: []string{"nothing"}})
 	refusedAs(t, "not found, in the background", err, 422, schemas.CodeInvalidValue)
 	_, err = s.Launch(deadline(t), id, schemas.ExecRequest{Command: []string{"cat"}, Stdin: "x"})
@@ -159,6 +173,25 @@ func TestExecThatIsRefused(t *testing.T) {
 			t.Errorf("1 GiB, %s: %d %s", name, res.StatusCode, b)
 		}
 	}
+}
+
+// starting is a task whose image is being pulled, until the test is over.
+func (s *site) starting() schemas.TaskID {
+	s.Helper()
+	registry, err := net.Listen("tcp", "127.0.0.1:0") // takes connections and never answers
+	if err != nil {
+		s.Fatal(err)
+	}
+	s.Cleanup(func() { registry.Close() })
+	task, err := s.Create(deadline(s), schemas.Spec{Image: registry.Addr().String() + "/dayfly/slow:1"}, client.CreateOptions{})
+	if err != nil {
+		s.Fatal(err)
+	}
+	until(s, "it starts", func() error {
+		now, err := s.Get(deadline(s), task.ID, client.GetOptions{})
+		return want(err == nil && now.State == schemas.Starting, "%s, %v", now.State, err)
+	})
+	return task.ID
 }
 
 // endless is the beginning of JSON without an end.
@@ -209,4 +242,41 @@ func TestBackground(t *testing.T) {
 		x, err := s.GetExec(deadline(t), id, b.ID)
 		return want(err == nil && !x.Running && x.Exit != nil && x.Exit.Signal == 15, "%+v, %v", x, err)
 	})
+}
+
+func TestBackgroundByTheCommandLine(t *testing.T) {
+	s := start(t)
+	id := string(s.run(s.shell, nil))
+	b, errs, code := s.dayfly("", "exec", "-d", id, "sh", "-c", "echo begun; echo amiss >&2; printf '\\377'; sleep 1h")
+	b = strings.TrimSpace(b)
+	if code != 0 || b == "" {
+		t.Fatalf("%q, %q, exit code %d", b, errs, code)
+	}
+	until(t, "what it writes", func() error {
+		out, errs, code := s.dayfly("", "execs", "show", id, b)
+		return want(out == "begun\n\xff" && errs == "amiss\n" && code == 0, "%q, %q, exit code %d", out, errs, code)
+	})
+	if out, errs, code := s.dayfly("", "execs", id); code != 0 || !strings.Contains(out, b+"  running  yes") {
+		t.Errorf("%q, %q, exit code %d", out, errs, code)
+	}
+	if out, errs, code := s.dayfly("", "execs", "-q", id); out != b+"\n" || code != 0 {
+		t.Errorf("%q, %q, exit code %d", out, errs, code)
+	}
+	for _, wrong := range []string{"nothing", "..", ".", ""} {
+		for _, verb := range []string{"show", "stop"} {
+			if out, errs, code := s.dayfly("", "execs", verb, id, wrong); code != 125 || out != "" || !strings.Contains(errs, "try: dayfly execs "+id) {
+				t.Errorf("%s %q: %q, %q, exit code %d", verb, wrong, out, errs, code)
+			}
+		}
+	}
+	if out, errs, code := s.dayfly("", "execs", "stop", id, b); out != b+"\n" || code != 0 {
+		t.Errorf("%q, %q, exit code %d", out, errs, code)
+	}
+	until(t, "it is ended", func() error {
+		out, errs, code := s.dayfly("", "execs", id)
+		return want(strings.Contains(out, b+"  exit 143  yes"), "%q, %q, exit code %d", out, errs, code)
+	})
+	if task, err := s.Get(deadline(t), schemas.TaskID(id), client.GetOptions{}); err != nil || task.State != schemas.Running {
+		t.Errorf("%+v, %v", task, err)
+	}
 }

@@ -305,6 +305,63 @@ func (p pattern) Read(b []byte) (int, error) { return p.r.Read(b) }
 
 func newPattern(seed byte) pattern { return pattern{rand.NewChaCha8([32]byte{seed})} }
 
+// A folder with nearly as many entries as there may be goes in and comes out. One with
+// more breaks off.
+func TestAFolderWithManyFiles(t *testing.T) {
+	const most = 99_000
+	s := start(t)
+	id := s.run(s.shell, func(spec *schemas.Spec) {
+		spec.Resources.Memory = 768 << 20
+		spec.Tmpfs = map[string]schemas.Size{"/many": 512 << 20}
+	})
+	var archive bytes.Buffer
+	w := tar.NewWriter(&archive)
+	for i := range most {
+		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: fmt.Sprintf("%d/%d", i/1000, i), Mode: 0o600}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.PutArchive(long(t), id, "/many/set", &archive); err != nil {
+		t.Fatal(err)
+	}
+	get := func() (files int, err error) {
+		t.Helper()
+		d, err := s.GetFiles(long(t), id, "/many/set")
+		if err != nil {
+			return 0, err
+		}
+		defer d.Close()
+		for r := tar.NewReader(d); ; files++ {
+			h, err := r.Next()
+			if err == io.EOF {
+				return files, nil
+			}
+			if err != nil {
+				return files, err
+			}
+			if h.Typeflag == tar.TypeDir {
+				files--
+			}
+		}
+	}
+	if n, err := get(); n != most || err != nil {
+		t.Errorf("%d files came out, %v", n, err)
+	}
+	s.sh(id, "mkdir /many/set/more; cd /many/set/more; touch $(seq 1000)")
+	if n, err := get(); err == nil || n > 0 || !strings.Contains(err.Error(), "one by one") {
+		t.Errorf("%d files came out of more than may be: %v", n, err)
+	}
+	if list, err := s.ListFiles(long(t), id, "/many/set/0"); err != nil || len(list.Items) != 1000 {
+		t.Errorf("%d in a list, %v", len(list.Items), err)
+	}
+	if done, err := s.DeleteFiles(long(t), id, "/many/set", true); err != nil || done.Entries < most+1000 {
+		t.Errorf("%+v, %v", done, err)
+	}
+}
+
 // Half a gigabyte goes in and comes out, alone and in an archive, and no process holds it.
 func TestFilesThatAreLarge(t *testing.T) {
 	s := start(t)

@@ -38,11 +38,11 @@ var binaries = sync.OnceValues(func() (built, error) {
 	}
 	name := strings.ToLower(rand.Text()[:10])
 	b := built{dir: dir, shell: "dayfly-shell:" + name, scratch: "dayfly-scratch:" + name}
-	ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
-	defer cancel()
-	if b.bin, err = harness.Binaries(ctx, dir); err != nil {
+	if b.bin, err = harness.Binaries(context.Background(), dir); err != nil {
 		return b, err
 	}
+	ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
+	defer cancel()
 	if err := harness.MakeImage(ctx, b.scratch); err != nil {
 		return b, err
 	}
@@ -122,28 +122,15 @@ type site struct {
 func start(t testing.TB, args ...string) *site {
 	t.Helper()
 	b := built1(t)
-	up, err := harness.New(b.bin, args...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
-		defer cancel()
-		if t.Failed() {
-			t.Log(up.Tail())
-		}
-		if err := up.Remove(ctx); err != nil {
-			t.Error(err)
-		}
-	})
+	up := harness.NewFor(t, b.bin, args...)
 	if err := up.Start(deadline(t)); err != nil {
 		t.Fatal(err)
 	}
-	s := &site{TB: t, built: b, up: up}
-	if s.Client, err = client.New(up.URL); err != nil {
+	c, err := client.New(up.URL)
+	if err != nil {
 		t.Fatal(err)
 	}
-	return s
+	return &site{t, b, up, c}
 }
 
 // create asks for a task that sleeps, and changes its spec as edit does.

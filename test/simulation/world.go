@@ -454,9 +454,12 @@ func (h *handle) check() error {
 func (h *handle) Host(ctx context.Context) (schemas.Host, error) { return h.runtime.Host(ctx) }
 func (h *handle) Now() time.Duration                             { return h.runtime.Now() }
 func (h *handle) Close() error                                   { return nil }
+func (h *handle) Images() *agent.Images                          { return h.runtime.Images() }
+func (h *handle) Keep(images []string)                           { h.runtime.Keep(images) }
+func (h *handle) Credentials() []string                          { return h.runtime.Credentials() }
 
-func (h *handle) Image(ctx context.Context, spec schemas.Spec, progress func(string)) (agent.Image, error) {
-	return h.runtime.Image(ctx, spec, progress)
+func (h *handle) Image(ctx context.Context, spec schemas.Spec, pinned *schemas.Resolved, progress func(agent.Progress)) (agent.Image, error) {
+	return h.runtime.Image(ctx, spec, pinned, progress)
 }
 
 func (h *handle) Permit(until time.Duration) error {

@@ -29,6 +29,7 @@ import (
 
 // Options of a stack.
 type Options struct {
+	Templates  string // folder of templates; "" is none
 	Dir        string // of the server and the journals
 	SyncAlways bool
 	Agents     int
@@ -94,8 +95,14 @@ func (s *Stack) start(ctx, run context.Context, o Options, password string, work
 	}
 	s.URL = "http://" + ln.Addr().String()
 	health := ops.NewHealth()
+	var templates *gateway.Templates
+	if o.Templates != "" {
+		if templates, err = gateway.OpenTemplates(o.Templates, schemas.DefaultPolicy()); err != nil {
+			return err
+		}
+	}
 	s.run(run, func(ctx context.Context) error {
-		return gateway.Run(ctx, gateway.Deps{Conn: core[0], Logger: o.Logger, Metrics: prometheus.NewRegistry(), Health: health, Listener: ln}, gateway.Config{})
+		return gateway.Run(ctx, gateway.Deps{Templates: templates, Conn: core[0], Logger: o.Logger, Metrics: prometheus.NewRegistry(), Health: health, Listener: ln}, gateway.Config{})
 	})
 	s.run(run, func(ctx context.Context) error {
 		return placer.Run(ctx, placer.Deps{Conn: core[1], Logger: o.Logger, Metrics: prometheus.NewRegistry(), Health: health}, placer.DefaultConfig())
@@ -163,6 +170,9 @@ func (s *Stack) ready(ctx context.Context, c *bus.Conn, workers int) error {
 func (s *Stack) Stop() error {
 	s.cancel()
 	s.wg.Wait()
+	for _, rt := range s.Runtimes {
+		_ = rt.Close()
+	}
 	for _, c := range s.conns {
 		c.Close()
 	}

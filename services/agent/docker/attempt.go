@@ -13,6 +13,7 @@ import (
 	cerrdefs "github.com/containerd/errdefs"
 	"github.com/moby/moby/client"
 	"github.com/rs/zerolog"
+	"golang.org/x/sys/unix"
 
 	"dayfly.dev/schemas"
 	"dayfly.dev/services/agent"
@@ -35,6 +36,8 @@ type attempt struct {
 	dir   string
 	spool *spool
 
+	console *console // nil unless clients may attach to its process
+
 	done   chan struct{}
 	met    chan struct{} // closed at the first hello that was not idle, or with done
 	served chan struct{} // closed when serve has returned
@@ -54,12 +57,15 @@ type attempt struct {
 	uid, gid  int // of the task
 	pipes     [2]*os.File
 	pumps     chan struct{} // closed when the pumps have returned; nil if there are none
-	output    *os.File      // /task/output
+	output    *os.File      // the output folder
+	folder    chan struct{} // closed once init has had its chance to bring it
 	current   agent.RunState
 	runs      chan struct{} // closed when current changes
 	restartTo int           // restarts that were asked for
 	oomBefore int64         // kills for want of memory in the runs before the present one
 	version   int           // of init's protocol
+	limited   int64         // the memory that the container may use, 0 if it is not known
+	tidy      bool          // of a judge: init has said that nothing is to be cleaned before the next program
 	calls     map[uint64]chan answer
 	lastCall  uint64
 	stopBy    time.Duration // when a stop's grace is over; 0: none was asked
@@ -78,12 +84,17 @@ var _ agent.Attempt = (*attempt)(nil)
 func (r *Runtime) newAttempt(m meta) (*attempt, error) {
 	a := &attempt{
 		rt: r, meta: m, name: ContainerName(m.Assignment), done: make(chan struct{}),
-		met: make(chan struct{}), served: make(chan struct{}), runs: make(chan struct{}),
+		met: make(chan struct{}), served: make(chan struct{}), runs: make(chan struct{}), folder: make(chan struct{}),
 		calls: map[uint64]chan answer{}, lastCall: firstCall,
 	}
 	a.dir = r.folder(a.name)
 	var err error
-	a.spool, err = openSpool(a.dir, m.LogLimit, r.null)
+	if a.spool, err = openSpool(a.dir, m.LogLimit, r.null); err != nil {
+		return a, err
+	}
+	if err = a.newConsole(); err != nil {
+		a.spool.close()
+	}
 	return a, err
 }
 
@@ -117,6 +128,31 @@ func (a *attempt) Outcome() agent.Outcome {
 
 // Output implements agent.Attempt.
 func (a *attempt) Output() agent.Output { return a.spool }
+
+// OutputFolder implements agent.Attempt. Init brings it with its hello; the descriptor
+// keeps the folder also when the container is gone.
+func (a *attempt) OutputFolder(ctx context.Context) (*os.File, error) {
+	select {
+	case <-a.folder:
+	default:
+		select {
+		case <-a.folder:
+		case <-a.served:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.output == nil {
+		return nil, agent.ErrGone
+	}
+	fd, err := unix.FcntlInt(a.output.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open the output folder: %w", err)
+	}
+	return os.NewFile(uintptr(fd), "output"), nil
+}
 
 // Stop implements agent.Attempt. An init that does not answer is killed through
 // Docker some time after the grace.
@@ -350,7 +386,7 @@ func (a *attempt) hangUp() {
 	if a.backstop != nil {
 		a.backstop.Stop()
 	}
-	interrupt(a.pipes)
+	a.interruptLocked()
 	a.loseLocked()
 }
 
@@ -375,5 +411,28 @@ func (a *attempt) release() {
 		_ = a.output.Close()
 		a.output = nil
 	}
+	a.discard()
+}
+
+// discard closes what newAttempt opened.
+func (a *attempt) discard() {
 	a.spool.close()
+	if a.console != nil {
+		a.console.close()
+	}
+}
+
+// interruptLocked ends the pumps, and a write to stdin.
+func (a *attempt) interruptLocked() {
+	a.spool.letGo()
+	interrupt(a.pipes)
+	if a.console != nil {
+		a.console.interrupt()
+	}
+}
+
+func (a *attempt) interrupt() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.interruptLocked()
 }

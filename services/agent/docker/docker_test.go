@@ -108,7 +108,7 @@ func config(t testing.TB, dir string, worker schemas.WorkerID) docker.Config {
 	}
 }
 
-// openIn makes a runtime with a permit for a minute.
+// openIn makes a runtime with a permit for an hour.
 func openIn(t testing.TB, dir string, worker schemas.WorkerID) *docker.Runtime {
 	t.Helper()
 	rt, err := docker.New(config(t, dir, worker))
@@ -116,7 +116,7 @@ func openIn(t testing.TB, dir string, worker schemas.WorkerID) *docker.Runtime {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { rt.Close() })
-	if err := rt.Permit(rt.Now() + time.Minute); err != nil {
+	if err := rt.Permit(rt.Now() + time.Hour); err != nil {
 		t.Fatal(err)
 	}
 	return rt
@@ -137,13 +137,13 @@ func request(t testing.TB, rt agent.Runtime, worker schemas.WorkerID, command ..
 	}
 	spec := schemas.DefaultSpec()
 	spec.Image, spec.Command = site.image, command
-	img, err := rt.Image(t.Context(), spec, nil)
+	img, err := rt.Image(t.Context(), spec, nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return agent.StartRequest{
 		Assignment: schemas.Assignment{Task: id, Attempt: 1, Worker: worker, Epoch: "e1"},
-		Spec:       spec, Image: img, TimeLeft: time.Minute, Grace: time.Second, LogLimit: 16 << 20,
+		Spec:       spec, Image: img, TimeLeft: time.Hour, Grace: time.Second, LogLimit: 16 << 20,
 	}
 }
 

@@ -17,7 +17,7 @@ import (
 // drain waits for the pipes' end.
 func (a *attempt) drain() {
 	a.mu.Lock()
-	pipes, pumps := a.pipes, a.pumps
+	pumps := a.pumps
 	a.mu.Unlock()
 	if pumps == nil {
 		return
@@ -28,7 +28,7 @@ func (a *attempt) drain() {
 	case <-pumps:
 	case <-late.C: // somebody outside the container holds a write end
 		a.log().Warn().Msg("a pipe has no end, giving up on it")
-		interrupt(pipes)
+		a.interrupt()
 		<-pumps
 	}
 }
@@ -160,10 +160,10 @@ func (a *attempt) finish(o agent.Outcome) {
 	if a.backstop != nil {
 		a.backstop.Stop()
 	}
-	pipes, pumps := a.pipes, a.pumps
+	pumps := a.pumps
 	a.mu.Unlock()
+	a.interrupt()
 	if pumps != nil {
-		interrupt(pipes)
 		<-pumps
 	}
 	if err := writeJSON(filepath.Join(a.dir, "outcome.json"), outcome(o)); err != nil {

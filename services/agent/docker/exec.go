@@ -35,8 +35,9 @@ type foreground struct {
 	terminal bool
 	grace    time.Duration // between TERM and KILL when it is closed
 	done     chan struct{}
-	exit     schemas.Exit // once done is closed
-	err      error        // once done is closed
+	exit     schemas.Exit   // once done is closed
+	said     initproto.Exit // once done is closed: as init told of it
+	err      error          // once done is closed
 	closing  sync.Once
 }
 
@@ -153,7 +154,16 @@ func (p *foreground) started(m answer, stdio agent.Stdio) error {
 	if want == 0 {
 		return nil
 	}
-	fd := m.fds[0]
+	terminal, err := adoptTerminal(m.fds[0])
+	if err != nil {
+		return err
+	}
+	p.terminal, p.stdin, p.reads[0] = true, terminal, terminal
+	return nil
+}
+
+// adoptTerminal takes a terminal's master from init, after a look at what it is.
+func adoptTerminal(fd int) (*os.File, error) {
 	var st unix.Stat_t
 	err := unix.Fstat(fd, &st)
 	if err == nil && (st.Mode&unix.S_IFMT != unix.S_IFCHR || st.Rdev != unix.Mkdev(5, 2)) {
@@ -167,12 +177,9 @@ func (p *foreground) started(m answer, stdio agent.Stdio) error {
 	}
 	if err != nil {
 		_ = unix.Close(fd)
-		return fmt.Errorf("descriptor from init: %w", err)
+		return nil, fmt.Errorf("descriptor from init: %w", err)
 	}
-	p.terminal = true
-	p.stdin = os.NewFile(uintptr(fd), "terminal")
-	p.reads[0] = p.stdin
-	return nil
+	return os.NewFile(uintptr(fd), "terminal"), nil
 }
 
 // wait waits for the program's end. Its answers end with the connection, and so with
@@ -184,7 +191,8 @@ func (p *foreground) wait(answers <-chan answer) {
 	case err != nil:
 		p.err = err
 	case m.Event == initproto.EventExited && m.Exit != nil:
-		p.exit = *exitOf(*m.Exit)
+		p.exit, p.said = *exitOf(*m.Exit), *m.Exit
+		p.a.setTidy(m.Tidy)
 	default:
 		p.err = errors.New("init answers an exec with something else")
 	}
@@ -275,9 +283,15 @@ func (o output) Read(b []byte) (n int, err error) {
 
 func (p *foreground) Resize(w agent.Window) error {
 	if !p.terminal {
-		return errors.New("it has no terminal")
+		return errNoTerminal
 	}
-	raw, err := p.stdin.SyscallConn()
+	return resize(p.stdin, w)
+}
+
+var errNoTerminal = errors.New("it has no terminal")
+
+func resize(terminal *os.File, w agent.Window) error {
+	raw, err := terminal.SyscallConn()
 	if err != nil {
 		return err
 	}

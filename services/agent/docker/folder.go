@@ -31,6 +31,8 @@ type meta struct {
 	LogLimit   int64              `json:"log_limit"`
 	BootID     string             `json:"boot_id"`
 	Again      *initproto.Again   `json:"again,omitempty"`
+	TTY        bool               `json:"tty,omitempty"`   // its process is on a terminal
+	Input      bool               `json:"input,omitempty"` // clients write its stdin
 }
 
 // outcome is outcome.json.
@@ -44,7 +46,7 @@ type outcome struct {
 
 // makeFolder makes an attempt's folder. Only root may enter it, so the socket that
 // every user of the container may dial is out of reach for users of the host.
-func makeFolder(dir string, m meta, files []schemas.File) error {
+func makeFolder(dir string, m meta, spec schemas.Spec, blobs map[schemas.BlobID]string) error {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return fmt.Errorf("make state folder: %w", err)
 	}
@@ -57,15 +59,22 @@ func makeFolder(dir string, m meta, files []schemas.File) error {
 			return fmt.Errorf("make state folder: %w", err)
 		}
 	}
-	if err := writeFiles(filepath.Join(dir, "input"), files); err != nil {
+	if err := writeFiles(filepath.Join(dir, "input"), spec.Files, blobs); err != nil {
 		return fmt.Errorf("place input files: %w", err)
+	}
+	if spec.StdinBlob != "" {
+		// Init opens it through its own mount: a descriptor that was opened out here would let a
+		// task whose user is root change the mode of the file, and then write it.
+		if err := placeBlob(filepath.Join(dir, "c"), initproto.StdinName, blobs[spec.StdinBlob]); err != nil {
+			return fmt.Errorf("place stdin: %w", err)
+		}
 	}
 	return writeJSON(filepath.Join(dir, "meta.json"), m)
 }
 
 // writeFiles places the spec's files. The paths come from a client: os.Root lets
 // none of them out of the folder. The task may read and run them, never write.
-func writeFiles(dir string, files []schemas.File) error {
+func writeFiles(dir string, files []schemas.File, blobs map[schemas.BlobID]string) error {
 	if len(files) == 0 {
 		return nil
 	}
@@ -89,6 +98,12 @@ func writeFiles(dir string, files []schemas.File) error {
 				}
 			}
 		}
+		if f.Blob != "" {
+			if err := linkBlob(root, f.Path, blobs[f.Blob]); err != nil {
+				return fmt.Errorf("%s: %w", f.Path, err)
+			}
+			continue
+		}
 		if err := root.WriteFile(f.Path, b, 0o555); err != nil {
 			return err
 		}
@@ -97,6 +112,46 @@ func writeFiles(dir string, files []schemas.File) error {
 		}
 	}
 	return nil
+}
+
+func placeBlob(dir, name, blob string) error {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	return linkBlob(root, name, blob)
+}
+
+// linkBlob places a blob of the cache: the file itself, which is mounted read-only, or a
+// copy where it cannot be linked, as for its 65,000th task or across file systems.
+func linkBlob(root *os.Root, name, blob string) error {
+	if blob == "" {
+		return errors.New("its blob is not here")
+	}
+	parent, err := root.Open(filepath.Dir(name))
+	if err != nil {
+		return err
+	}
+	defer parent.Close()
+	err = unix.Linkat(unix.AT_FDCWD, blob, int(parent.Fd()), filepath.Base(name), 0)
+	if !errors.Is(err, unix.EMLINK) && !errors.Is(err, unix.EXDEV) && !errors.Is(err, unix.EPERM) {
+		return err
+	}
+	from, err := os.Open(blob)
+	if err != nil {
+		return err
+	}
+	defer from.Close()
+	to, err := root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o555)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(to, from) // shares the blocks where the file system can
+	if err == nil {
+		err = to.Chmod(0o555) // whatever the umask is
+	}
+	return errors.Join(err, to.Close())
 }
 
 func writeJSON(path string, v any) error {

@@ -18,6 +18,7 @@ import (
 	"github.com/moby/moby/client"
 	"github.com/rs/zerolog"
 
+	"dayfly.dev/bus/port"
 	"dayfly.dev/schemas"
 	"dayfly.dev/services/agent"
 	"dayfly.dev/services/agent/docker"
@@ -43,16 +44,17 @@ func helper() {
 	fail(err)
 	left, err := time.ParseDuration(os.Getenv("HELPER_LEFT"))
 	fail(err)
-	fail(rt.Permit(rt.Now() + permit))
+	fail(rt.Permit(rt.Now() + time.Hour)) // however long the start takes
 	spec := schemas.DefaultSpec()
 	spec.Image, spec.Command = os.Getenv("HELPER_IMAGE"), strings.Split(os.Getenv("HELPER_COMMAND"), " ")
-	img, err := rt.Image(context.Background(), spec, nil)
+	img, err := rt.Image(context.Background(), spec, nil, nil)
 	fail(err)
 	a, err := rt.Start(context.Background(), agent.StartRequest{
 		Assignment: schemas.Assignment{Task: schemas.TaskID(os.Getenv("HELPER_TASK")), Attempt: 1, Worker: schemas.WorkerID(os.Getenv("HELPER_WORKER")), Epoch: "e"},
 		Spec:       spec, Image: img, TimeLeft: left, Grace: 200 * time.Millisecond, LogLimit: 64 << 20,
 	})
 	fail(err)
+	fail(rt.Permit(rt.Now() + permit))
 	fmt.Println("started")
 	for {
 		c := a.Output().Changed()
@@ -136,7 +138,7 @@ func TestKilledAgentLosesNoLog(t *testing.T) {
 	}{{1, "1ms"}, {2_500_000, "1ms"}, {1, "0s"}, {400_000, "0s"}, {2_500_000, "0s"}} {
 		t.Run(fmt.Sprintf("at %d, pauses of %s", tt.at, tt.pause), func(t *testing.T) {
 			const n = 5_000_000
-			d := doom(t, time.Minute, time.Minute, fmt.Sprintf("spam %d %s", n, tt.pause))
+			d := doom(t, time.Hour, time.Hour, fmt.Sprintf("spam %d %s", n, tt.pause))
 			for d.lines.Scan() {
 				var kept int
 				if _, _ = fmt.Sscanf(d.lines.Text(), "kept %d", &kept); kept >= tt.at {
@@ -146,7 +148,7 @@ func TestKilledAgentLosesNoLog(t *testing.T) {
 			d.kill()
 			rt, a := d.reopen(t)
 			before, _ := a.Output().Size(schemas.Stdout)
-			if err := rt.Permit(rt.Now() + time.Minute); err != nil {
+			if err := rt.Permit(rt.Now() + time.Hour); err != nil {
 				t.Fatal(err)
 			}
 			if o := wait(t, a); o.By != schemas.EndedItself || o.Exit.Code != 0 {
@@ -160,7 +162,7 @@ func TestKilledAgentLosesNoLog(t *testing.T) {
 
 // What a task wrote and how it ended while no agent was there is told to the next one.
 func TestEndedWithoutAgent(t *testing.T) {
-	d := doom(t, time.Minute, time.Minute, "sleep 300ms 9")
+	d := doom(t, time.Hour, time.Hour, "sleep 300ms 9")
 	d.kill()
 	pid := inspect(t, d.name()).State.Pid
 	waitFor(t, "the task to end", func() bool { return children(pid) == 0 })
@@ -191,7 +193,7 @@ func children(pid int) int {
 
 func waitFor(t *testing.T, what string, f func() bool) {
 	t.Helper()
-	for end := time.Now().Add(20 * time.Second); !f(); {
+	for end := time.Now().Add(time.Minute); !f(); {
 		if time.Now().After(end) {
 			t.Fatalf("waited for %s in vain", what)
 		}
@@ -200,19 +202,19 @@ func waitFor(t *testing.T, what string, f func() bool) {
 }
 
 func TestDeadlineWithoutAgent(t *testing.T) {
-	d := doom(t, time.Minute, 1200*time.Millisecond, "ignore-term 1h")
+	d := doom(t, time.Hour, 1200*time.Millisecond, "ignore-term 1h")
 	d.kill()
 	pid := inspect(t, d.name()).State.Pid
 	waitFor(t, "init to end the task", func() bool { return children(pid) == 0 })
 	_, a := d.reopen(t)
 	o := wait(t, a)
-	if o.By != schemas.EndedDeadline || o.Exit.Code != 137 || !o.Exit.TimedOut || o.Usage.WallMillis < 1300 || o.Usage.WallMillis > 6000 {
+	if o.By != schemas.EndedDeadline || o.Exit.Code != 137 || !o.Exit.TimedOut || o.Usage.WallMillis < 1300 {
 		t.Fatalf("%+v %+v", o, o.Exit)
 	}
 }
 
 func TestPermitWithoutAgent(t *testing.T) {
-	d := doom(t, 1500*time.Millisecond, time.Minute, "ignore-term 1h")
+	d := doom(t, 1500*time.Millisecond, time.Hour, "ignore-term 1h")
 	d.kill()
 	pid := inspect(t, d.name()).State.Pid
 	waitFor(t, "init to kill the task", func() bool { return children(pid) == 0 })
@@ -452,7 +454,7 @@ func TestAStartThatWaitsForOthersLosesNoTime(t *testing.T) {
 		_, err := rt.Start(t.Context(), req)
 		ended <- err
 	}()
-	image, err := rt.Image(t.Context(), req.Spec, nil) // as long as it takes to ask Docker twice
+	image, err := rt.Image(t.Context(), req.Spec, nil, nil) // as long as it takes to ask Docker twice
 	if err != nil || image.ID != req.Image.ID {
 		t.Fatal(image, err)
 	}
@@ -483,7 +485,7 @@ func TestImageConfig(t *testing.T) {
 		req := request(t, rt, "w-img")
 		req.Spec.Image = tag
 		change(&req.Spec)
-		if req.Image, err = rt.Image(t.Context(), req.Spec, nil); err != nil {
+		if req.Image, err = rt.Image(t.Context(), req.Spec, nil, nil); err != nil {
 			t.Fatal(err)
 		}
 		a := start(t, rt, req)
@@ -534,13 +536,9 @@ func TestPullHonoursContext(t *testing.T) {
 		wg.Go(func() {
 			ctx, cancel := context.WithTimeout(t.Context(), time.Duration(300*(i+1))*time.Millisecond)
 			defer cancel()
-			begin := time.Now()
-			_, err := rt.Image(ctx, spec, func(string) {})
+			_, err := rt.Image(ctx, spec, nil, func(agent.Progress) {})
 			if !errors.Is(err, context.DeadlineExceeded) {
 				t.Errorf("%v", err)
-			}
-			if took := time.Since(begin); took > 5*time.Second {
-				t.Errorf("took %s", took)
 			}
 		})
 	}
@@ -549,15 +547,15 @@ func TestPullHonoursContext(t *testing.T) {
 
 func TestPullFaults(t *testing.T) {
 	rt := openIn(t, t.TempDir(), "w-pull")
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	kept, err := port.Keep("127.0.0.1")
 	if err != nil {
 		t.Fatal(err)
 	}
-	refused := l.Addr().String()
-	l.Close()
+	defer kept.Close()
+	refused := kept.String()
 	spec := schemas.DefaultSpec()
 	spec.Image = refused + "/gone:1"
-	_, err = rt.Image(t.Context(), spec, nil)
+	_, err = rt.Image(t.Context(), spec, nil, nil)
 	fault, ok := errors.AsType[*agent.StartError](err)
 	if !ok || fault.Reason != schemas.ReasonImagePull || !strings.Contains(fault.Message, spec.Image) {
 		t.Fatalf("%v", err)
@@ -576,7 +574,7 @@ func TestAStartThatCannotBeNoted(t *testing.T) {
 	noted := filepath.Join(dir, "run", docker.ContainerName(req.Assignment), "started")
 	var obstructing sync.WaitGroup
 	obstructing.Go(func() {
-		for end := time.Now().Add(20 * time.Second); os.Mkdir(noted, 0o700) != nil && time.Now().Before(end); {
+		for end := time.Now().Add(time.Minute); os.Mkdir(noted, 0o700) != nil && time.Now().Before(end); {
 			time.Sleep(time.Millisecond) // between two looks
 		}
 	})

@@ -37,6 +37,7 @@ import (
 	"github.com/moby/moby/client"
 	"github.com/rs/zerolog"
 
+	"dayfly.dev/bus/port"
 	"dayfly.dev/schemas"
 	"dayfly.dev/services/agent"
 	"dayfly.dev/services/agent/docker"
@@ -332,10 +333,10 @@ type heard struct {
 	said []string // guarded
 }
 
-func (h *heard) tell(s string) {
+func (h *heard) tell(p agent.Progress) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.said = append(h.said, s)
+	h.said = append(h.said, p.Sentence)
 }
 
 func (h *heard) all() []string {
@@ -350,7 +351,7 @@ func obtain(t testing.TB, rt agent.Runtime, image string, policy schemas.ImagePo
 	defer cancel()
 	spec, h := schemas.DefaultSpec(), &heard{}
 	spec.Image, spec.Pull = image, policy
-	img, err := rt.Image(ctx, spec, h.tell)
+	img, err := rt.Image(ctx, spec, nil, h.tell)
 	return img, h.all(), err
 }
 
@@ -517,11 +518,11 @@ func TestPullLogin(t *testing.T) {
 		reason schemas.Reason // "" is none
 		says   []string
 	}{
-		"no login":                     {nil, schemas.ReasonImage, []string{image, "give the worker a login for " + s.host}},
-		"a login for another registry": {written(entry, "elsewhere.test", basic), schemas.ReasonImage, []string{"give the worker a login for " + s.host}},
-		"a credential helper's entry":  {written(`{"auths": {%q: {}}, "credsStore": "pass"}`, s.host), schemas.ReasonImage, []string{"give the worker a login for " + s.host}},
-		"a wrong password":             {known(loginUser, wrong), schemas.ReasonImage, []string{image, "registry " + s.host, "password and rights"}},
-		"an unknown user":              {known("eve", wrong), schemas.ReasonImage, []string{image, "registry " + s.host, "password and rights"}},
+		"no login":                     {nil, schemas.ReasonImageAuth, []string{image, "give the worker a login for " + s.host}},
+		"a login for another registry": {written(entry, "elsewhere.test", basic), schemas.ReasonImageAuth, []string{"give the worker a login for " + s.host}},
+		"a credential helper's entry":  {written(`{"auths": {%q: {}}, "credsStore": "pass"}`, s.host), schemas.ReasonImageAuth, []string{"give the worker a login for " + s.host}},
+		"a wrong password":             {known(loginUser, wrong), schemas.ReasonImageAuth, []string{image, "registry " + s.host, "password and rights"}},
+		"an unknown user":              {known("eve", wrong), schemas.ReasonImageAuth, []string{image, "registry " + s.host, "password and rights"}},
 		"the right one":                {known(loginUser, loginPassword), "", nil},
 		"from a file":                  {written(entry, s.host, basic), "", nil},
 		"from a file, with a scheme":   {written(entry, "https://"+s.host, basic), "", nil},
@@ -583,12 +584,12 @@ func TestPullRefused(t *testing.T) {
 	p := s.push(t, "web", "1", runtime.GOARCH, 1000)
 	s.push(t, "foreign", "1", otherArch(), 100)
 	s.pushList(t, "foreign", "list", otherArch())
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	kept, err := port.Keep("127.0.0.1")
 	if err != nil {
 		t.Fatal(err)
 	}
-	down := l.Addr().String()
-	l.Close()
+	defer kept.Close()
+	down := kept.String()
 	absent := "sha256:" + strings.Repeat("0", 64)
 	always := func(code int, body string) func(http.ResponseWriter, *http.Request) bool {
 		return func(w http.ResponseWriter, r *http.Request) bool {
@@ -625,7 +626,7 @@ func TestPullRefused(t *testing.T) {
 		"it answers 500 to the manifest":            {"", "web:1", func(w http.ResponseWriter, r *http.Request) bool { return of(r, "manifests") && always(500, "")(w, r) }, schemas.ReasonImagePull, []string{"500", "try again later"}},
 		"it has enough of us":                       {"", "web:1", always(429, `{"errors": [{"code": "TOOMANYREQUESTS", "message": "slow down"}]}`), schemas.ReasonImagePull, []string{"slow down", "try again later"}},
 		"it is no registry":                         {"", "web:1", always(200, "<html>hello"), schemas.ReasonImagePull, []string{"did not give", "try again later"}},
-		"it forbids":                                {"", "web:1", always(403, `{"errors": [{"code": "DENIED", "message": "requested access to the resource is denied"}]}`), schemas.ReasonImage, []string{"without a login"}},
+		"it forbids":                                {"", "web:1", always(403, `{"errors": [{"code": "DENIED", "message": "requested access to the resource is denied"}]}`), schemas.ReasonImageAuth, []string{"without a login"}},
 		"its layer is lost":                         {"", "web:1", layer(http.NotFound), schemas.ReasonImagePull, []string{"did not give"}},
 		"its layer is another": {"", "web:1", layer(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "rubbish") }), schemas.ReasonImagePull,
 			[]string{"did not give", "verification failed"}},
@@ -804,9 +805,9 @@ func TestPullShared(t *testing.T) {
 		c := make(chan answer, 1)
 		joined, once := make(chan struct{}), sync.Once{}
 		go func() {
-			img, err := rt.Image(ctx, spec, func(sentence string) {
+			img, err := rt.Image(ctx, spec, nil, func(p agent.Progress) {
 				once.Do(func() { close(joined) })
-				progress(sentence)
+				progress(p.Sentence)
 			})
 			c <- answer{img, err}
 		}()
@@ -853,7 +854,7 @@ func TestPullLeft(t *testing.T) {
 		<-asked
 		leave(&agent.StartError{Reason: schemas.ReasonPullTimeout, Message: "too slow"})
 	}()
-	_, err := rt.Image(ctx, spec, nil)
+	_, err := rt.Image(ctx, spec, nil, nil)
 	if fault, ok := errors.AsType[*agent.StartError](err); !ok || fault.Reason != schemas.ReasonPullTimeout {
 		t.Errorf("%v", err)
 	}
@@ -872,7 +873,7 @@ func TestPullClosed(t *testing.T) {
 	spec.Image = host + "/web:1"
 	c := make(chan error, 1)
 	go func() {
-		_, err := rt.Image(t.Context(), spec, nil)
+		_, err := rt.Image(t.Context(), spec, nil, nil)
 		c <- err
 	}()
 	<-asked
@@ -905,8 +906,8 @@ func TestPullBrokenOff(t *testing.T) {
 	ctx, leave := context.WithCancel(t.Context())
 	defer leave()
 	breaks.Store(1000)
-	_, err := rt.Image(ctx, spec, func(sentence string) {
-		if sentence == "pulling "+spec.Image+": the registry broke off, trying again" {
+	_, err := rt.Image(ctx, spec, nil, func(p agent.Progress) {
+		if p.Sentence == "pulling "+spec.Image+": the registry broke off, trying again" {
 			leave()
 		}
 	})
@@ -973,10 +974,10 @@ func TestPullWords(t *testing.T) {
 		`failed to resolve reference "nowhere.test/web:1": nowhere.test/web:1: not found`:                                                                                        {schemas.ReasonImage, "check its name and tag"},
 		`pull access denied for nowhere.test/web, repository does not exist or may require 'docker login': denied: requested access to the resource is denied`:                   {schemas.ReasonImage, "without a login"},
 		`failed to resolve reference "nowhere.test/web:1": pull access denied, repository does not exist or may require authorization: insufficient_scope: authorization failed`: {schemas.ReasonImage, "without a login"},
-		`Head "https://nowhere.test/v2/web/manifests/1": no basic auth credentials`:                                                                                              {schemas.ReasonImage, "without a login"},
-		`Get "https://nowhere.test/v2/": unauthorized: incorrect username or password`:                                                                                           {schemas.ReasonImage, "without a login"},
-		`failed to authorize: failed to fetch anonymous token: unexpected status from GET request to https://nowhere.test/token: 401 Unauthorized`:                               {schemas.ReasonImage, "without a login"},
-		`unexpected status from HEAD request to https://nowhere.test/v2/web/manifests/1: 403 Forbidden`:                                                                          {schemas.ReasonImage, "without a login"},
+		`Head "https://nowhere.test/v2/web/manifests/1": no basic auth credentials`:                                                                                              {schemas.ReasonImageAuth, "without a login"},
+		`Get "https://nowhere.test/v2/": unauthorized: incorrect username or password`:                                                                                           {schemas.ReasonImageAuth, "without a login"},
+		`failed to authorize: failed to fetch anonymous token: unexpected status from GET request to https://nowhere.test/token: 401 Unauthorized`:                               {schemas.ReasonImageAuth, "without a login"},
+		`unexpected status from HEAD request to https://nowhere.test/v2/web/manifests/1: 403 Forbidden`:                                                                          {schemas.ReasonImageAuth, "without a login"},
 		`no matching manifest for linux/amd64 in the manifest list entries: no match for platform in manifest: not found`:                                                        {schemas.ReasonImageArch, "build the image"},
 		`image with reference nowhere.test/web:1 was found but does not match the specified platform: wanted linux/amd64, actual: linux/arm64`:                                   {schemas.ReasonImageArch, "build the image"},
 		`failed to do request: Head "https://nowhere.test/v2/web/manifests/1": dial tcp: lookup nowhere.test on 127.0.0.53:53: no such host`:                                     {schemas.ReasonImagePull, "cannot be reached"},

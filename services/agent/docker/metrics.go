@@ -2,10 +2,8 @@ package docker
 
 import (
 	"context"
-	"sync"
 	"time"
 
-	"github.com/moby/moby/client"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"dayfly.dev/ops"
@@ -15,19 +13,23 @@ import (
 type metrics struct {
 	ops   *prometheus.HistogramVec
 	leaks *prometheus.CounterVec
+
+	removed, removedBytes prometheus.Counter
 }
 
 func newMetrics(reg prometheus.Registerer) *metrics {
 	m := &metrics{
 		ops: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "dayfly_docker_op_seconds",
-			Help: "Requests to the Docker Engine: pull, create, start, remove.", Buckets: append([]float64{.005, .01, .025}, ops.BucketsStart...)}, []string{"op", "result"}),
+			Help: "Requests to the Docker Engine: pull, create, start, remove, image_remove.", Buckets: append([]float64{.005, .01, .025}, ops.BucketsStart...)}, []string{"op", "result"}),
 		leaks: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dayfly_leaks_detected_total",
 			Help: "What an agent found when it started and could make nothing of: containers of its worker, folders of attempts."}, []string{"kind"}),
+		removed:      prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_image_removals_total", Help: "Images that the agent removed because there was more than the high mark."}),
+		removedBytes: prometheus.NewCounter(prometheus.CounterOpts{Name: "dayfly_image_removed_bytes_total", Help: "Sizes of the images that the agent removed."}),
 	}
 	m.leaks.WithLabelValues("container")
 	m.leaks.WithLabelValues("folder")
 	if reg != nil {
-		reg.MustRegister(m.ops, m.leaks)
+		reg.MustRegister(m.ops, m.leaks, m.removed, m.removedBytes)
 	}
 	return m
 }
@@ -42,52 +44,32 @@ func (m *metrics) done(ctx context.Context, op string, start time.Time, err erro
 	m.ops.WithLabelValues(op, result).Observe(time.Since(start).Seconds())
 }
 
-// imageMetrics asks the Engine at a scrape which images it has, unless it did so a
-// moment ago. An Engine that does not answer says nothing.
+// imageMetrics says what the stock has, as last seen.
 type imageMetrics struct {
-	docker        *client.Client
-	images, bytes *prometheus.Desc
-
-	mu    sync.Mutex
-	asked time.Time // under mu
-	count int       // under mu
-	size  int64     // under mu
+	stock                              *stock
+	images, bytes, ownImages, ownBytes *prometheus.Desc
 }
 
-const (
-	imagesEvery  = 15 * time.Second
-	imagesWithin = 2 * time.Second
-)
-
-func newImageMetrics(docker *client.Client) *imageMetrics {
-	return &imageMetrics{docker: docker,
-		images: prometheus.NewDesc("dayfly_image_cache_images", "Images that the worker's Docker Engine has. dayfly removes none.", nil, nil),
-		bytes:  prometheus.NewDesc("dayfly_image_cache_bytes", "Sizes of the images that the worker's Docker Engine has; a layer counts for each image that has it.", nil, nil),
+func newImageMetrics(s *stock) *imageMetrics {
+	return &imageMetrics{stock: s,
+		images:    prometheus.NewDesc("dayfly_image_cache_images", "Images that the worker's Docker Engine has.", nil, nil),
+		bytes:     prometheus.NewDesc("dayfly_image_cache_bytes", "Sizes of the images that the worker's Docker Engine has; a layer counts for each image that has it.", nil, nil),
+		ownImages: prometheus.NewDesc("dayfly_image_cache_own_images", "Images that the agent pulled and may remove.", nil, nil),
+		ownBytes:  prometheus.NewDesc("dayfly_image_cache_own_bytes", "Sizes of the images that the agent pulled and may remove.", nil, nil),
 	}
 }
 
 // Describe implements prometheus.Collector.
 func (m *imageMetrics) Describe(ch chan<- *prometheus.Desc) {
-	ch <- m.images
-	ch <- m.bytes
+	for _, d := range []*prometheus.Desc{m.images, m.bytes, m.ownImages, m.ownBytes} {
+		ch <- d
+	}
 }
 
 // Collect implements prometheus.Collector.
 func (m *imageMetrics) Collect(ch chan<- prometheus.Metric) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if time.Since(m.asked) >= imagesEvery {
-		ctx, cancel := context.WithTimeout(context.Background(), imagesWithin)
-		defer cancel()
-		list, err := m.docker.ImageList(ctx, client.ImageListOptions{})
-		if err != nil {
-			return
-		}
-		m.asked, m.count, m.size = time.Now(), len(list.Items), 0
-		for _, image := range list.Items {
-			m.size += image.Size
-		}
+	c := m.stock.r.Images().Cache
+	for d, v := range map[*prometheus.Desc]float64{m.images: float64(c.Images), m.bytes: float64(c.Bytes), m.ownImages: float64(c.Own), m.ownBytes: float64(c.OwnAll)} {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v)
 	}
-	ch <- prometheus.MustNewConstMetric(m.images, prometheus.GaugeValue, float64(m.count))
-	ch <- prometheus.MustNewConstMetric(m.bytes, prometheus.GaugeValue, float64(m.size))
 }

@@ -151,13 +151,13 @@ func (r *Runtime) recoverOne(ctx context.Context, name string, c container.Summa
 	o, known := readOutcome(a.dir)
 	if there && !running && !known {
 		if state, err = r.state(ctx, c.ID); err != nil {
-			a.spool.close()
+			a.discard()
 			return nil, err
 		}
 		running = state != nil && state.Running
 	}
 	if !r.keep(a) {
-		a.spool.close()
+		a.discard()
 		return nil, fmt.Errorf("%s is there already", name)
 	}
 	switch {

@@ -47,6 +47,16 @@ type Config struct {
 	AuthFile    string                // a Docker config.json with "auths"; "" is none
 	Credentials map[string]Credential // by registry host; they go before AuthFile
 
+	// CredentialsFile has registry credentials by their names (see README.md), and goes
+	// before the two above. It is read again when it changes; "" is none.
+	CredentialsFile string
+
+	// Above CacheHigh images that this agent pulled are removed, those not used for longest
+	// first, down to CacheLow; without marks none ever is. CacheRest is how long an image
+	// stays after it was used; 0 is 5 minutes.
+	CacheHigh, CacheLow Mark
+	CacheRest           time.Duration
+
 	Logger  zerolog.Logger
 	Metrics prometheus.Registerer // nil: nobody asks
 }
@@ -65,10 +75,15 @@ type Runtime struct {
 	cpus     int
 	arch     string
 	v2       bool
+	bounds   bool // the storage driver bounds a writable root
 
 	starts   chan struct{} // a place in it is one start in flight
 	removals chan struct{}
 	pulls    pulls
+	stock    *stock
+	wallet   *wallet
+	// dockerRoot is the folder of Docker's data, if Docker runs on this machine.
+	dockerRoot string
 
 	// Everything that this process started ends with ctx, and Close waits for it.
 	ctx    context.Context
@@ -80,6 +95,8 @@ type Runtime struct {
 	attempts map[string]*attempt // guarded; by container name
 	images   map[string]image    // guarded; by id
 	permit   time.Duration       // guarded
+	// walletSaid is the fault of the credentials that was logged last.
+	walletSaid string // guarded
 }
 
 var _ agent.Runtime = (*Runtime)(nil)
@@ -100,6 +117,7 @@ func New(cfg Config) (*Runtime, error) {
 	if cfg.RemovalsInFlight <= 0 {
 		cfg.RemovalsInFlight = max(2, runtime.NumCPU())
 	}
+	cfg.CacheRest = cmp.Or(cfg.CacheRest, 5*time.Minute)
 	dir, err := filepath.Abs(cfg.StateDir)
 	if err != nil {
 		return nil, err
@@ -116,8 +134,9 @@ func New(cfg Config) (*Runtime, error) {
 	r := &Runtime{
 		cfg: cfg, log: cfg.Logger, metrics: newMetrics(cfg.Metrics), boot: bootID(),
 		starts: make(chan struct{}, cfg.StartsInFlight), removals: make(chan struct{}, cfg.RemovalsInFlight),
-		attempts: map[string]*attempt{}, images: map[string]image{},
+		attempts: map[string]*attempt{}, images: map[string]image{}, wallet: &wallet{path: cfg.CredentialsFile},
 	}
+	r.stock = newStock(r)
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	if r.lock, err = lockFolder(dir); err != nil {
 		return nil, err
@@ -127,8 +146,9 @@ func New(cfg Config) (*Runtime, error) {
 		return nil, err
 	}
 	if cfg.Metrics != nil {
-		cfg.Metrics.MustRegister(newImageMetrics(r.docker))
+		cfg.Metrics.MustRegister(newImageMetrics(r.stock))
 	}
+	r.goDo(func() { r.stock.follow(r.ctx) })
 	return r, nil
 }
 
@@ -170,7 +190,17 @@ func (r *Runtime) open() (err error) {
 	if !seccomp {
 		return errors.New("this docker has no seccomp; tasks would not be contained")
 	}
+	r.dockerRoot = info.Info.DockerRootDir
+	if _, err := r.wallet.list(); err != nil {
+		return err
+	}
+	ctx, cancel = context.WithTimeout(r.ctx, 30*time.Second)
+	defer cancel()
+	if err := r.stock.list(ctx); err != nil {
+		return err
+	}
 	r.cpus, r.arch, r.v2 = info.Info.NCPU, goArch(info.Info.Architecture), info.Info.CgroupVersion == "2"
+	r.bounds = bounds(info.Info.Driver, info.Info.DockerRootDir)
 	return nil
 }
 

@@ -67,6 +67,7 @@ type box struct {
 	cpus    float64 // of the host
 	v2      bool    // cgroup version 2
 	gpus    []int   // numbers of its devices
+	bounds  bool    // the storage driver can bound a writable root
 }
 
 // argv is the command as Docker composes it: an entrypoint of the task drops the
@@ -98,6 +99,10 @@ func (b *box) env() []string {
 			out = append(out, e)
 		}
 	}
+	named := func(e string) bool { return strings.HasPrefix(e, "TERM=") }
+	if b.spec.TTY && !slices.ContainsFunc(b.image.env, named) {
+		out = append(out, "TERM=xterm") // as Docker does; the spec's own goes before it
+	}
 	for _, k := range slices.Sorted(maps.Keys(b.spec.Env)) {
 		out = append(out, k+"="+b.spec.Env[k])
 	}
@@ -127,6 +132,23 @@ func (b *box) user() (name string, uid, gid int, known bool) {
 	}
 	gid, err = strconv.Atoi(g)
 	return name, uid, gid, err == nil
+}
+
+// root says whether the user is root, as far as the name tells.
+func (b *box) root() bool {
+	name, _, _, _ := b.user()
+	name, _, _ = strings.Cut(name, ":")
+	return name == "0" || name == "root"
+}
+
+// capabilities are those of the task. What may become another user could not be ended by
+// init, which is root then, without KILL.
+func (b *box) capabilities() []string {
+	names := b.spec.CapAdd
+	if slices.Contains(names, "SETUID") && !slices.Contains(names, "KILL") {
+		names = append(slices.Clone(names), "KILL")
+	}
+	return names
 }
 
 // tmpfs gives the options of a tmpfs that belongs to the task's user. Where the
@@ -167,7 +189,7 @@ func (b *box) options() client.ContainerCreateOptions {
 		Hostname:        "task",
 		User:            user,
 		Env:             hidden,
-		Entrypoint:      []string{initproto.InitPath},
+		Entrypoint:      b.init1(),
 		Healthcheck:     &container.HealthConfig{Test: []string{"NONE"}},
 		Image:           b.image.ID,
 		WorkingDir:      workdir,
@@ -184,8 +206,8 @@ func (b *box) options() client.ContainerCreateOptions {
 	}
 
 	tmpfs := map[string]string{
-		"/tmp":               b.tmpfs(tmpBytes, tmpInodes),
-		initproto.OutputPath: b.tmpfs(b.spec.Resources.Disk, inodesFor(b.spec.Resources.Disk)),
+		"/tmp":              b.tmpfs(tmpBytes, tmpInodes),
+		b.spec.OutputPath(): b.tmpfs(b.spec.Resources.Disk, inodesFor(b.spec.Resources.Disk)),
 	}
 	largest := max(schemas.Size(tmpBytes), b.spec.Resources.Disk)
 	for p, size := range b.spec.Tmpfs {
@@ -195,7 +217,7 @@ func (b *box) options() client.ContainerCreateOptions {
 	mounts := []mount.Mount{
 		readOnly(b.init, initproto.InitPath),
 		readOnly(b.dir+"/c", initproto.ControlPath),
-		readOnly(b.dir+"/input", initproto.InputPath),
+		readOnly(b.dir+"/input", b.spec.InputPath()),
 		readOnly(b.permit, initproto.PermitPath),
 	}
 	for _, v := range b.image.volumes {
@@ -219,8 +241,9 @@ func (b *box) options() client.ContainerCreateOptions {
 		LogConfig:      container.LogConfig{Type: "none"},
 		RestartPolicy:  container.RestartPolicy{Name: container.RestartPolicyDisabled},
 		CapDrop:        []string{"ALL"},
+		CapAdd:         b.capabilities(),
 		SecurityOpt:    []string{"no-new-privileges:true", "seccomp=" + b.seccomp},
-		ReadonlyRootfs: true,
+		ReadonlyRootfs: !b.spec.WritableRoot(),
 		IpcMode:        container.IPCModePrivate,
 		ShmSize:        min(shmBytes, int64(b.spec.Resources.Memory)),
 		OomScoreAdj:    oomScore,
@@ -241,6 +264,9 @@ func (b *box) options() client.ContainerCreateOptions {
 			},
 		},
 	}
+	if b.spec.WritableRoot() && b.bounds {
+		host.StorageOpt = map[string]string{"size": strconv.FormatInt(int64(b.spec.Resources.Disk), 10)}
+	}
 	if len(b.gpus) > 0 {
 		ids := make([]string, len(b.gpus))
 		for i, n := range b.gpus {
@@ -252,6 +278,14 @@ func (b *box) options() client.ContainerCreateOptions {
 		host.CgroupnsMode = container.CgroupnsModePrivate
 	}
 	return client.ContainerCreateOptions{Name: ContainerName(b.a), Config: config, HostConfig: host}
+}
+
+// init1 is the command of PID 1. It is told of an output folder that is elsewhere.
+func (b *box) init1() []string {
+	if at := b.spec.OutputPath(); at != initproto.OutputPath {
+		return []string{initproto.InitPath, initproto.OutputMode, at}
+	}
+	return []string{initproto.InitPath}
 }
 
 func readOnly(source, target string) mount.Mount {

@@ -2,6 +2,7 @@ package docker_test
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -14,6 +15,7 @@ import (
 	"github.com/moby/moby/client"
 
 	"dayfly.dev/schemas"
+	"dayfly.dev/services/agent"
 	"dayfly.dev/services/agent/docker"
 )
 
@@ -195,6 +197,70 @@ func TestHostile(t *testing.T) {
 	t.Run("setuid", func(t *testing.T) {
 		if out, _ := run(t, func(s *schemas.Spec) { s.Entrypoint, s.Command = []string{"/bin/suid", "suid"}, nil }); out != "euid=1000\n" {
 			t.Errorf("%q", out)
+		}
+	})
+	t.Run("a writable root", func(t *testing.T) {
+		no := false
+		writable := func(s *schemas.Spec) { s.ReadOnly, s.User = &no, "image" }
+		for _, p := range []string{"/x", "/etc/passwd", "/tmp/x"} {
+			if out, exit := run(t, writable, "write", p); exit.Code != 0 {
+				t.Errorf("%s: %s", p, out)
+			}
+		}
+		for _, p := range []string{"/.dayfly/init", "/.dayfly/permit/permit", "/task/input/x", "/proc/sys/kernel/core_pattern"} {
+			if out, exit := run(t, writable, "write", p); exit.Code == 0 {
+				t.Errorf("%s was written: %s", p, out)
+			}
+		}
+		if out, exit := run(t, func(s *schemas.Spec) { s.ReadOnly = &no }, "write", "/x"); exit.Code == 0 {
+			t.Errorf("the default user wrote to root's folder: %s", out)
+		}
+		// One file has no more bytes than the largest place to write.
+		if out, _ := run(t, writable, "fill", "/x"); !strings.Contains(out, "wrote 67108864, then") {
+			t.Errorf("%q", out)
+		}
+	})
+	t.Run("capabilities", func(t *testing.T) {
+		with := func(names ...string) func(*schemas.Spec) {
+			return func(s *schemas.Spec) { s.User, s.CapAdd = "image", names }
+		}
+		out, _ := run(t, with("SETUID", "CHOWN"), "status") // bits 7 and 0, and KILL, 5
+		for _, line := range []string{"CapEff:\t00000000000000a1", "CapPrm:\t00000000000000a1", "CapBnd:\t00000000000000a1", "CapAmb:\t0000000000000000", "NoNewPrivs:\t1", "Uid:\t0\t0"} {
+			if !strings.Contains(out, line) {
+				t.Errorf("no %q in\n%s", line, out)
+			}
+		}
+		if out, exit := run(t, with("SYS_CHROOT"), "try", "chroot"); exit.Code != 1 {
+			t.Errorf("SYS_CHROOT is of no use: %s", out)
+		}
+		// All that a site can allow opens nothing else.
+		for _, call := range []string{
+			"vsock", "packet", "alg", "io_uring", "keyctl", "userfaultfd", "memfd_secret", "bpf", "perf", "unshare", "unshare-ns", "setns", "mount", "remount",
+			"umount", "mknod", "ptrace", "process-vm", "kill-init", "settime", "sethostname", "reboot", "write-root", "core-pattern", "docker",
+		} {
+			if out, exit := run(t, with(schemas.Capabilities...), "try", call); exit.Code != 0 {
+				t.Errorf("%s: %s (%+v)", call, out, exit)
+			}
+		}
+		if out, exit := run(t, with(schemas.Capabilities...), "read-dayfly"); exit.Code != 0 || strings.Contains(out, "ALLOWED") {
+			t.Errorf("%s", out)
+		}
+		// Who has become another user is ended as anybody, with and without an agent's word.
+		for _, program := range [][]string{{"term-exit"}, {"ignore-term", "1h"}} {
+			req := request(t, rt, "w-hostile", append([]string{"as", "33"}, program...)...)
+			with("SETUID")(&req.Spec)
+			a := start(t, rt, req)
+			waitFor(t, "ready", func() bool { return output(t, a, schemas.Stdout) == "ready\n" })
+			a.Stop(300 * time.Millisecond)
+			if o := wait(t, a); o.By != schemas.EndedStop || o.Exit == nil {
+				t.Errorf("%v: %+v", program, o)
+			}
+		}
+		req := request(t, rt, "w-hostile", "echo", "x")
+		req.Spec.CapAdd = []string{"CHOWN"}
+		var refused *agent.StartError
+		if _, err := rt.Start(t.Context(), req); !errors.As(err, &refused) || refused.Reason != schemas.ReasonStart {
+			t.Errorf("capabilities for a user who is not root: %v", err)
 		}
 	})
 	t.Run("places to write", func(t *testing.T) {

@@ -211,6 +211,9 @@ func (a *attempt) attach(g *greeting) bool {
 	if a.stopBy != 0 {
 		a.sendLocked(initproto.Request{Op: initproto.OpStop, Grace: max(0, a.stopBy-initproto.Now())})
 	}
+	if a.console != nil && a.console.isShut() && a.meta.Input && !a.meta.TTY {
+		a.sendLocked(initproto.Request{Op: initproto.OpShut})
+	}
 	if a.restartTo > a.current.Restarts {
 		a.sendLocked(initproto.Request{Op: initproto.OpAgain, Restarts: a.restartTo})
 	}
@@ -236,14 +239,26 @@ func (a *attempt) adoptLocked(g *greeting) {
 	}
 	if fd, ok := g.files[initproto.FileOutput]; ok {
 		delete(g.files, initproto.FileOutput)
+		// A tmpfs and nothing else: an init that was taken over could pass any folder that
+		// the task sees, and we read it as root.
 		var st unix.Stat_t
-		if a.output == nil && unix.Fstat(fd, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFDIR {
+		var fs unix.Statfs_t
+		if a.output == nil && unix.Fstat(fd, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFDIR &&
+			unix.Fstatfs(fd, &fs) == nil && fs.Type == unix.TMPFS_MAGIC {
 			a.output = os.NewFile(uintptr(fd), "output")
 		} else {
 			_ = unix.Close(fd)
 		}
 	}
-	if a.pumps == nil && !a.finishing {
+	select {
+	case <-a.folder:
+	default:
+		close(a.folder)
+	}
+	if a.console != nil {
+		a.adoptConsole(g)
+	}
+	if a.pumps == nil && !a.finishing && (!a.meta.TTY || a.ran || g.hello.Phase != initproto.PhaseIdle) {
 		var pipes [2]*os.File
 		for i, name := range streamNames {
 			if fd, ok := g.files[name]; ok {
@@ -256,7 +271,7 @@ func (a *attempt) adoptLocked(g *greeting) {
 				pipes[i] = p
 			}
 		}
-		a.pumpLocked(pipes)
+		a.pumpLocked(pipes, a.terminalLocked(pipes))
 	}
 	a.closeFiles(g)
 }
@@ -269,9 +284,14 @@ func (a *attempt) closeFiles(g *greeting) {
 }
 
 // pumpLocked starts a pump for each pipe that there is.
-func (a *attempt) pumpLocked(pipes [2]*os.File) {
+// terminal is the write end of stdout's pipe where the process is on a terminal.
+func (a *attempt) pumpLocked(pipes [2]*os.File, terminal *os.File) {
 	a.pipes, a.pumps = pipes, make(chan struct{})
 	var wg sync.WaitGroup
+	if terminal != nil {
+		shown := a.console.file
+		wg.Go(func() { relay(shown, terminal) })
+	}
 	for i, p := range pipes {
 		if p != nil {
 			wg.Go(func() { a.spool.pump(p, i) })

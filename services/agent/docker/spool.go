@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"dayfly.dev/schemas"
+	"dayfly.dev/services/agent"
 )
 
 // pipeBytes is the room of each pipe. Its pages count only while they hold bytes.
@@ -33,6 +34,12 @@ type spool struct {
 	dropped [2]int64
 	full    bool // the host's disk did not take more: nothing is kept from then on
 	changed chan struct{}
+
+	tail *agent.Tail   // of an interactive attempt: the newest of what the log has no room for
+	cut  [2]int64      // bytes of the streams that were dropped before there was a tail
+	held *[2]int64     // what who reads along has of both streams; nil: nobody does
+	free bool          // nobody is waited for any more
+	room chan struct{} // closed, and made anew, when held changes
 }
 
 var streamNames = [2]string{string(schemas.Stdout), string(schemas.Stderr)}
@@ -71,6 +78,7 @@ func openSpool(dir string, limit int64, null *os.File) (*spool, error) {
 		s.close()
 		return nil, fmt.Errorf("open spool: %w", err)
 	}
+	s.cut = s.dropped // an earlier agent's tail is gone with it
 	s.full = s.dropped != [2]int64{} && s.kept[0]+s.kept[1] < limit
 	return s, nil
 }
@@ -82,18 +90,86 @@ func (s *spool) pump(pipe *os.File, i int) {
 	if err != nil {
 		return
 	}
-	_ = raw.Read(func(fd uintptr) bool {
-		for {
-			n, err := s.take(int(fd), i)
-			switch {
-			case err == unix.EAGAIN:
-				return false
-			case err == unix.EINTR:
-			case err != nil || n == 0:
-				return true
+	for {
+		var wait <-chan struct{}
+		_ = raw.Read(func(fd uintptr) bool {
+			for {
+				n, err := s.take(int(fd), i)
+				switch {
+				case err == errHeld:
+					wait = s.waits(i)
+					return true
+				case err == unix.EAGAIN:
+					return false
+				case err == unix.EINTR:
+				case err != nil || n == 0:
+					return true
+				}
 			}
+		})
+		if wait == nil {
+			return
 		}
-	})
+		<-wait
+	}
+}
+
+// errHeld says that who reads along has not taken enough yet.
+var errHeld = errors.New("the reader is behind")
+
+// heldBytes is how much more than who reads along has is taken from the pipe once the log
+// is full: what the tail keeps.
+const heldBytes = 128 << 10
+
+// roomLocked is how much may be taken of a stream whose log is full.
+func (s *spool) roomLocked(i int) int64 {
+	if s.held == nil || s.free {
+		return heldBytes
+	}
+	return heldBytes - (s.kept[i] + s.dropped[i] - s.held[i])
+}
+
+// waits gives a channel that is closed once there may be room.
+func (s *spool) waits(i int) <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.roomLocked(i) > 0 || s.room == nil {
+		done := make(chan struct{})
+		close(done)
+		return done
+	}
+	return s.room
+}
+
+// hold says what who reads along has of both streams, nil if nobody does.
+func (s *spool) hold(at *[2]int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.held = at
+	s.wakeHeldLocked()
+}
+
+// letGo waits for nobody any more.
+func (s *spool) letGo() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.free = true
+	s.wakeHeldLocked()
+}
+
+func (s *spool) wakeHeldLocked() {
+	if s.room != nil {
+		close(s.room)
+	}
+	s.room = make(chan struct{})
+}
+
+// tailBegin is where the first byte that the tail ever had stands in its stream.
+func (s *spool) tailBegin(stream schemas.Stream) int64 {
+	i := streamIndex(stream)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.kept[i] + s.cut[i]
 }
 
 // take moves what the pipe holds now: into the file as long as there is room, and
@@ -117,7 +193,13 @@ func (s *spool) take(pipe int, i int) (int64, error) {
 		}
 		s.full = true // ENOSPC, EIO: drop and count
 	}
-	n, err := unix.Splice(pipe, nil, int(s.null.Fd()), nil, pipeBytes, flags)
+	var n int64
+	var err error
+	if s.tail != nil {
+		n, err = s.takeTail(pipe, i)
+	} else {
+		n, err = unix.Splice(pipe, nil, int(s.null.Fd()), nil, pipeBytes, flags)
+	}
 	if n > 0 {
 		s.dropped[i] += n
 		var b [16]byte
@@ -127,6 +209,20 @@ func (s *spool) take(pipe int, i int) (int64, error) {
 		s.notify()
 	}
 	return n, err
+}
+
+// takeTail takes what the log has no room for. It is called with mu held.
+func (s *spool) takeTail(pipe int, i int) (int64, error) {
+	room := s.roomLocked(i)
+	if room <= 0 {
+		return 0, errHeld
+	}
+	b := make([]byte, min(room, 32<<10))
+	n, err := unix.Read(pipe, b)
+	if n > 0 {
+		s.tail.Append(schemas.Stream(streamNames[i]), b[:n])
+	}
+	return int64(n), err
 }
 
 // notify is called with mu held.

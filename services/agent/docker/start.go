@@ -75,12 +75,16 @@ func (r *Runtime) box(ctx context.Context, req agent.StartRequest) (*box, error)
 		cluster: r.cfg.Cluster, a: req.Assignment, spec: req.Spec, image: img,
 		dir: r.folder(ContainerName(req.Assignment)), init: r.initPath,
 		permit: filepath.Join(r.cfg.StateDir, "permit"), seccomp: r.seccomp, cpus: float64(r.cpus), v2: r.v2, gpus: req.GPUs,
+		bounds: r.bounds,
 	}
 	if field := unsupported(req.Spec); field != "" {
 		return nil, &agent.StartError{Reason: schemas.ReasonStart, Message: field + " is not available on this worker; leave it out"}
 	}
-	if argv := b.argv(); len(argv) == 0 || argv[0] == "" {
+	if argv := b.argv(); b.spec.Judge == nil && (len(argv) == 0 || argv[0] == "") {
 		return nil, &agent.StartError{Reason: schemas.ReasonStart, Message: fmt.Sprintf("image %q names no command to run; give one in command", req.Spec.Image)}
+	}
+	if len(req.Spec.CapAdd) > 0 && !b.root() {
+		return nil, &agent.StartError{Reason: schemas.ReasonStart, Message: fmt.Sprintf("image %q has a user that is not root, and nobody else has a use for capabilities; leave cap_add out", req.Spec.Image)}
 	}
 	for _, p := range []string{"/proc", "/sys", "/dev"} {
 		if w := b.image.workdir; w == p || strings.HasPrefix(w, p+"/") {
@@ -96,19 +100,8 @@ func unsupported(s schemas.Spec) string {
 	switch {
 	case s.Network != "" && s.Network != schemas.NetworkNone:
 		return "network " + string(s.Network)
-	case len(s.CapAdd) > 0:
-		return "cap_add"
-	case s.ReadOnly != nil && !*s.ReadOnly:
-		return "read_only: false"
 	case s.Runtime != "":
 		return "runtime"
-	case s.Mounts != nil:
-		return "mounts"
-	}
-	for _, f := range s.Files {
-		if f.Blob != "" {
-			return "files with a blob"
-		}
 	}
 	return ""
 }
@@ -118,8 +111,9 @@ func (r *Runtime) prepare(req agent.StartRequest, b *box) (*attempt, error) {
 	m := meta{
 		Version: 1, Assignment: req.Assignment, Key: newKey(), Free: req.NoPermit,
 		Grace: req.Grace, LogLimit: req.LogLimit, BootID: r.boot, Again: again(req.Spec),
+		TTY: req.Spec.TTY, Input: req.Spec.StdinOpen,
 	}
-	if err := makeFolder(b.dir, m, req.Spec.Files); err != nil {
+	if err := makeFolder(b.dir, m, req.Spec, req.Blobs); err != nil {
 		if !errors.Is(err, os.ErrExist) {
 			_ = os.RemoveAll(b.dir)
 		}
@@ -127,7 +121,7 @@ func (r *Runtime) prepare(req agent.StartRequest, b *box) (*attempt, error) {
 	}
 	a, err := r.newAttempt(m)
 	if err == nil && !r.keep(a) {
-		a.spool.close()
+		a.discard()
 		err = errors.New("this attempt is there already, or the runtime is closed")
 	}
 	if err != nil {
@@ -347,35 +341,31 @@ func (a *attempt) run(g *greeting, b *box, req agent.StartRequest) error {
 	if g.hello.Phase != initproto.PhaseIdle {
 		return errors.New("a new container says that it has had its run")
 	}
-	stdin, err := stdinFile(req.Spec.Stdin)
-	if err != nil {
-		return err
+	r := initproto.Request{
+		ID: firstCall, Op: initproto.OpRun, Key: a.meta.Key, Argv: b.argv(), Env: b.env(), Free: a.meta.Free, Grace: a.meta.Grace, Again: a.meta.Again,
+		Input: a.meta.Input && !a.meta.TTY, Stdin: req.Spec.StdinBlob != "",
 	}
-	defer stdin.Close()
-	var pipes [2]pipe
+	if a.meta.TTY {
+		r.Tty = &initproto.Window{Rows: 24, Cols: 80}
+		if w := req.Spec.Window; w != nil {
+			*r.Tty = initproto.Window{Rows: w.Rows, Cols: w.Cols}
+		}
+	}
+	e, err := openRun(r, req.Spec.Stdin, int(g.peer.Uid), int(g.peer.Gid))
 	defer func() {
-		for _, p := range pipes {
-			if p.write != nil {
-				_ = p.write.Close()
-			}
+		for _, f := range e.theirs {
+			_ = f.Close()
 		}
 	}()
-	for i := range pipes {
-		if pipes[i], err = newPipe(int(g.peer.Uid), int(g.peer.Gid)); err != nil {
-			if i == 1 {
-				_ = pipes[0].read.Close()
-			}
-			return err
-		}
+	if err != nil {
+		e.closeOurs()
+		return err
 	}
-	reads := [2]*os.File{pipes[0].read, pipes[1].read}
-	fds := make([]int, 0, 5)
-	for _, f := range []*os.File{stdin, pipes[0].write, pipes[1].write} {
-		fds = append(fds, int(f.Fd()))
-	}
-	for _, f := range reads { // not Fd, which would make them blocking
-		raw, err := f.SyscallConn()
+	var fds []int
+	for _, f := range e.sent {
+		raw, err := f.SyscallConn() // not Fd, which would make them blocking
 		if err != nil {
+			e.closeOurs()
 			return err
 		}
 		_ = raw.Control(func(fd uintptr) { fds = append(fds, int(fd)) })
@@ -384,21 +374,32 @@ func (a *attempt) run(g *greeting, b *box, req agent.StartRequest) error {
 	a.mu.Lock()
 	if a.hungUp {
 		a.mu.Unlock()
-		_ = reads[0].Close()
-		_ = reads[1].Close()
+		e.closeOurs()
 		return net.ErrClosed
 	}
-	a.pumpLocked(reads) // from here on release closes them
+	if !a.meta.TTY { // of a terminal the pumps wait until there is one
+		a.pumpLocked(e.reads, nil) // from here on release closes them
+	}
+	if e.input != nil {
+		a.console.opens(e.input)
+	}
 	a.adoptLocked(g)
 	err = a.setDeadlineLocked(req.TimeLeft)
 	if err == nil {
 		a.asked = true
 		_ = g.conn.SetDeadline(time.Now().Add(helloAfter))
-		err = g.conn.Send(initproto.Request{
-			ID: 1, Op: initproto.OpRun, Key: a.meta.Key, Argv: b.argv(), Env: b.env(), Free: a.meta.Free, Grace: a.meta.Grace, Again: a.meta.Again,
-		}, fds...)
+		if req.Spec.Judge != nil {
+			r.Argv, r.Hold = nil, true
+		}
+		err = g.conn.Send(r, fds...)
 	}
 	a.mu.Unlock()
+	started := false
+	defer func() {
+		if a.meta.TTY && !started {
+			e.closeOurs()
+		}
+	}()
 	if errors.Is(err, unix.EMSGSIZE) {
 		return &agent.StartError{Reason: schemas.ReasonStart, Message: "command and environment are too long"}
 	}
@@ -408,6 +409,10 @@ func (a *attempt) run(g *greeting, b *box, req agent.StartRequest) error {
 	for {
 		var m initproto.Reply
 		extra, err := g.conn.Receive(make([]byte, initproto.MaxReply), &m)
+		if err == nil && a.meta.TTY && m.Event == initproto.EventStarted && len(extra) == 1 {
+			started, err = true, a.openTerminal(extra[0], e.reads)
+			extra = nil
+		}
 		initproto.CloseAll(extra)
 		if err != nil {
 			return fmt.Errorf("wait for init: %w", err)
@@ -419,7 +424,7 @@ func (a *attempt) run(g *greeting, b *box, req agent.StartRequest) error {
 			_ = g.conn.SetDeadline(time.Time{})
 			a.mu.Lock()
 			a.ran, a.startedAt = true, initproto.Now()
-			a.current.Up = true
+			a.current.Up, a.tidy = true, m.Tidy
 			a.mu.Unlock()
 			close(a.met)
 			// It runs, also if this cannot be noted: init says it to the next agent.

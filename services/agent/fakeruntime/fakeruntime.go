@@ -9,9 +9,11 @@
 //	log BYTES [D]   writes numbered lines of that many bytes, then ends after D
 //	spam BYTES      the same
 //	echo WORD…      writes the words
+//	cat             writes its stdin; where clients write that, to its end or to a Ctrl-D
 //	ignore-term [D] writes "ready"; like sleep, but TERM does nothing
 //	term-exit [N]   writes "ready"; ends with code N at TERM
 //	flaky N [C [D]] exits with C (1) in the first N runs, later writes "ready" and ends after D
+//	leave N BYTES [D]  leaves N files of so many bytes in its output folder, then ends after D
 //	http PORT       writes "ready", serves until it is ended: "hello", /status/N, /until/D
 //	tcp PORT        writes "ready", sends back what it is sent until it is ended
 //	signal N        is killed by signal N, not by us
@@ -28,11 +30,13 @@ package fakeruntime
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
 	"math"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -70,6 +74,9 @@ type Runtime struct {
 	all    map[schemas.Assignment]*attempt         // under mu: not removed
 	starts map[schemas.TaskID][]schemas.Assignment // under mu: every start there ever was
 
+	images  []string      // under mu: names, those asked for last first
+	present *agent.Images // under mu: nil where it must be made anew
+
 	journal *journal // nil without Config.Journal
 
 	closing sync.Once
@@ -99,18 +106,50 @@ func (r *Runtime) Recover(context.Context) ([]agent.Attempt, error) {
 	}
 	var list []agent.Attempt
 	for _, a := range r.all {
+		if p, ok := a.stage.(*program); ok { // it was the earlier agent's
+			p.kill()
+		}
 		list = append(list, a)
 	}
 	return list, nil
 }
 
 // Image implements agent.Runtime.
-func (r *Runtime) Image(_ context.Context, spec schemas.Spec, _ func(string)) (agent.Image, error) {
+func (r *Runtime) Image(_ context.Context, spec schemas.Spec, pinned *schemas.Resolved, _ func(agent.Progress)) (agent.Image, error) {
 	if is(spec, "fail", "image") || spec.Image == MissingImage {
 		return agent.Image{}, &agent.StartError{Reason: schemas.ReasonImage, Message: "no such image: " + spec.Image}
 	}
-	return agent.Image{Ref: spec.Image, ID: "sha256:fake"}, nil
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if name := schemas.ImageName(spec.Image); !slices.Contains(r.images, name) {
+		if len(r.images) >= schemas.MaxBeatImages {
+			r.images = r.images[:schemas.MaxBeatImages/2]
+		}
+		r.images = append([]string{name}, r.images...)
+		r.present = nil
+	}
+	id := fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(spec.Image)))
+	if pinned != nil {
+		id = pinned.ID
+	}
+	return agent.Image{Ref: spec.Image, ID: id}, nil
 }
+
+// Images implements agent.Runtime: it has those that it was asked for.
+func (r *Runtime) Images() *agent.Images {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.present == nil {
+		r.present = agent.NewImages(r.images, schemas.ImageCache{Images: len(r.images)})
+	}
+	return r.present
+}
+
+// Keep implements agent.Runtime: nothing is ever removed.
+func (r *Runtime) Keep([]string) {}
+
+// Credentials implements agent.Runtime.
+func (r *Runtime) Credentials() []string { return r.cfg.Host.Credentials }
 
 func is(spec schemas.Spec, words ...string) bool {
 	for i, w := range words {
@@ -229,6 +268,11 @@ func (r *Runtime) Now() time.Duration {
 // for programs.
 func (r *Runtime) Close() error {
 	r.closing.Do(func() { close(r.closed) })
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, a := range r.all { // no other Runtime finds their files
+		a.removeFolder()
+	}
 	return nil
 }
 
@@ -260,8 +304,11 @@ type attempt struct {
 	conns    []net.Conn    // that were dialed
 
 	backgrounds []*program
-	folder      string // of its files, "" until they are asked for
+	stage       agent.Foreground // the last one of a judge
+	folder      string           // of its files, "" until they are asked for
 
+	fed      int64 // bytes of stdin that clients wrote
+	shut     bool  // nothing more comes
 	out      []byte
 	dropped  int64
 	ended    bool
@@ -293,6 +340,9 @@ func (a *attempt) begin(at time.Duration) {
 	a.is(agent.RunState{Restarts: a.run.Restarts, Up: true, Last: a.run.Last})
 	c := append(append([]string(nil), a.req.Spec.Command...), "", "", "", "")
 	a.termCode, a.termSig, a.deaf = 143, 15, false
+	if a.req.Spec.Judge != nil { // it waits for its programs
+		return
+	}
 	switch c[0] {
 	case "sleep", "ignore-term":
 		if a.deaf = c[0] == "ignore-term"; a.deaf {
@@ -312,6 +362,15 @@ func (a *attempt) begin(at time.Duration) {
 		a.print("ready\n")
 		d, _ := time.ParseDuration(c[3])
 		a.endAfter(d, 0)
+	case "leave":
+		if err := a.leave(number(c[1]), number(c[2])); err != nil {
+			a.print(err.Error() + "\n")
+			a.exit(1)
+			return
+		}
+		a.print("ready\n")
+		d, _ := time.ParseDuration(c[3])
+		a.endAfter(d, 0)
 	case "http", "tcp":
 		a.print("ready\n")
 	case "term-exit":
@@ -320,6 +379,11 @@ func (a *attempt) begin(at time.Duration) {
 	case "echo":
 		a.print(strings.Join(a.req.Spec.Command[1:], " ") + "\n")
 		a.exit(0)
+	case "cat":
+		if !a.req.Spec.Interactive() {
+			a.print(a.req.Spec.Stdin)
+			a.exit(0)
+		}
 	case "signal":
 		n := number(c[1])
 		a.end(at, agent.Outcome{By: schemas.EndedItself, Reason: schemas.ReasonSignal, Exit: &schemas.Exit{Code: 128 + n, Signal: n}})

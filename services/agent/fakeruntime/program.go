@@ -1,6 +1,7 @@
 package fakeruntime
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -298,17 +299,8 @@ func (a *attempt) Files(_ context.Context, r files.Request) (agent.Foreground, e
 	if err := a.up(); err != nil {
 		return nil, err
 	}
-	if a.folder == "" {
-		dir, err := os.MkdirTemp("", "dayfly-fake-")
-		if err != nil {
-			return nil, err
-		}
-		a.folder = dir
-		for _, d := range []string{"tmp", "task/output", "task/input"} {
-			if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
-				return nil, err
-			}
-		}
+	if err := a.makeFolder(); err != nil {
+		return nil, err
 	}
 	root, err := os.Open(a.folder)
 	if err != nil {
@@ -326,6 +318,48 @@ func (a *attempt) Files(_ context.Context, r files.Request) (agent.Foreground, e
 		return res.ExitCode()
 	}, a.runs)
 	return agent.Framed(p, r), nil
+}
+
+// makeFolder runs under a.r.mu.
+func (a *attempt) makeFolder() error {
+	if a.folder != "" {
+		return nil
+	}
+	dir, err := os.MkdirTemp("", "dayfly-fake-")
+	if err != nil {
+		return err
+	}
+	a.folder = dir
+	for _, d := range []string{"tmp", "/task/input", a.req.Spec.OutputPath()} {
+		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// leave writes files into the output folder, as the guest does. It runs under a.r.mu.
+func (a *attempt) leave(n, size int) error {
+	if err := a.makeFolder(); err != nil {
+		return err
+	}
+	for i := range n {
+		path := filepath.Join(a.folder, a.req.Spec.OutputPath(), fmt.Sprintf("file-%05d", i))
+		if err := os.WriteFile(path, bytes.Repeat([]byte{byte('a' + i%26)}, size), 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// OutputFolder implements agent.Attempt.
+func (a *attempt) OutputFolder(context.Context) (*os.File, error) {
+	a.r.mu.Lock()
+	defer a.r.mu.Unlock()
+	if a.folder == "" {
+		return nil, nil
+	}
+	return os.Open(filepath.Join(a.folder, a.req.Spec.OutputPath()))
 }
 
 // Backgrounds implements agent.Attempt.

@@ -45,6 +45,9 @@ type Request struct {
 	Mode uint32 `json:"mode,omitempty"` // write; 0 is 0644. No setuid, setgid or sticky bits
 	Bare bool   `json:"bare,omitempty"` // delete: a folder only if nothing is in it
 
+	// Tidy, of put and write: only take away what one that was killed has left.
+	Tidy bool `json:"tidy,omitempty"`
+
 	// Bounds of put, write and get; 0 is MaxEntries, and no bound of bytes.
 	Entries int   `json:"entries,omitempty"`
 	Bytes   int64 `json:"bytes,omitempty"`
@@ -218,6 +221,12 @@ func (j *job) serve(dir string) error {
 	case Write:
 		if len(parts) == 0 || strings.HasSuffix(j.Path, "/") {
 			return faultf(IsADirectory, "%s: is a folder", j.Path)
+		}
+		if dir, rest, err := j.descend(parts); err == nil {
+			_ = unix.Close(dir)
+			if len(rest) == 0 {
+				return faultf(IsADirectory, "%s: is a folder; name the file in it", j.Path)
+			}
 		}
 		name := parts[len(parts)-1]
 		return j.place(parts[:len(parts)-1], func(dir int) error { return j.writeFile(dir, name) })

@@ -197,3 +197,28 @@ func TestManyEntries(t *testing.T) {
 		}
 	}
 }
+
+// A folder with more than may go is refused before anything of it was sent; a file is not
+// written in the place of a folder, and the answer says so, wherever the folder is.
+func TestWhatIsRefusedIsRefusedAtOnce(t *testing.T) {
+	dir := folder(t)
+	for _, name := range []string{"set/a/1", "set/a/2", "set/b/3"} {
+		if err := os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(name), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for entries, code := range map[int]files.Code{5: files.TooMany, 6: ""} {
+		var out bytes.Buffer
+		res := files.Serve(open(t, dir), "/", files.Request{Op: files.Get, Path: "/set", Entries: entries}, nil, &out)
+		if res.Code != code || (out.Len() == 0) != (code != "") {
+			t.Errorf("%d may go: %+v, %d bytes came", entries, res, out.Len())
+		}
+	}
+	res := files.Serve(open(t, dir), "/", files.Request{Op: files.Write, Path: "/set/a"}, strings.NewReader(""), io.Discard)
+	if res.Code != files.IsADirectory || !strings.Contains(res.Message, "name the file in it") {
+		t.Errorf("%+v", res)
+	}
+}

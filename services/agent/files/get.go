@@ -42,6 +42,9 @@ func (j *job) get(parts []string) error {
 	default:
 		return faultf(Failed, "%s: is no file and no folder", j.Path)
 	}
+	if left := j.Entries; !fits(dir, name, 0, &left) {
+		return j.tooMany()
+	}
 	out := bufio.NewWriterSize(j.out, 64<<10)
 	a := &archiver{j, tar.NewWriter(out)}
 	if err := a.entry(dir, name, []string{name}, 0); err != nil {
@@ -54,6 +57,44 @@ func (j *job) get(parts []string) error {
 		return about("write", err)
 	}
 	return about("write", out.Flush())
+}
+
+func (j *job) tooMany() error {
+	return faultf(TooMany, "%s has more than %d files and folders; ask for the folders in it one by one", j.Path, j.Entries)
+}
+
+// fits says whether name in dir has no more files and folders than left, so that one with
+// more is refused before anything of it was sent. What comes meanwhile is met on the way.
+func fits(dir int, name string, depth int, left *int) bool {
+	*left--
+	fd, err := unix.Openat(dir, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return *left >= 0 // no folder, or one that cannot be read
+	}
+	f := os.NewFile(uintptr(fd), name)
+	defer f.Close()
+	var fs unix.Statfs_t
+	if depth > MaxDepth || unix.Fstatfs(fd, &fs) == nil && made[int64(fs.Type)] != "" {
+		return *left >= 0
+	}
+	for *left >= 0 {
+		list, err := f.ReadDir(1024)
+		for _, e := range list {
+			switch {
+			case strings.HasPrefix(e.Name(), stagePrefix):
+			case e.IsDir():
+				if !fits(fd, e.Name(), depth+1, left) {
+					return false
+				}
+			case e.Type().IsRegular():
+				*left--
+			}
+		}
+		if len(list) == 0 || err != nil {
+			break
+		}
+	}
+	return *left >= 0
 }
 
 func (a *archiver) skip(at []string, why string) {
@@ -123,7 +164,7 @@ func join(at []string) string { return strings.Join(at, "/") }
 
 func (a *archiver) header(h *tar.Header, at []string, st unix.Stat_t) error {
 	if a.res.Entries++; a.res.Entries > a.Entries {
-		return faultf(TooMany, "%s has more than %d entries", a.Path, a.Entries)
+		return a.tooMany()
 	}
 	h.Name, h.Mode, h.ModTime = join(at), int64(st.Mode&0o777), time.Unix(st.Mtim.Unix())
 	if h.Typeflag == tar.TypeDir {

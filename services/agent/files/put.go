@@ -26,6 +26,9 @@ func (j *job) place(parts []string, fill func(dir int) error) (err error) {
 	}
 	defer unix.Close(dir)
 	sweep(dir)
+	if j.Tidy {
+		return nil
+	}
 	var name [8]byte
 	_, _ = rand.Read(name[:]) // never fails
 	hidden := stagePrefix + hex.EncodeToString(name[:])

@@ -10,6 +10,9 @@
 //	  │ write c/deadline, make the pipes               │
 //	  │── run {stdin stdout stderr, read ends twice} ─▶│ fork, exec
 //	  │◀──────── started, or error: refused ───────────│
+//	  │── or run tty {read ends}, or run input {…, write end of stdin} ▶│
+//	  │◀──────── started {terminal} ───────────────────│
+//	  │── shut, signal main ──────────────────────────▶│ closes its write end of stdin
 //	  │── reread (c/deadline or permit/until moved) ──▶│
 //	  │── stop grace ─────────────────────────────────▶│ TERM all, KILL after grace
 //	  │── exec {stdin stdout stderr}, dial port ──────▶│
@@ -20,10 +23,12 @@
 //	  │◀──────── started; kept {exit} at its end ──────│
 //	  │◀──────── paused {exit}, started {restarts} ────│ it runs again: its policy, or an again
 //	  │◀──────────── exited {code, by} ────────────────│ no process is left
+//	  │── run hold; exec alone {…}, again and again ──▶│ one program at a time, and nothing after it
+//	  │◀────────── started, exited {exit, tidy} ───────│ nothing to clean before the next one
 //	  │── taken (pipes drained, outcome kept) ────────▶│ exits with the same code
 //	  ╎                                                ╎
 //	  ╎ agent restarts                                 ╎ dials each 10…250 ms
-//	  │◀── hello running|ended {output stdout stderr} ─│
+//	  │◀── hello running|ended {output stdout stderr stdin|terminal} ─│
 //	  │◀── kept name {stdout stderr}, for each ────────│
 //
 // A request carries an id and its replies the same one: so exec and dial find their
@@ -48,7 +53,7 @@ import (
 )
 
 // Version is that of this protocol, said in each hello. Fields are only ever added.
-const Version = 2
+const Version = 3
 
 // Where things are in the container.
 const (
@@ -63,6 +68,7 @@ const (
 // Names in the control and permit folders.
 const (
 	SocketName   = "s"
+	StdinName    = "stdin" // a file that is the task's standard input
 	DeadlineName = "deadline"
 	PermitName   = "until"
 )
@@ -72,7 +78,7 @@ const (
 	MaxRequest = 768 << 10
 	MaxExec    = 32 << 10 // an exec: all that is longer than this comes before the run
 	MaxReply   = 8 << 10
-	MaxFiles   = 5
+	MaxFiles   = 6
 
 	// How many init does at a time; more are refused.
 	MaxExecs = 32
@@ -82,8 +88,15 @@ const (
 	MaxEnded = 16
 )
 
-// FilesMode is the first argument of this binary where it serves files.
-const FilesMode = "files"
+// First arguments of this binary: FilesMode where it serves files, and OutputMode where it
+// is PID 1 and the output folder, the second argument, is not at OutputPath.
+const (
+	FilesMode  = "files"
+	OutputMode = "output"
+)
+
+// CleanMode is the only argument of this binary where it empties the places to write.
+const CleanMode = "clean"
 
 // Marker is a variable that a program beside the run has in its environment, and what
 // it starts inherits: how init knows its children once they have left its session.
@@ -106,14 +119,15 @@ type Op string
 
 // The requests.
 const (
-	OpRun    Op = "run"    // with descriptors: stdin, stdout, stderr, and the read ends of stdout and stderr to keep
+	OpRun    Op = "run"    // with descriptors: stdin, stdout, stderr, and the read ends of stdout and stderr to keep; with Input the write end of stdin to keep too; with Tty the two read ends alone
+	OpShut   Op = "shut"   // stdin of the run has its end: its write end is kept no more
 	OpStop   Op = "stop"   // TERM to all, KILL after grace; again: only sooner
 	OpReread Op = "reread" // the deadline or the permit was moved
 	OpTaken  Op = "taken"  // the exit is kept and the pipes are drained: init may go
 	OpFail   Op = "fail"   // the run number Restarts is unhealthy: end it, with the run's grace, as a failure
 	OpAgain  Op = "again"  // while there were fewer than Restarts: end the run, with its grace, and run the command again
 	OpExec   Op = "exec"   // with descriptors: stdin, stdout, stderr; ends with the run and with the connection
-	OpSignal Op = "signal" // to the process group of the exec of this id or name
+	OpSignal Op = "signal" // to the process group of the exec of this id or name, or of the main process
 	OpEnd    Op = "end"    // TERM to all that this exec has started, KILL after grace, or once it has ended itself
 	OpDial   Op = "dial"   // connect to a port of 127.0.0.1
 )
@@ -125,15 +139,20 @@ type Request struct {
 	Key   string        `json:"key,omitempty"`   // run: to be repeated in each hello
 	Argv  []string      `json:"argv,omitempty"`  // run, exec: program and arguments; a program without "/" is looked up in PATH of the task
 	Env   []string      `json:"env,omitempty"`   // run: laid over init's own, which is the image's; exec: laid over the run's
+	Stdin bool          `json:"stdin,omitempty"` // run: stdin is not the descriptor but StdinName, opened from in here
 	Dir   string        `json:"dir,omitempty"`   // run, exec: "" is where init is
 	Free  bool          `json:"free,omitempty"`  // run: the permit must last at the start, and does not end it later
+	Hold  bool          `json:"hold,omitempty"`  // run: of no command; execs that are Alone are all that runs, until a stop
+	Alone bool          `json:"alone,omitempty"` // exec: beside nothing, in a run on hold; its end is told when no process is left
 	Grace time.Duration `json:"grace,omitempty"` // run: at the deadline, or unhealthy; stop, end: now; exec: once the connection is lost
 
 	Again    *Again `json:"again,omitempty"`    // run: when to run it again
 	Restarts int    `json:"restarts,omitempty"` // fail, again
 	Port     int    `json:"port,omitempty"`     // dial
 
-	Tty    *Window `json:"tty,omitempty"`    // exec: on a terminal, whose master comes back; no descriptors
+	Tty    *Window `json:"tty,omitempty"`    // run, exec: on a terminal, whose master comes back
+	Input  bool    `json:"input,omitempty"`  // run: a sixth descriptor is the write end of stdin
+	Main   bool    `json:"main,omitempty"`   // signal: the main process
 	Name   string  `json:"name,omitempty"`   // exec: goes on without the connection, with five descriptors as a run; signal, end, taken: which
 	Bare   bool    `json:"bare,omitempty"`   // exec: nothing in its environment but Env
 	Signal int     `json:"signal,omitempty"` // signal
@@ -186,7 +205,8 @@ const (
 	FileOutput = "output" // the directory /task/output
 	FileStdout = "stdout" // read end of the pipe
 	FileStderr = "stderr"
-	// FileTerminal comes with the answer to an exec.
+	FileStdin  = "stdin" // write end of the pipe, until it was shut
+	// FileTerminal comes with the answer to a run or an exec too.
 	FileTerminal = "terminal"
 )
 
@@ -202,6 +222,7 @@ type Reply struct {
 	Started  time.Duration `json:"started,omitempty"`  // boot time of the first run
 	Exit     *Exit         `json:"exit,omitempty"`     // exited, paused, and hello once a run has ended: how the last one did
 	Restarts int           `json:"restarts,omitempty"` // started, paused, exited, hello: how often the command was started again
+	Tidy     bool          `json:"tidy,omitempty"`     // started, of a run on hold; exited, of an exec that is Alone: all places to write are as CleanMode leaves them
 	Fault    Fault         `json:"fault,omitempty"`    // error
 	Code     int           `json:"code,omitempty"`     // error: 126 or 127 where a shell would say so
 	Message  string        `json:"message,omitempty"`  // error
@@ -233,8 +254,10 @@ type Exit struct {
 	Code   int           `json:"code"` // 128 + signal if a signal ended it
 	Signal int           `json:"signal,omitempty"`
 	By     By            `json:"by"`
-	CPU    time.Duration `json:"cpu"`  // user and system time of all reaped processes, from getrusage
-	Wall   time.Duration `json:"wall"` // from the first start to the last end of the main process
+	CPU    time.Duration `json:"cpu"`              // user and system time of all reaped processes, from getrusage
+	Self   time.Duration `json:"self,omitempty"`   // of an exec that is Alone: what init itself took meanwhile
+	MaxRSS int64         `json:"maxrss,omitempty"` // of such an exec: bytes of its largest process, 0 if that is not known
+	Wall   time.Duration `json:"wall"`             // from the first start to the last end of the main process
 }
 
 // By says who ended the task.

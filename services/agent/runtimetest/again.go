@@ -124,7 +124,7 @@ func runsAgainAlone(t *testing.T, b *bench) {
 	}
 	a := list[0]
 	t.Cleanup(func() { _ = a.Remove(context.Background()) })
-	b.permit(t, time.Minute)
+	b.permit(t, time.Hour)
 	wrote(t, a, "ready\n")
 	until(t, a, func(r agent.RunState) bool { return r.Up && r.Restarts == 3 })
 	a.Stop(time.Second)
@@ -181,7 +181,7 @@ func recoveredAtRest(t *testing.T, b *bench) {
 	}
 	a := list[0]
 	t.Cleanup(func() { _ = a.Remove(context.Background()) })
-	b.permit(t, time.Minute)
+	b.permit(t, time.Hour)
 	if run := until(t, a, func(r agent.RunState) bool { return r.Last != nil }); run.Up || run.Restarts != 0 || run.Last.Code != 3 {
 		t.Errorf("%+v, %+v", run, run.Last)
 	}
@@ -375,7 +375,7 @@ func recoveredCalls(t *testing.T, b *bench) {
 	}
 	a := list[0]
 	t.Cleanup(func() { _ = a.Remove(context.Background()) })
-	b.permit(t, time.Minute)
+	b.permit(t, time.Hour)
 	until(t, a, up)
 	if got, err := talk(t, a, 8080, "echo\n"); err != nil || got != "echo\n" {
 		t.Errorf("%q, %v", got, err)

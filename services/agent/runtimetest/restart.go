@@ -111,7 +111,7 @@ func restartsRecovered(t *testing.T, b *bench) {
 	}
 	a = list[0]
 	t.Cleanup(func() { _ = a.Remove(context.Background()) })
-	b.permit(t, time.Minute)
+	b.permit(t, time.Hour)
 	until(t, a, run(2))
 	wrote(t, a, "term\nready\nterm\nready\n")
 	a.Restart(2)

@@ -98,15 +98,24 @@ func Run(t *testing.T, open func(t *testing.T) Bench) {
 		"a background program outlives the agent":   backgroundRecovered,
 		"a background program never waits":          backgroundFloods,
 		"ended background programs are bounded":     backgroundsEnded,
+		"what is judged runs one by one":            stages,
+		"a judge outlives the agent":                stagesRecovered,
 		"files are put, read, listed and deleted":   filesAround,
 		"a put is all or nothing":                   filesNothing,
 		"files keep to the sandbox":                 filesSandbox,
 		"a put that is given up leaves nothing":     filesGivenUp,
 		"half a gigabyte goes in and out":           filesLarge,
+		"what a task leaves can be read":            leaves,
+		"what a task leaves outlives the agent":     leavesRecovered,
+		"clients write to the process":              mainStdin,
+		"a write to the process waits":              mainWaits,
+		"the process is on a terminal":              mainTerminal,
+		"a terminal outlives the agent":             mainRecovered,
+		"a full log waits for who reads along":      mainFloods,
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := &bench{Bench: open(t)}
-			b.permit(t, time.Minute)
+			b.permit(t, time.Hour)
 			f(t, b)
 		})
 	}
@@ -131,13 +140,13 @@ func (b *bench) request(t *testing.T, command ...string) agent.StartRequest {
 	spec.Image, spec.Command, spec.Pull = b.Image, command, schemas.PullNever
 	return agent.StartRequest{
 		Assignment: schemas.Assignment{Task: id, Attempt: 1, Worker: b.Worker, Epoch: "e"},
-		Spec:       spec, TimeLeft: time.Minute, Grace: time.Second, LogLimit: 1 << 20,
+		Spec:       spec, TimeLeft: time.Hour, Grace: time.Second, LogLimit: 1 << 20,
 	}
 }
 
 func (b *bench) tryStart(ctx context.Context, t *testing.T, req agent.StartRequest) (agent.Attempt, error) {
 	t.Helper()
-	img, err := b.Runtime.Image(ctx, req.Spec, nil)
+	img, err := b.Runtime.Image(ctx, req.Spec, nil, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -350,7 +359,7 @@ func permit(t *testing.T, b *bench) {
 func permitRenewed(t *testing.T, b *bench) {
 	req := b.request(t, "sleep", "1500ms", "3")
 	b.permit(t, 1000*time.Millisecond)
-	b.permit(t, time.Minute)
+	b.permit(t, time.Hour)
 	by(t, done(t, b.start(t, req)), schemas.EndedItself, 3)
 }
 
@@ -449,7 +458,7 @@ func recovered(t *testing.T, b *bench) {
 	if err != nil || len(list) != 2 {
 		t.Fatalf("%d attempts, %v", len(list), err)
 	}
-	b.permit(t, time.Minute)
+	b.permit(t, time.Hour)
 	for _, a := range list {
 		t.Cleanup(func() { _ = a.Remove(context.Background()) })
 		if ran, ok := a.StartedFor(); !ok || ran <= 0 || ran > time.Minute {
@@ -503,7 +512,7 @@ func missingImage(t *testing.T, b *bench) {
 	}
 	req := b.request(t, "exit", "0")
 	req.Spec.Image = b.Missing
-	_, err := b.Runtime.Image(t.Context(), req.Spec, nil)
+	_, err := b.Runtime.Image(t.Context(), req.Spec, nil, nil)
 	fault, ok := errors.AsType[*agent.StartError](err)
 	if !ok || fault.Reason != schemas.ReasonImage || !strings.Contains(fault.Message, b.Missing) {
 		t.Fatalf("%v", err)

@@ -13,6 +13,7 @@ import (
 	"html/template"
 	"net/url"
 	"path"
+	"strings"
 	"time"
 
 	"dayfly.dev/schemas"
@@ -100,12 +101,22 @@ func New() (*Pages, error) {
 	t, err := template.New("ui").Funcs(template.FuncMap{
 		"ago": ago, "short": short, "stamp": stamp, "sentence": sentence, "when": when, "after": func(first, t time.Time) string { return "+" + short(t.Sub(first)) }, "bars": bars,
 		"command": command, "size": func(n int64) string { return schemas.Size(n).String() },
-		"beat": func(d schemas.Duration) string { return ago(time.Time{}.Add(d.Std()), time.Time{}) },
+		"segments": segments,
+		"beat":     func(d schemas.Duration) string { return ago(time.Time{}.Add(d.Std()), time.Time{}) },
 	}).ParseFS(sources, "*.html")
 	if err != nil {
 		return nil, fmt.Errorf("read the templates of the pages: %w", err)
 	}
 	return &Pages{t}, nil
+}
+
+// segments escapes each part of a path, for an address.
+func segments(name string) string {
+	parts := strings.Split(name, "/")
+	for i, p := range parts {
+		parts[i] = url.PathEscape(p)
+	}
+	return strings.Join(parts, "/")
 }
 
 // Draw makes the page of a Tasks, Task, Workers or Problem.

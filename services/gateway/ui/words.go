@@ -144,7 +144,9 @@ func failure(t schemas.Task, ran, said string) string {
 		return fmt.Sprintf("It was killed after %s by signal %d%s.", ran, t.Exit.Signal, said)
 	}
 	reasons := map[schemas.Reason]string{
-		schemas.ReasonImage: "The image does not exist or may not be pulled", schemas.ReasonImagePull: "The registry did not give the image",
+		schemas.ReasonImage:     "The image does not exist or may not be pulled",
+		schemas.ReasonImageAuth: "The registry refuses the login for the image, or asks for one",
+		schemas.ReasonImagePull: "The registry did not give the image",
 		schemas.ReasonImageArch: "The image is for another kind of machine", schemas.ReasonPullTimeout: "The image was not there in time",
 		schemas.ReasonNotFound: "The command is not in the image", schemas.ReasonNotExec: "The command cannot be executed",
 		schemas.ReasonStart: "The container could not be started", schemas.ReasonStartTimeout: "The container was not started in time",

@@ -22,7 +22,7 @@ func (s *supervisor) runsAgain() bool {
 // there were so many restarts already.
 func (s *supervisor) runAgain(to int) {
 	switch {
-	case s.phase != initproto.PhaseRunning || s.restarts >= to:
+	case s.phase != initproto.PhaseRunning || s.restarts >= to || s.hold:
 	case s.resumeAt > 0:
 		s.asked++
 		s.resumeAt = initproto.Now()
@@ -57,7 +57,7 @@ func (s *supervisor) resume() {
 	s.resumeAt, s.began = 0, initproto.Now()
 	s.restarts++
 	_, _ = unix.Seek(s.stdio[0], 0, io.SeekStart)
-	pid, f := s.spawn(s.req.Argv, s.env, s.req.Dir, s.stdio, false)
+	pid, f := s.spawn(s.req.Argv, s.env, s.req.Dir, s.stdio, s.req.Tty != nil)
 	if f != nil {
 		s.exit = initproto.Exit{Code: cmp.Or(f.code, 126), Wall: s.began - s.started}
 		s.ended()

@@ -27,6 +27,8 @@ type program struct {
 	exit    initproto.Exit
 	ending  bool
 	killAt  time.Duration // when TERM was not enough; 0 is never
+	self    time.Duration // with hold: processor time of init itself before it
+	tidy    []string      // of a put: the command that takes away what it has left if it is killed
 }
 
 // exec starts a process beside the main one.
@@ -54,6 +56,12 @@ func (s *supervisor) exec(req initproto.Request, fds []int) {
 		f = &fault{initproto.FaultStopped, 0, "the task is not running"}
 	case len(req.Argv) == 0 || req.Argv[0] == "" || len(fds) != want || req.Tty != nil && req.Name != "":
 		f = &fault{initproto.FaultRequest, 0, fmt.Sprintf("an exec needs a command and %d descriptors, not %d", want, len(fds))}
+	case req.Alone != s.hold:
+		f = &fault{initproto.FaultRequest, 0, "in a task that is judged nothing runs but its programs"}
+	case s.stage != nil:
+		f = &fault{initproto.FaultBusy, 0, "another program runs, or has not been cleared away"}
+	case req.Alone && (want != 3 || req.Name != ""):
+		f = &fault{initproto.FaultRequest, 0, "a program that is alone has three descriptors"}
 	case req.Name == "" && foreground >= initproto.MaxExecs:
 		f = &fault{initproto.FaultBusy, 0, fmt.Sprintf("%d programs run already", foreground)}
 	case req.Name != "" && kept >= initproto.MaxKept:
@@ -70,9 +78,13 @@ func (s *supervisor) exec(req initproto.Request, fds []int) {
 		return
 	}
 	s.marks++
+	self := usedBySelf()
 	p := &program{
 		id: req.ID, agent: s.conn, name: req.Name, soft: req.Grace, reads: [2]int{-1, -1},
 		mark: initproto.Marker + "=" + strconv.Itoa(s.marks), alive: true, started: initproto.Now(),
+	}
+	if req.Bare {
+		p.tidy = tidies(req.Argv)
 	}
 	var env []string
 	if !req.Bare {
@@ -95,6 +107,9 @@ func (s *supervisor) exec(req initproto.Request, fds []int) {
 		s.send(reply)
 	}
 	s.programs = append(s.programs, p)
+	if req.Alone {
+		s.stage, p.self = p, self
+	}
 }
 
 // clip gives as much of a command as a message takes.
@@ -174,6 +189,10 @@ func (s *supervisor) endProgram(p *program, grace time.Duration) {
 	if p == nil || s.phase != initproto.PhaseRunning || s.resumeAt > 0 {
 		return // no process is there
 	}
+	if p == s.stage {
+		_ = unix.Kill(-1, unix.SIGKILL)
+		return
+	}
 	at := initproto.Now() + max(grace, 0)
 	switch {
 	case grace <= 0 || !p.alive: // what it has left behind has had its time
@@ -229,6 +248,9 @@ func (s *supervisor) reaped(pid int, ws unix.WaitStatus) {
 		return
 	}
 	s.programs = slices.Delete(s.programs, i, i+1)
+	if p.tidy != nil && p.exit.Signal != 0 {
+		s.tidy(p.tidy)
+	}
 	if p.agent != nil && p.agent == s.conn {
 		s.send(initproto.Reply{ID: p.id, Event: initproto.EventExited, Exit: &p.exit})
 	}

@@ -7,6 +7,7 @@ import (
 	"os/signal"
 	"runtime"
 	"runtime/debug"
+	"strconv"
 
 	"golang.org/x/sys/unix"
 
@@ -44,7 +45,42 @@ func serveFiles(argument string) int {
 	return res.ExitCode()
 }
 
-// asked gives the request of a second mode: what is run as PID 1 has no arguments.
+// asked gives the request of a second mode.
 func asked(args []string) (request string, ok bool) {
 	return args[len(args)-1], len(args) == 3 && args[1] == initproto.FilesMode
+}
+
+// tidies gives the command that tidies up after a put that was killed, by its grace or for
+// want of memory; nil where there is nothing to tidy.
+func tidies(argv []string) []string {
+	text, ok := asked(argv)
+	var r files.Request
+	if !ok || json.Unmarshal([]byte(text), &r) != nil || !r.Framed() || r.Tidy {
+		return nil
+	}
+	r.Tidy = true
+	b, err := json.Marshal(r)
+	if err != nil {
+		return nil
+	}
+	return []string{argv[0], argv[1], string(b)}
+}
+
+// tidy runs such a command, of which nobody hears.
+func (s *supervisor) tidy(argv []string) {
+	if s.pid == 0 || s.by != "" {
+		return // all of the task ends
+	}
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return
+	}
+	defer null.Close()
+	fd := int(null.Fd())
+	s.marks++
+	p := &program{reads: [2]int{-1, -1}, mark: initproto.Marker + "=" + strconv.Itoa(s.marks), alive: true, started: initproto.Now()}
+	var f *fault
+	if p.pid, f = s.spawn(argv, []string{p.mark}, "", []int{fd, fd, fd}, false); f == nil {
+		s.programs = append(s.programs, p)
+	}
 }

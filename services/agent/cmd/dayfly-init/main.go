@@ -33,6 +33,9 @@ func main() {
 	if request, ok := asked(os.Args); ok {
 		os.Exit(serveFiles(request))
 	}
+	if len(os.Args) == 2 && os.Args[1] == initproto.CleanMode {
+		os.Exit(clean())
+	}
 	runtime.GOMAXPROCS(2) // fewer threads: they count in the task's pids
 	debug.SetGCPercent(50)
 
@@ -58,7 +61,7 @@ func main() {
 	}
 	s := &supervisor{
 		timer: timer, oom: oom, phase: initproto.PhaseIdle,
-		output: openFolder(initproto.OutputPath), stdout: -1, stderr: -1,
+		output: openFolder(outputPath(os.Args)), stdout: -1, stderr: -1, input: -1, master: -1,
 	}
 	os.Exit(s.loop(signals))
 }
@@ -66,6 +69,14 @@ func main() {
 func fail(err error) {
 	fmt.Fprintln(os.Stderr, "dayfly-init:", err)
 	os.Exit(initproto.CodeBroken)
+}
+
+// outputPath is where the output folder is. The arguments are the agent's.
+func outputPath(args []string) string {
+	if len(args) == 3 && args[1] == initproto.OutputMode {
+		return args[2]
+	}
+	return initproto.OutputPath
 }
 
 // openFolder opens a directory, or gives -1.

@@ -21,13 +21,44 @@ type fault struct {
 // run starts the main process. started goes out before any exit of it can, for both
 // are sent by this goroutine.
 func (s *supervisor) run(req initproto.Request, fds []int) {
-	if f := s.start(req, fds); f != nil {
+	var f *fault
+	master, given := -1, len(fds)
+	if req.Tty != nil && s.phase == initproto.PhaseIdle {
+		var slave []int
+		if master, slave, f = terminal(*req.Tty); f == nil {
+			fds = append(slave, fds...)
+		}
+	}
+	want := map[bool]int{false: 5, true: 6}[req.Input]
+	if req.Tty != nil {
+		want = 2
+	}
+	if f == nil && given != want {
+		f = &fault{initproto.FaultRequest, 0, fmt.Sprintf("a run needs %d descriptors, not %d", want, given)}
+	}
+	if f == nil {
+		f = s.start(req, fds)
+	}
+	if f != nil {
+		if master >= 0 {
+			_ = unix.Close(master)
+		}
 		initproto.CloseAll(fds)
 		s.send(initproto.Reply{ID: req.ID, Event: initproto.EventError, Fault: f.kind, Code: f.code, Message: f.message})
 		return
 	}
 	s.req, s.stdio = req, fds[:3]
-	s.send(initproto.Reply{ID: req.ID, Event: initproto.EventStarted, Pid: s.pid, Started: s.started})
+	reply := initproto.Reply{ID: req.ID, Event: initproto.EventStarted, Pid: s.pid, Started: s.started}
+	if master >= 0 {
+		s.master, reply.Files = master, []string{initproto.FileTerminal}
+		s.send(reply, master)
+		return
+	}
+	if req.Input {
+		s.input = fds[5]
+	}
+	reply.Tidy = s.hold && s.isTidy()
+	s.send(reply)
 }
 
 func (s *supervisor) start(req initproto.Request, fds []int) *fault {
@@ -36,8 +67,8 @@ func (s *supervisor) start(req initproto.Request, fds []int) *fault {
 		return &fault{initproto.FaultRequest, 0, "this container has had its run"}
 	case s.by != "":
 		return &fault{initproto.FaultStopped, 0, "stopped before it ran"}
-	case len(req.Argv) == 0 || req.Argv[0] == "" || len(fds) != 5:
-		return &fault{initproto.FaultRequest, 0, fmt.Sprintf("a run needs a command and 5 descriptors, not %d", len(fds))}
+	case !req.Hold && (len(req.Argv) == 0 || req.Argv[0] == ""):
+		return &fault{initproto.FaultRequest, 0, "a run needs a command"}
 	}
 	s.permitted = !req.Free
 	s.deadline, s.permit = 0, 0 // what cannot be read is over
@@ -49,10 +80,21 @@ func (s *supervisor) start(req initproto.Request, fds []int) *fault {
 	case now >= s.deadline:
 		return &fault{initproto.FaultDeadline, 0, "the deadline is over"}
 	}
+	if req.Stdin {
+		fd, err := unix.Open(initproto.ControlPath+"/"+initproto.StdinName, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return &fault{initproto.FaultRequest, 0, fmt.Sprintf("open stdin: %s", err)}
+		}
+		_ = unix.Close(fds[0])
+		fds[0] = fd
+	}
 	s.env = merge(os.Environ(), req.Env)
-	pid, f := s.spawn(req.Argv, s.env, req.Dir, fds[:3], false)
-	if f != nil {
-		return f
+	pid := heldPid
+	if s.hold = req.Hold; !s.hold {
+		var f *fault
+		if pid, f = s.spawn(req.Argv, s.env, req.Dir, fds[:3], req.Tty != nil); f != nil {
+			return f
+		}
 	}
 	s.pid, s.phase, s.started = pid, initproto.PhaseRunning, initproto.Now()
 	s.key, s.grace = req.Key, req.Grace

@@ -4,6 +4,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"time"
 
@@ -42,6 +43,8 @@ type supervisor struct {
 	started   time.Duration
 	stdout    int // read ends, kept for the agents to come
 	stderr    int
+	input     int // write end of stdin, or -1
+	master    int // of the main process's terminal, or -1
 	exit      initproto.Exit
 
 	deadline time.Duration
@@ -51,6 +54,10 @@ type supervisor struct {
 	killed   bool          // KILL went to all
 	away     time.Duration // since when no agent is connected
 	taken    bool
+
+	hold   bool     // the run is of no command: its programs come one by one
+	stage  *program // that runs now, or has left processes behind
+	places []string // to write, once they were looked for
 
 	env      []string   // of the task
 	programs []*program // that execs have started, oldest first
@@ -161,7 +168,8 @@ func (s *supervisor) connected(c *initproto.Conn) {
 	for _, f := range []struct {
 		name string
 		fd   int
-	}{{initproto.FileOutput, s.output}, {initproto.FileStdout, s.stdout}, {initproto.FileStderr, s.stderr}} {
+	}{{initproto.FileOutput, s.output}, {initproto.FileStdout, s.stdout}, {initproto.FileStderr, s.stderr},
+		{initproto.FileStdin, s.input}, {initproto.FileTerminal, s.master}} {
 		if f.fd >= 0 {
 			hello.Files, fds = append(hello.Files, f.name), append(fds, f.fd)
 		}
@@ -205,7 +213,13 @@ func (s *supervisor) message(m message) {
 		s.exec(m.req, m.fds)
 	case initproto.OpSignal:
 		s.reap() // its pid may be another's
+		if m.req.Main {
+			s.signalMain(m.req.Signal)
+			break
+		}
 		s.signalProgram(s.find(m.req), m.req.Signal)
+	case initproto.OpShut:
+		s.shut()
 	case initproto.OpEnd:
 		s.reap()
 		s.endProgram(s.find(m.req), m.req.Grace)
@@ -378,6 +392,10 @@ func (s *supervisor) end(by initproto.By, grace time.Duration) {
 	if s.phase == initproto.PhaseIdle {
 		return // over ends init
 	}
+	if s.hold { // between two programs there is nothing to send TERM to, and none of them deserves it
+		s.endHold()
+		return
+	}
 	if at := initproto.Now() + max(grace, 0); s.killAt == 0 || at < s.killAt {
 		s.killAt = at
 	}
@@ -403,7 +421,7 @@ func (s *supervisor) kill() {
 
 func (s *supervisor) signal(sig os.Signal) {
 	s.reap()
-	if sig != unix.SIGTERM {
+	if sig != unix.SIGTERM || s.hold { // a submission would gain another attempt by it; dockerd's KILL comes later
 		return
 	}
 	// dockerd stops the container, and sends KILL itself when its patience ends. A task
@@ -422,11 +440,13 @@ func (s *supervisor) reap() {
 	}
 	for {
 		var ws unix.WaitStatus
-		pid, err := unix.Wait4(-1, &ws, unix.WNOHANG, nil)
+		var ru unix.Rusage
+		pid, err := unix.Wait4(-1, &ws, unix.WNOHANG, &ru)
 		switch {
 		case err == unix.EINTR:
 			continue
 		case err == unix.ECHILD:
+			s.stageIsOver()
 			if s.pid == 0 {
 				s.ended()
 			}
@@ -435,7 +455,10 @@ func (s *supervisor) reap() {
 			if s.pid == 0 {
 				s.kill() // also those forked since
 			}
+			s.clearStage()
 			return
+		case s.stage != nil:
+			s.stageReaped(pid, ws, &ru)
 		case pid == s.pid:
 			s.pid, s.exit = 0, exitOf(ws)
 			s.exit.Wall = initproto.Now() - s.started
@@ -467,6 +490,7 @@ func (s *supervisor) finish() {
 	s.phase, s.resumeAt = initproto.PhaseEnded, 0
 	initproto.CloseAll(s.stdio) // or the pipes would have no end
 	s.stdio = nil
+	s.shut()
 	s.exit.By = initproto.ByItself
 	if s.by != "" {
 		s.exit.By = s.by
@@ -476,6 +500,28 @@ func (s *supervisor) finish() {
 		s.exit.CPU = time.Duration(ru.Utime.Nano() + ru.Stime.Nano())
 	}
 	s.send(initproto.Reply{Event: initproto.EventExited, Exit: &s.exit, Restarts: s.restarts})
+}
+
+// shut is the end of stdin, once the agent has closed its own write end.
+func (s *supervisor) shut() {
+	if s.input >= 0 {
+		_ = unix.Close(s.input)
+		s.input = -1
+	}
+}
+
+// signalMain signals what has the terminal, as its keys would, or the main process's group.
+func (s *supervisor) signalMain(n int) {
+	if s.pid == 0 || !slices.Contains(signalled, unix.Signal(n)) {
+		return
+	}
+	group := s.pid
+	if s.master >= 0 {
+		if fg, err := unix.IoctlGetInt(s.master, unix.TIOCGPGRP); err == nil && fg > 1 {
+			group = fg
+		}
+	}
+	_ = unix.Kill(-group, unix.Signal(n))
 }
 
 // setOOM sets our oom_score_adj. Anybody may raise it, and lower it again to what

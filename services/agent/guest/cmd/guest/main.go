@@ -21,6 +21,7 @@
 //	                      /until/D with 200 for that long, then with 500
 //	tcp PORT              listens on 127.0.0.1, prints "ready", sends back what comes
 //	deaf PORT             listens on 127.0.0.1 and takes nobody, once its queue is full
+//	as UID SUBCOMMAND…    becomes another user first
 //	orphans N             leaves N sleeping children behind, exits 0
 //	signal N              kills itself by signal N
 //	eat BYTES             touches so much memory, holds it until it is killed
@@ -40,6 +41,8 @@
 //	family                starts a child, one in another session, and a daemon; all sleep
 //	processes             prints how many there are beside init and this one
 //	things PATH           makes one of each kind of file in a folder
+//	leave N BYTES [D]     leaves N files of so many bytes in the output folder, prints "ready", sleeps
+//	litter                leaves in the output folder what nobody should take
 //	try NAME              a hostile system call: exits 0 if the kernel DENIED it, 1 if not
 package main
 
@@ -113,16 +116,20 @@ func commands() map[string]func([]string) int {
 		"suid":        func([]string) int { fmt.Printf("euid=%d\n", os.Geteuid()); return 0 },
 		"ls":          ls,
 		"write":       write,
+		"chmod":       func(a []string) int { return report("chmod", os.Chmod(arg(a, 0, ""), 0o777)) },
 		"status":      func([]string) int { return cat([]string{"/proc/self/status"}) },
 		"fds":         fds,
 		"reopen":      reopen,
 		"read-dayfly": readDayfly,
 		"try":         try,
+		"as":          as,
 		"deaf":        deaf,
 		"terminal":    terminal,
 		"family":      family,
 		"processes":   processes,
 		"things":      things,
+		"leave":       leaveFiles,
+		"litter":      litter,
 	}
 }
 
@@ -235,6 +242,19 @@ func ignoreTerm(a []string) int {
 	fmt.Println("ready")
 	time.Sleep(dur(a, 0, time.Hour))
 	return 0
+}
+
+func as(a []string) int {
+	uid := num(a, 0, 0)
+	f, ok := commands()[arg(a, 1, "")]
+	if !ok {
+		return 64
+	}
+	if err := syscall.Setresuid(uid, uid, uid); err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	return f(a[2:])
 }
 
 func termExit(a []string) int {
@@ -394,7 +414,14 @@ func readDayfly([]string) int {
 		_ = c.Close()
 	}
 	deny("dial", err)
-	_, err = os.ReadDir("/proc/1/fd")
+	list, err := os.ReadDir("/proc/1/fd") // root sees the numbers
+	for _, e := range list {
+		var to string
+		if to, err = os.Readlink("/proc/1/fd/" + e.Name()); err == nil {
+			fmt.Println(to)
+			break
+		}
+	}
 	deny("read /proc/1/fd", err)
 	_, err = os.ReadFile("/proc/1/environ")
 	deny("read /proc/1/environ", err)
