@@ -130,10 +130,28 @@ func workers() Dashboard {
 		{"Attempts", []Panel{
 			{Title: "Started", About: "Processes started.", Unit: perSecond, Queries: one(ofWorker("", "dayfly_agent_start_seconds_count"), "{{worker}}")},
 			{Title: "Ended", About: "By who ended them.", Unit: perSecond, Stack: true, Queries: one(ofWorker(", by", "dayfly_agent_attempts_ended_total"), "{{worker}} {{by}}")},
-			{Title: "Images that failed", About: "Attempts whose image could not be had.", Unit: perSecond, Alert: "DayflyStartFailures", Queries: one(ofWorker("", `dayfly_agent_image_seconds_count{result="failed"}`), "{{worker}}")},
-			{Title: "Images", About: "Sizes of the images on the worker, layers that several share counted for each. dayfly removes none.", Unit: bytes,
+			{Title: "Images that failed", About: "Attempts whose image could not be had.", Unit: perSecond, Alert: "DayflyPullFailures", Queries: one(ofWorker("", `dayfly_agent_image_seconds_count{result="failed"}`), "{{worker}}")},
+			{Title: "Images", About: "Sizes of the images on the worker, layers that several share counted for each.", Unit: bytes,
 				Queries: one(`dayfly_image_cache_bytes * on (job, instance) group_left (worker) dayfly_worker_info{worker=~"$worker"}`, "{{worker}}")},
+			{Title: "Blobs", About: "In the caches of the workers, those under way counted whole.", Unit: bytes,
+				Queries: one(`dayfly_blob_cache_bytes * on (job, instance) group_left (worker) dayfly_worker_info{worker=~"$worker"}`, "{{worker}}")},
+			{Title: "Blobs fetched", About: "Bytes of blobs that came to the workers.", Unit: rateBytes, Queries: one(ofWorker("", "dayfly_blob_fetched_bytes_total"), "{{worker}}")},
+			{Title: "Images of its own", About: "Sizes of those that the agent pulled: above the high mark the ones that were not used for longest go.", Unit: bytes,
+				Queries: one(`dayfly_image_cache_own_bytes * on (job, instance) group_left (worker) dayfly_worker_info{worker=~"$worker"}`, "{{worker}}")},
+			{Title: "Images removed", About: "To stay below the high mark. One that is removed and pulled again and again wants a higher mark.", Unit: perSecond, Queries: one(ofWorker("", "dayfly_image_removals_total"), "{{worker}}")},
+			{Title: "Wanted images", About: "Tries to have an image before a task asks for it, by result.", Unit: perSecond, Alert: "DayflyPullFailures", Queries: one(ofWorker(", result", "dayfly_agent_wanted_images_total"), "{{worker}} {{result}}")},
+			{Title: "Tests judged", About: "Tests that judges ran, by verdict.", Unit: perSecond, Stack: true, Queries: one(ofWorker(", verdict", "dayfly_agent_judge_tests_total"), "{{worker}} {{verdict}}")},
 			{Title: "Docker errors", About: "Requests to the Docker Engine that failed.", Unit: perSecond, Alert: "DayflyStartFailures", Queries: one(ofWorker(", op", `dayfly_docker_op_seconds_count{result="error"}`), "{{worker}} {{op}}")},
+		}},
+		{"Artifacts", []Panel{
+			{Title: "Files", About: "What ended attempts left in their output folders: stored, and skipped.", Unit: perSecond, Queries: one(ofWorker(", result", "dayfly_agent_artifacts_total"), "{{worker}} {{result}}")},
+			{Title: "Stored", About: "Bytes of artifacts stored on the bus.", Unit: rateBytes, Queries: one(ofWorker("", "dayfly_agent_artifact_bytes_total"), "{{worker}}")},
+			{Title: "Storing, p95", About: "How long the artifacts of an attempt take to be stored; its end is reported after that.", Unit: seconds, Queries: one(quantile(0.95, "instance", "dayfly_agent_artifact_seconds", ""), "{{instance}}")},
+			{Title: "Handed out", About: "Bytes of artifacts that clients got.", Unit: rateBytes, Queries: one(rate("", "dayfly_artifact_bytes_total"), "handed out")},
+			{Title: "Chunks", About: "Stored at the reapers' last look; at 1,000,000 no more are taken. Their bytes are those of ARTIFACTS in Reliability.", Unit: count, Alert: "DayflyJetStreamFull", Queries: one(`max(dayfly_artifact_chunks)`, "chunks")},
+			{Title: "Taken away", About: "Attempts of which nothing is kept any more, by why: unknown is what a worker made up.", Unit: perSecond, Alert: "DayflyArtifactsMadeUp", Queries: one(rate("why", "dayfly_artifacts_collected_total"), "{{why}}")},
+			{Title: "Filled", About: "The part of the bounds of stored artifacts that is taken, by bytes or by chunks.", Unit: ratio, Alert: "DayflyArtifactsFull", Queries: one(`max(dayfly_artifact_store_filled)`, "filled")},
+			{Title: "Should not be", About: "Requests for artifacts of which what is stored is not what their worker reported.", Unit: count, Queries: one(`sum(dayfly_artifacts_lost_total)`, "lost")},
 		}},
 		{"Agents", []Panel{
 			{Title: "Logs", About: "Bytes of task logs stored on the bus.", Unit: rateBytes, Queries: one(ofWorker("", "dayfly_agent_log_bytes_total"), "{{worker}}")},
@@ -149,6 +167,7 @@ func reliability() Dashboard {
 			{Title: "Reap lag", About: "From a task's deadline to its final record.", Unit: seconds, Alert: "DayflyReapLag", Queries: quantiles("dayfly_reap_lag_seconds", 0.5, 0.99)},
 			{Title: "Last sweep", About: "How long ago each reaper last looked at what is due; a minute at most.", Unit: seconds, Alert: "DayflyReaperStuck", Queries: one(`time() - dayfly_reaper_last_sweep_timestamp_seconds`, "{{instance}}")},
 			{Title: "Reports", About: "Reports of workers, by what came of them.", Unit: perSecond, Stack: true, Alert: "DayflyRedeliveries", Queries: one(rate("result", "dayfly_reports_total"), "{{result}}")},
+			{Title: "Unanswered", About: "Tasks of whose orders nothing has come for minutes although their worker beats.", Unit: count, Alert: "DayflyWorkerUnanswering", Queries: one(`max(dayfly_tasks_unanswered)`, "tasks")},
 			{Title: "Redriven, resent, redelivered", About: "Orders sent again because nothing had come of them, and messages that came again.", Unit: perSecond, Alert: "DayflyRedeliveries", Queries: []Query{
 				{rate("", "dayfly_orders_redriven_total"), "redriven by reapers"}, {rate("", "dayfly_placer_orders_resent_total"), "resent by placers"},
 				{rate("", "dayfly_reports_redelivered_total"), "reports again"}, {rate("", "dayfly_agent_orders_redelivered_total"), "orders again"}}},
@@ -206,11 +225,30 @@ func api() Dashboard {
 			{Title: "Making a task", About: "How long it takes to make the task of an item.", Unit: seconds, Queries: quantiles("dayfly_batch_item_make_seconds", 0.5, 0.99)},
 			{Title: "From accepted to done", About: "How long batches take.", Unit: seconds, Queries: quantiles("dayfly_batch_seconds", 0.5, 0.95)},
 		}},
+		{"Instances", []Panel{
+			{Title: "Not over", About: "Instances of templates.", Unit: count, Queries: one(`max(dayfly_instances_open)`, "instances")},
+			{Title: "Asked for", About: "PUTs, by what became of them: created, replaced (created where one is over), exists.", Unit: perSecond, Queries: one(rate("result", "dayfly_instance_requests_total"), "{{result}}")},
+			{Title: "Renewals", About: "By result.", Unit: perSecond, Queries: one(rate("result", "dayfly_instance_renewals_total"), "{{result}}")},
+			{Title: "Templates", About: "Those that hold, and what is wrong with their files.", Unit: count, Alert: "DayflyTemplateFaults", Queries: []Query{
+				{`max(dayfly_templates)`, "templates"}, {`max(dayfly_template_faults)`, "faults"}}},
+			{Title: "Gateways that differ", About: "Whether gateways have different templates.", Unit: count, Alert: "DayflyTemplatesDiffer", Queries: one(`max(dayfly_templates_digest) != bool min(dayfly_templates_digest)`, "differ")},
+		}},
 		{"More", []Panel{
 			{Title: "Being answered", About: "Requests in flight, and answers that stay open, by kind.", Unit: count, Queries: []Query{
 				{`sum(dayfly_http_requests_in_flight)`, "requests"}, {`sum by (kind) (dayfly_streams_open)`, "{{kind}}"}}},
 			{Title: "Tasks refused", About: "By the code of the error.", Unit: perSecond, Queries: one(rate("code", "dayfly_tasks_rejected_total"), "{{code}}")},
 			{Title: "Replays", About: "Requests answered with the task that an earlier one with the same Idempotency-Key made.", Unit: perSecond, Queries: one(rate("", "dayfly_idempotent_replays_total"), "replays")},
+		}},
+		{"Programs and files", []Panel{
+			{Title: "Ended", About: "Execs, consoles and requests for files, by what came of them; broken is where a side was lost.", Unit: perSecond, Queries: one(rate("kind, result", "dayfly_sessions_total"), "{{kind}} {{result}}")},
+			{Title: "Under way", About: "At the gateways and at the agents, by kind, and programs in the foreground.", Unit: count, Queries: []Query{
+				{`sum by (kind) (dayfly_sessions_open)`, "{{kind}}"}, {`sum by (kind) (dayfly_agent_sessions_open)`, "agents: {{kind}}"}, {`sum(dayfly_agent_execs)`, "programs"}}},
+			{Title: "Begun at the agents", About: "By kind.", Unit: perSecond, Queries: one(rate("kind", "dayfly_agent_sessions_total"), "{{kind}}")},
+			{Title: "Refused", About: "Sessions that were not begun, by the code of the error; and those that an agent refused.", Unit: perSecond, Queries: []Query{
+				{rate("kind, code", "dayfly_sessions_refused_total"), "{{kind}} {{code}}"}, {rate("code", "dayfly_agent_sessions_refused_total"), "agents: {{code}}"}}},
+			{Title: "Resumed", About: "Consoles that a client went on with after its connection broke.", Unit: perSecond, Queries: one(rate("", "dayfly_console_resumes_total"), "consoles")},
+			{Title: "Exec", About: "From the request to the end of the program; how long that runs is in it.", Unit: seconds, Queries: quantiles("dayfly_exec_seconds", 0.5, 0.95)},
+			{Title: "Bytes", About: "To tasks (in) and from them (out).", Unit: rateBytes, Queries: one(rate("kind, direction", "dayfly_session_bytes_total"), "{{kind}} {{direction}}")},
 		}},
 		{"Reaching tasks", []Panel{
 			{Title: "Requests", About: "To hostnames of tasks, by the class of the answer, which is the task's own or dayfly's.", Unit: perSecond, Queries: one(rate("code_class", "dayfly_ingress_response_seconds_count"), "{{code_class}}")},
@@ -219,7 +257,8 @@ func api() Dashboard {
 			{Title: "Connections", About: "From outside to tasks, by kind, and TCP ports that are listened on.", Unit: count, Queries: []Query{
 				{`sum by (kind) (dayfly_ingress_connections_open)`, "{{kind}}"}, {`max(dayfly_ingress_ports_open)`, "ports"}}},
 			{Title: "Bytes", About: "To tasks (in) and from them (out).", Unit: rateBytes, Queries: one(rate("kind, direction", "dayfly_ingress_bytes_total"), "{{kind}} {{direction}}")},
-			{Title: "Should not be", About: "New certificates that could not be used, and TCP ports of tasks that something else has.", Unit: count, Queries: []Query{
+			{Title: "Certificate", About: "How long the certificate of the ingress lasts.", Unit: seconds, Alert: "DayflyCertificateExpires", Queries: one(`min(dayfly_ingress_certificate_expiry_seconds > 0) - time()`, "left")},
+			{Title: "Should not be", About: "New certificates that could not be used, and TCP ports of tasks that something else has.", Unit: count, Alert: "DayflyCertificateRefused", Queries: []Query{
 				{`sum(dayfly_ingress_certificate_failures_total)`, "certificates"}, {`sum(dayfly_ingress_port_errors_total)`, "ports"}}},
 		}},
 	}}
