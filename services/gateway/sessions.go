@@ -100,7 +100,9 @@ func (g *Gateway) openSession(ctx context.Context, id schemas.TaskID, o schemas.
 	return stream, err
 }
 
-// openExec is openSession, and says which program the session is with.
+// openExec is openSession, and says which program the session is with. The view says where
+// to ask. It may be behind: where the agent knows better the record is read, and what it says
+// is tried once.
 func (g *Gateway) openExec(ctx context.Context, id schemas.TaskID, o schemas.Open) (*session.Stream, schemas.ExecID, error) {
 	select {
 	case <-g.sessions.ready:
@@ -110,7 +112,22 @@ func (g *Gateway) openExec(ctx context.Context, id schemas.TaskID, o schemas.Ope
 	if err := g.locate(id, &o); err != nil {
 		return nil, "", err
 	}
+	asked := o
 	stream, exec, err := g.sessions.open(ctx, &o)
+	if e, ok := err.(*schemas.Error); ok && e.Code == schemas.CodeStateConflict {
+		within, cancel := context.WithTimeout(ctx, g.cfg.OpTimeout)
+		_, failed := g.fetch(within, id)
+		cancel()
+		if failed == nil {
+			failed = g.locate(id, &o)
+		}
+		if failed != nil {
+			return nil, "", failed
+		}
+		if o.Worker != asked.Worker || o.Epoch != asked.Epoch {
+			stream, exec, err = g.sessions.open(ctx, &o)
+		}
+	}
 	if errors.Is(err, errOtherInstance) {
 		if stream, exec, err = g.sessions.open(ctx, &o); errors.Is(err, errOtherInstance) {
 			err = workerAway(id)

@@ -63,14 +63,16 @@ func (g *Gateway) visit(r *http.Request, id schemas.TaskID, kind string, o schem
 // enter lets a request for a session with the task in, if it runs and not too many are
 // there already. The request has to leave.
 func (g *Gateway) enter(r *http.Request, id schemas.TaskID, kind string) (leave func(), err error) {
-	ctx, cancel := g.onBus(r)
-	e, err := g.fetch(ctx, id) // the view may not show yet what another gateway has answered
-	cancel()
-	if err != nil {
-		return nil, g.refused(kind, err)
-	}
-	if s := e.Value.State; s != schemas.Running {
-		return nil, g.refused(kind, notRunning(id, s))
+	if it, _, ok := g.tasks.Get(string(id)); !ok || it.state != schemas.Running { // the view may not show yet what another gateway has answered
+		ctx, cancel := g.onBus(r)
+		e, err := g.fetch(ctx, id)
+		cancel()
+		if err != nil {
+			return nil, g.refused(kind, err)
+		}
+		if s := e.Value.State; s != schemas.Running {
+			return nil, g.refused(kind, notRunning(id, s))
+		}
 	}
 	if leave, err = g.visits.enter(id); err != nil {
 		return nil, g.refused(kind, &schemas.Error{Status: http.StatusTooManyRequests, Code: schemas.CodeTooManyRequests, Task: id,
