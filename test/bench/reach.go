@@ -17,9 +17,9 @@ import (
 	"dayfly.dev/test/harness"
 )
 
-// reach measures programs, consoles and files in a running task, among so many others: a
-// program that does nothing and one that lists a folder, over HTTP and by docker exec in
-// turns; a console's first byte; and files in and out. Then what copies do to the rest.
+// reach measures programs, consoles and files in a running task, among so many others:
+// busybox's `true` and `ls /`, over HTTP and by docker exec in turns; a console's first byte;
+// and files in and out. Then what copies do to the rest.
 func reach(ctx context.Context, bin string, n int, containers []int) (err error) {
 	if n == 0 {
 		n = 200
@@ -34,7 +34,7 @@ func reach(ctx context.Context, bin string, n int, containers []int) (err error)
 		defer cancel()
 		err = errors.Join(err, up.Remove(clean), harness.RemoveImage(clean, image))
 	}()
-	if err := errors.Join(harness.MakeImage(ctx, image), up.Start(ctx)); err != nil {
+	if err := errors.Join(harness.MakeShell(ctx, image, nil), up.Start(ctx)); err != nil {
 		return err
 	}
 	c, err := client.New(up.URL)
@@ -112,46 +112,70 @@ type endless struct{}
 
 func (endless) Read(p []byte) (int, error) { return len(p), nil }
 
+// inTurns is how many of one kind are measured before it is another's turn: the program that
+// follows a docker exec meets what that leaves to be tidied up, and only the first shall.
+const inTurns = 10
+
 func reachOne(ctx context.Context, c *client.Client, id schemas.TaskID, n, live int) error {
-	var over, docker, first, lists, listed sample
-	for i := range n + 20 {
-		began := time.Now()
-		res, err := c.Exec(ctx, id, schemas.ExecRequest{Command: []string{"/bin/exit", "0"}})
-		if err != nil || res.ExitCode != 0 {
-			return fmt.Errorf("exec: %+v, %w", res, err)
-		}
-		http := time.Since(began)
-		began = time.Now()
-		if out, err := exec.CommandContext(ctx, "docker", "exec", "dayfly-"+string(id)+"-1", "/bin/exit", "0").CombinedOutput(); err != nil {
-			return fmt.Errorf("docker exec: %w: %s", err, out)
-		}
-		beside := time.Since(began)
-		began = time.Now()
-		con, err := c.Console(ctx, id, client.ConsoleOptions{ExecRequest: schemas.ExecRequest{Command: []string{"/bin/echo", "x"}}, Terminal: &schemas.Window{Rows: 24, Cols: 80}})
-		if err != nil {
-			return err
-		}
-		_, err = con.Read(make([]byte, 1))
-		byte1 := time.Since(began)
-		if err = errors.Join(err, con.Close()); err != nil {
-			return err
-		}
-		began = time.Now()
-		res, err = c.Exec(ctx, id, schemas.ExecRequest{Command: []string{"/bin/ls", "/"}})
-		if err != nil || res.ExitCode != 0 {
-			return fmt.Errorf("ls: %+v, %w", res, err)
-		}
-		list := time.Since(began)
-		began = time.Now()
-		if out, err := exec.CommandContext(ctx, "docker", "exec", "dayfly-"+string(id)+"-1", "/bin/ls", "/").CombinedOutput(); err != nil {
-			return fmt.Errorf("docker exec: %w: %s", err, out)
-		}
-		if i >= 20 { // warm
-			lists, listed = append(lists, list), append(listed, time.Since(began))
-			over, docker, first = append(over, http), append(docker, beside), append(first, byte1)
+	over := func(command ...string) func() (time.Duration, error) {
+		return func() (time.Duration, error) {
+			began := time.Now()
+			res, err := c.Exec(ctx, id, schemas.ExecRequest{Command: command})
+			if err == nil && res.ExitCode != 0 {
+				err = fmt.Errorf("it exits with %d: %s", res.ExitCode, res.Stderr)
+			}
+			return time.Since(began), err
 		}
 	}
-	fmt.Printf("among %d containers\n  exec over HTTP       %s\n  docker exec          %s: x%.1f\n", live, over, docker, docker.at(.5)/over.at(.5))
-	fmt.Printf("  ls / over HTTP       %s\n  docker exec ls /     %s: x%.1f\n  console, first byte  %s\n", lists, listed, listed.at(.5)/lists.at(.5), first)
+	docker := func(command ...string) func() (time.Duration, error) {
+		return func() (time.Duration, error) {
+			began := time.Now()
+			out, err := exec.CommandContext(ctx, "docker", append([]string{"exec", "dayfly-" + string(id) + "-1"}, command...)...).CombinedOutput()
+			if err != nil {
+				err = fmt.Errorf("%w: %s", err, out)
+			}
+			return time.Since(began), err
+		}
+	}
+	console := func() (time.Duration, error) {
+		began := time.Now()
+		con, err := c.Console(ctx, id, client.ConsoleOptions{ExecRequest: schemas.ExecRequest{Command: []string{"echo", "x"}}, Terminal: &schemas.Window{Rows: 24, Cols: 80}})
+		if err != nil {
+			return 0, err
+		}
+		_, err = con.Read(make([]byte, 1))
+		took := time.Since(began)
+		return took, errors.Join(err, con.Close())
+	}
+	kinds := []struct {
+		name string
+		do   func() (time.Duration, error)
+		took sample
+	}{
+		{name: "true over HTTP", do: over("true")}, {name: "docker exec true", do: docker("true")},
+		{name: "ls / over HTTP", do: over("ls", "/")}, {name: "docker exec ls /", do: docker("ls", "/")},
+		{name: "console, first byte", do: console},
+	}
+	for round := range n/inTurns + 1 {
+		for k := range kinds {
+			for range inTurns {
+				took, err := kinds[k].do()
+				if err != nil {
+					return fmt.Errorf("%s: %w", kinds[k].name, err)
+				}
+				if round > 0 { // warm
+					kinds[k].took = append(kinds[k].took, took)
+				}
+			}
+		}
+	}
+	fmt.Printf("among %d containers, in turns of %d\n", live, inTurns)
+	for k, kind := range kinds {
+		ratio := ""
+		if k%2 == 1 {
+			ratio = fmt.Sprintf(": x%.1f", kind.took.at(.5)/kinds[k-1].took.at(.5))
+		}
+		fmt.Printf("  %-20s %s%s\n", kind.name, kind.took, ratio)
+	}
 	return nil
 }

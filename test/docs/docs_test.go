@@ -16,7 +16,6 @@
 package docs
 
 import (
-	"archive/tar"
 	"bytes"
 	"context"
 	"crypto/rand"
@@ -31,8 +30,6 @@ import (
 	"syscall"
 	"testing"
 	"time"
-
-	"github.com/moby/moby/client"
 
 	"dayfly.dev/services/agent/guest"
 	"dayfly.dev/test/harness"
@@ -262,38 +259,12 @@ func (s *shell) do(t *testing.T, where, text string) string {
 	}
 }
 
-// makeImage makes an image with a shell, of this machine's static busybox.
+// makeImage makes an image with a shell, which is its python too: the programs of the pages
+// are so small that both read them.
 func makeImage(t *testing.T) string {
 	t.Helper()
-	program, err := os.ReadFile("/bin/busybox")
-	if err != nil {
-		t.Fatal("a static busybox is needed: apt install busybox-static: ", err)
-	}
-	var buf bytes.Buffer
-	w := tar.NewWriter(&buf)
-	add := func(name string, body []byte) {
-		err = errors.Join(err, w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o755, Size: int64(len(body))}))
-		_, e := w.Write(body)
-		err = errors.Join(err, e)
-	}
-	for _, name := range []string{"bin/", "tmp/", "etc/"} {
-		err = errors.Join(err, w.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: name, Mode: 0o755}))
-	}
-	add("bin/busybox", program)
-	add("bin/python", []byte("#!/bin/sh\nexec sh \"$@\"\n")) // the programs of the pages are so small that both read them
-	for _, name := range []string{"sh", "echo", "sleep", "cat", "cp", "wc", "mkdir", "httpd", "wget"} {
-		err = errors.Join(err, w.WriteHeader(&tar.Header{Typeflag: tar.TypeLink, Name: "bin/" + name, Linkname: "bin/busybox", Mode: 0o755}))
-	}
-	if err = errors.Join(err, w.Close()); err != nil {
-		t.Fatal(err)
-	}
-	engine, err := client.New(client.FromEnv)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer engine.Close()
 	name := "dayfly-docs:t" + strings.ToLower(rand.Text()[:10])
-	if _, err := guest.ImportImage(t.Context(), engine, buf.Bytes(), name, `CMD ["/bin/sh"]`); err != nil {
+	if err := harness.MakeShell(t.Context(), name, map[string]string{"bin/python": "#!/bin/sh\nexec sh \"$@\"\n"}); err != nil {
 		t.Fatal(err)
 	}
 	return name

@@ -3,8 +3,6 @@
 package reach
 
 import (
-	"archive/tar"
-	"bytes"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -19,11 +17,8 @@ import (
 	"testing"
 	"time"
 
-	engine "github.com/moby/moby/client"
-
 	"dayfly.dev/client"
 	"dayfly.dev/schemas"
-	"dayfly.dev/services/agent/guest"
 	"dayfly.dev/test/harness"
 )
 
@@ -46,41 +41,10 @@ var binaries = sync.OnceValues(func() (built, error) {
 	if err := harness.MakeImage(ctx, b.scratch); err != nil {
 		return b, err
 	}
-	return b, makeShell(ctx, b.shell)
+	return b, harness.MakeShell(ctx, b.shell, nil)
 })
 
 type built struct{ dir, bin, shell, scratch string }
-
-// applets are the commands of the image with a shell.
-var applets = strings.Fields("sh ls cat echo true sleep head wc dd ln mkdir chmod stty tty kill seq md5sum yes find env id printf touch rm ps trap mknod nc top stat")
-
-func makeShell(ctx context.Context, name string) error {
-	program, err := os.ReadFile("/bin/busybox")
-	if err != nil {
-		return err
-	}
-	var archive bytes.Buffer
-	w := tar.NewWriter(&archive)
-	for _, h := range []*tar.Header{{Typeflag: tar.TypeDir, Name: "bin/", Mode: 0o755}, {Typeflag: tar.TypeDir, Name: "etc/", Mode: 0o755},
-		{Typeflag: tar.TypeReg, Name: "bin/busybox", Mode: 0o755, Size: int64(len(program))}} {
-		err = errors.Join(err, w.WriteHeader(h))
-	}
-	_, failed := w.Write(program)
-	err = errors.Join(err, failed)
-	for _, a := range applets {
-		err = errors.Join(err, w.WriteHeader(&tar.Header{Typeflag: tar.TypeSymlink, Name: "bin/" + a, Linkname: "busybox"}))
-	}
-	if err = errors.Join(err, w.Close()); err != nil {
-		return err
-	}
-	docker, err := engine.New(engine.FromEnv)
-	if err != nil {
-		return err
-	}
-	defer docker.Close()
-	_, err = guest.ImportImage(ctx, docker, archive.Bytes(), name, `ENV PATH=/bin`)
-	return err
-}
 
 func TestMain(m *testing.M) {
 	code := m.Run()
