@@ -18,15 +18,19 @@ import (
 // stdinTold is how much of stdin the program takes before the client hears of it.
 const stdinTold = 32 << 10
 
-// errTaken ends a session whose program another has taken.
-var errTaken = errors.New("another client has taken the program over")
+// errTaken ends a session whose program another has taken, errOver one whose program is
+// being ended since its client was away for too long.
+var (
+	errTaken = errors.New("another client has taken the program over")
+	errOver  = errors.New("the program is being ended")
+)
 
 // holder is a session that has a program's streams.
 type holder struct {
 	e      *execution
 	stream *session.Stream
 	acks   bool
-	next   [2]int64 // of each output, what is sent next
+	next   [2]int64 // under e.mu: of each output, what is sent next
 	told   int64    // of stdin
 	end    context.CancelCauseFunc
 }
@@ -70,6 +74,9 @@ func (h *holder) take(a schemas.ExecAttach) schemas.ExecBegin {
 	defer e.mu.Unlock()
 	if e.holder != nil {
 		e.holder.end(errTaken)
+	}
+	if e.dropping {
+		h.end(errOver)
 	}
 	e.holder = h
 	h.told = e.fed
@@ -118,7 +125,7 @@ func (h *holder) send(ctx context.Context) error {
 	b := make([]byte, session.MaxFrame)
 	for {
 		e.mu.Lock()
-		if e.holder != h {
+		if e.holder != h || ctx.Err() != nil {
 			e.mu.Unlock()
 			return context.Cause(ctx)
 		}
@@ -128,6 +135,10 @@ func (h *holder) send(ctx context.Context) error {
 		}
 		for i = range e.out {
 			o := &e.out[i]
+			if h.next[i] < o.begin() {
+				e.mu.Unlock()
+				return errGap
+			}
 			if h.next[i] < o.end {
 				n = copy(b, o.buf[h.next[i]-o.begin():])
 				break
@@ -160,23 +171,24 @@ func (h *holder) send(ctx context.Context) error {
 }
 
 func (h *holder) sent(i, n int) {
+	h.e.mu.Lock()
+	defer h.e.mu.Unlock()
 	h.next[i] += int64(n)
 	if !h.acks {
-		h.acked(h.next)
+		h.ackedLocked(h.next)
 	}
 }
 
-// acked makes room for what the client has. Somebody else's word counts no more.
-func (h *holder) acked(at [2]int64) {
+// ackedLocked makes room for what the client has, which is no more than was sent to it.
+// Somebody else's word counts no more.
+func (h *holder) ackedLocked(at [2]int64) {
 	e := h.e
-	e.mu.Lock()
-	defer e.mu.Unlock()
 	if e.holder != h {
 		return
 	}
 	for i := range e.out {
 		o := &e.out[i]
-		o.acked = min(max(o.acked, at[i]), o.end)
+		o.acked = max(o.acked, min(at[i], h.next[i]))
 	}
 	e.wakeLocked()
 }
@@ -235,7 +247,9 @@ func (h *holder) input(ctx context.Context, f session.Frame) error {
 // obey does what a client asks of the program. One that has ended is past asking.
 func (h *holder) obey(c schemas.ExecControl) {
 	if c.Ack != nil && h.acks {
-		h.acked([2]int64{c.Ack.Stdout, c.Ack.Stderr})
+		h.e.mu.Lock()
+		h.ackedLocked([2]int64{c.Ack.Stdout, c.Ack.Stderr})
+		h.e.mu.Unlock()
 	}
 	var p interface {
 		Resize(Window) error

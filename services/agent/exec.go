@@ -238,8 +238,13 @@ func (e *execution) keep(ctx context.Context) {
 		changed, held, left := e.changed, e.holder != nil, e.left
 		over := e.exit != nil || e.lost != ""
 		wait := e.of.agent.cfg.ExecKeep - time.Since(e.since)
+		useless := left || !held && (wait <= 0 || ctx.Err() != nil)
+		if useless { // it may wait to write
+			e.dropping = true
+			e.wakeLocked()
+		}
 		e.mu.Unlock()
-		if left || !held && (wait <= 0 || ctx.Err() != nil) {
+		if useless {
 			if !over {
 				e.hangUp(ctx)
 			}
@@ -268,10 +273,6 @@ func (e *execution) keep(ctx context.Context) {
 
 // hangUp does what the end of a terminal does, and kills what that does not end.
 func (e *execution) hangUp(ctx context.Context) {
-	e.mu.Lock()
-	e.dropping = true // it may wait to write
-	e.wakeLocked()
-	e.mu.Unlock()
 	if e.open.Keep {
 		_ = e.program.Signal(syscall.SIGHUP)
 		grace := time.NewTimer(e.of.agent.cfg.ExecGrace)
@@ -285,11 +286,18 @@ func (e *execution) hangUp(ctx context.Context) {
 	_ = e.program.Close()
 }
 
+// useless says that the program is of no use to anybody any more.
+func (e *execution) useless() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.dropping
+}
+
 // find gives a program in the foreground of the task.
 func (s *sessions) find(t Attempt, id schemas.ExecID) (*execution, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if e := s.execs[id]; e != nil && e.task == t {
+	if e := s.execs[id]; e != nil && e.task == t && !e.useless() {
 		return e, nil
 	}
 	return nil, refuse(schemas.CodeNotFound, "there is no such program in this task: it has ended, or its client was away for too long, or its agent was started anew")

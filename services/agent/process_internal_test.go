@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"math"
 	"testing"
 
 	"dayfly.dev/schemas"
@@ -37,5 +38,45 @@ func TestWhoAttachesAfterTheLastReadIsSentAway(t *testing.T) {
 	(&holder{e: e, end: cancel}).take(schemas.ExecAttach{})
 	if err := context.Cause(ctx); err != errGap {
 		t.Errorf("it stays: %v", err)
+	}
+}
+
+// A client's word makes room for no more than was sent to it, and what is gone is not sent.
+func TestAClientAcknowledgesNoMoreThanWasSent(t *testing.T) {
+	e := &execution{task: over{}, changed: make(chan struct{})}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	defer cancel(nil)
+	h := &holder{e: e, acks: true, end: cancel}
+	h.take(schemas.ExecAttach{})
+	e.out[0].add(make([]byte, schemas.ExecWindow))
+	h.sent(0, 100)
+	for _, ack := range []int64{50, math.MaxInt64, math.MinInt64} {
+		h.obey(schemas.ExecControl{Ack: &schemas.ExecOffsets{Stdout: ack, Stderr: ack}})
+	}
+	if got := e.out[0].acked; got != 100 {
+		t.Errorf("%d are acknowledged of 100", got)
+	}
+	if got := e.out[1].acked; got != 0 {
+		t.Errorf("%d are acknowledged of nothing", got)
+	}
+	e.out[0].add(make([]byte, 2*schemas.ExecWindow)) // as of a program that nobody holds back any more
+	if err := h.send(ctx); err != errGap {
+		t.Errorf("sent across a gap: %v", err)
+	}
+}
+
+// Whoever comes back to a program that is being ended is told so, and it ends.
+func TestAProgramThatIsBeingEndedIsTakenByNobody(t *testing.T) {
+	e := &execution{task: over{}, changed: make(chan struct{}), dropping: true}
+	s := &sessions{execs: map[schemas.ExecID]*execution{"x": e}}
+	if _, err := s.find(e.task, "x"); err == nil {
+		t.Error("it is found")
+	}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	defer cancel(nil)
+	h := &holder{e: e, end: cancel}
+	h.take(schemas.ExecAttach{}) // it was found a moment before
+	if err := h.send(ctx); err != errOver {
+		t.Errorf("it goes on: %v", err)
 	}
 }

@@ -268,7 +268,7 @@ func TestAClientThatNeverReads(t *testing.T) {
 	s := start(t)
 	id := s.run(s.shell, nil)
 	con := console(t, s.Client, id, client.ConsoleOptions{Terminal: &schemas.Window{Rows: 24, Cols: 80}}, "yes", "flood")
-	raw, _, err := websocket.Dial(deadline(t), s.up.URL+"/v1/tasks/"+string(id)+"/exec?command=yes", nil)
+	raw, _, err := websocket.Dial(deadline(t), s.up.URL+"/v1/tasks/"+string(id)+"/exec?command=yes&acks=1", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -282,6 +282,27 @@ func TestAClientThatNeverReads(t *testing.T) {
 	})
 	if before > 32<<20 {
 		t.Errorf("%v bytes are under way", before)
+	}
+	for range 20 { // nor does it gain anything by saying that it has read what was never sent
+		if err := raw.Write(deadline(t), websocket.MessageText, []byte(`{"ack":{"stdout":9007199254740991}}`)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	raw.SetReadLimit(-1)
+	for read := 0; read < 4<<20; {
+		kind, b, err := raw.Read(deadline(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if kind == websocket.MessageBinary {
+			read += len(b)
+			if i := len(b) - 1; i > 0 && strings.Trim(string(b[1:]), "y\n") != "" {
+				t.Fatalf("%.40q", b)
+			}
+		}
+		if err := raw.Write(deadline(t), websocket.MessageText, []byte(`{"ack":{"stdout":9007199254740991}}`)); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if res := s.sh(id, "echo fine"); res.Stdout != "fine\n" {
 		t.Errorf("%+v", res)
