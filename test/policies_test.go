@@ -15,7 +15,8 @@ import (
 	"dayfly.dev/schemas"
 )
 
-// Each example policy starts a dayfly that takes and refuses what it says.
+// Each example policy starts a dayfly, with the example kinds, that takes and refuses what
+// it says.
 func TestPolicies(t *testing.T) {
 	const image, user, entrypoint, tmpfs = `"image":"any","command":["exit","0"]`, `,"user":"image"`, `,"entrypoint":["exit"]`, `,"tmpfs":{"/run":"1MiB"}`
 	ttl := func(s string) string { return `,"ttl":"` + s + `"` }
@@ -23,7 +24,7 @@ func TestPolicies(t *testing.T) {
 	policies := map[string]map[string]string{
 		"ctf":    {ttl("6h"): "", ttl("6h1s"): "ttl", user: "", entrypoint: "", tmpfs: ""},
 		"school": {ttl("2h"): "", ttl("3h"): "ttl", user: "user", entrypoint: "entrypoint", tmpfs: ""},
-		"judge":  {ttl("2m"): "", ttl("3m"): "ttl", "": "ttl", user + ttl("1m"): "user", entrypoint + ttl("1m"): "entrypoint", tmpfs + ttl("1m"): ""},
+		"judge":  {ttl("15m"): "", ttl("16m"): "ttl", "": "ttl", user + ttl("1m"): "user", entrypoint + ttl("1m"): "entrypoint", tmpfs + ttl("1m"): ""},
 	}
 	files, err := filepath.Glob("../deploy/policies/*.env")
 	if err != nil || len(files) != len(policies) {
@@ -36,7 +37,7 @@ func TestPolicies(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			up := newUp(t, "--runtime", "fake")
+			up := newUp(t, "--runtime", "fake", "--kinds", "../deploy/kinds")
 			help, err := exec.CommandContext(t.Context(), up.Bin, "up", "--help").Output()
 			if err != nil {
 				t.Fatal(err)

@@ -53,14 +53,14 @@ const judgeSchema = `{"type":"object","required":["tests"],"additionalProperties
 	`"short_circuit":{"type":"boolean","default":false,"description":"end at the first test that is not accepted"}}}`
 
 // parse checks the part, and the kind with it.
-func (j *judge) parse(k *kind) error {
+func (j *judge) parse(k *kind, p schemas.Policy) error {
 	if j.Source == "" || path.Base(j.Source) != j.Source {
 		return fault("judge.source", schemas.CodeInvalidValue, "must be the name of a file, such as main.c")
 	}
 	try := k.base
 	try.Files = append(try.Files, schemas.File{Path: j.Source})
 	try.Judge = &schemas.Judge{Compile: j.Compile, Run: j.Run, Tests: []schemas.JudgeTest{{}}}
-	done, err := schemas.CompleteSpec(try, operator(schemas.Policy{MaxTTL: schemas.Duration(24 * 365 * time.Hour)}))
+	done, err := schemas.CompleteSpec(try, operator(p))
 	if err != nil {
 		return fieldOf(err)
 	}

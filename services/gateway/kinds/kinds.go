@@ -106,7 +106,7 @@ func parse(name string, d presets.Document, p schemas.Policy) (*kind, []presets.
 		k.raw = y.Payload
 	}
 	if k.judge != nil {
-		if err := k.judge.parse(k); err != nil {
+		if err := k.judge.parse(k, p); err != nil {
 			return nil, d.Faults(err)
 		}
 	} else if err := k.try(p); err != nil {

@@ -189,6 +189,7 @@ func TestFilesAreReadStrictly(t *testing.T) {
 		"a schema of a file":     {"kind: a\nspec: {image: a}\npayload: {$ref: 'file:///etc/passwd'}\n", ":3:10: payload: "},
 		"a kind in its spec":     {"kind: a\nspec: {image: a, kind: b}\npayload: {}\n", ":2:24: spec.kind: "},
 		"a judge without room":   {strings.Replace(judge, "32MiB", "1GiB", 1), ":8:36: judge.run.memory: "},
+		"a judge for too long":   {strings.Replace(judge, "spec:\n", "spec:\n  ttl: 48h\n", 1), "spec.ttl: must be at most"},
 		"a judge with a path":    {strings.Replace(judge, "main.c\n", "a/main.c\n", 1), ":6:11: judge.source: "},
 	} {
 		t.Run(name, func(t *testing.T) {
