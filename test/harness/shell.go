@@ -20,8 +20,9 @@ import (
 const busybox = "/bin/busybox"
 
 // MakeShell makes an image of this machine's busybox under a name, with all its commands
-// in /bin, and with the scripts besides, by their paths without the first slash.
-func MakeShell(ctx context.Context, name string, scripts map[string]string) error {
+// in /bin, and with the scripts besides, by their paths without the first slash. Changes
+// are instructions of a Dockerfile.
+func MakeShell(ctx context.Context, name string, scripts map[string]string, changes ...string) error {
 	program, err := os.ReadFile(busybox)
 	if err != nil {
 		return fmt.Errorf("a static busybox is needed (apt install busybox-static): %w", err)
@@ -64,6 +65,6 @@ func MakeShell(ctx context.Context, name string, scripts map[string]string) erro
 		return err
 	}
 	defer engine.Close()
-	_, err = guest.ImportImage(ctx, engine, archive.Bytes(), name, `ENV PATH=/bin`, `CMD ["/bin/sh"]`)
+	_, err = guest.ImportImage(ctx, engine, archive.Bytes(), name, append([]string{"ENV PATH=/bin", `CMD ["/bin/sh"]`}, changes...)...)
 	return err
 }

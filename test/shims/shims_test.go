@@ -1,11 +1,8 @@
 package shims
 
 import (
-	"archive/tar"
-	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -39,8 +36,6 @@ var images = map[string][]string{
 	"dayfly-shims/sandbox:latest":                               {"EXPOSE 8000", `CMD ["sleep","600"]`},
 }
 
-var applets = strings.Fields("sh ls cat echo true sleep mkdir httpd wget id touch env nc")
-
 type built struct {
 	dir, bin string
 	lock     *os.File
@@ -61,7 +56,12 @@ var build = sync.OnceValues(func() (b built, err error) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	archive, err := shell()
+	for name, changes := range images {
+		if err := harness.MakeShell(ctx, name, nil, changes...); err != nil {
+			return b, err
+		}
+	}
+	archive, err := python()
 	if err != nil {
 		return b, err
 	}
@@ -70,44 +70,17 @@ var build = sync.OnceValues(func() (b built, err error) {
 		return b, err
 	}
 	defer docker.Close()
-	for name, changes := range images {
-		if _, err := guest.ImportImage(ctx, docker, archive, name, append(changes, "ENV PATH=/bin")...); err != nil {
-			return b, err
-		}
-	}
-	if archive, err = python(); err != nil {
-		return b, err
-	}
 	_, err = guest.ImportImage(ctx, docker, archive, jobImage, `ENTRYPOINT ["/usr/bin/python3","-I","/runner.py"]`)
 	return b, err
 })
-
-// shell gives the files of an image with a shell.
-func shell() ([]byte, error) {
-	program, err := os.ReadFile("/bin/busybox")
-	if err != nil {
-		return nil, err
-	}
-	var archive bytes.Buffer
-	w := tar.NewWriter(&archive)
-	for _, dir := range []string{"bin/", "etc/", "tmp/"} {
-		err = errors.Join(err, w.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: dir, Mode: 0o755}))
-	}
-	err = errors.Join(err, w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: "bin/busybox", Mode: 0o755, Size: int64(len(program))}))
-	_, failed := w.Write(program)
-	err = errors.Join(err, failed)
-	for _, a := range applets {
-		err = errors.Join(err, w.WriteHeader(&tar.Header{Typeflag: tar.TypeSymlink, Name: "bin/" + a, Linkname: "busybox"}))
-	}
-	err = errors.Join(err, w.Close())
-	return archive.Bytes(), err
-}
 
 func TestMain(m *testing.M) {
 	code := m.Run()
 	b, _ := build()
 	for name := range allImages() {
-		_ = harness.RemoveImage(context.Background(), name)
+		if err := harness.RemoveImage(context.Background(), name); err != nil {
+			fmt.Fprintln(os.Stderr, err) // it stays
+		}
 	}
 	os.RemoveAll(b.dir)
 	if b.lock != nil {
