@@ -22,6 +22,7 @@ import (
 
 	"dayfly.dev/bus"
 	"dayfly.dev/bus/natsd"
+	"dayfly.dev/ops"
 	"dayfly.dev/schemas"
 	"dayfly.dev/services/reaper"
 )
@@ -85,18 +86,26 @@ func kept(h nats.Header) nats.Header {
 // in NATS.
 type storeConfig struct {
 	bus  busConfig
+	nats *pflag.FlagSet // of bus: the environment may set them, as it does for services
 	data string
 }
 
 func (s *storeConfig) flags(f *pflag.FlagSet) {
 	f.StringVar(&s.data, "data", "", "data folder of a dayfly up that does not run, instead of --nats")
-	s.bus.flags(f)
+	s.nats = pflag.NewFlagSet("", pflag.ContinueOnError)
+	s.bus.flags(s.nats)
+	ops.BindEnv(s.nats, "DAYFLY")
+	f.AddFlagSet(s.nats)
 }
 
 // open connects to the records. close must be called.
 func (s *storeConfig) open(ctx context.Context) (conn *bus.Conn, stop func(), err error) {
 	if s.data == "" {
-		if err := s.bus.check(); err != nil {
+		err := ops.ApplyEnv(s.nats, "DAYFLY")
+		if err == nil {
+			err = s.bus.check()
+		}
+		if err != nil {
 			return nil, nil, &hintError{err, "--data FOLDER of a dayfly up that does not run, or --nats and --credentials"}
 		}
 		secrets, err := readCore(s.bus.credentials)

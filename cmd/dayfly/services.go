@@ -45,9 +45,12 @@ func (b *busConfig) check() error {
 		return errors.New("--credentials FILE is needed; dayfly credentials makes one")
 	}
 	for one := range strings.SplitSeq(b.nats, ",") {
-		u, err := url.Parse(strings.TrimSpace(one))
+		if one = strings.TrimSpace(one); !strings.Contains(one, "://") {
+			one = "nats://" + one
+		}
+		u, err := url.Parse(one)
 		if err != nil || u.Host == "" || u.User != nil {
-			return errors.New("--nats must be nats://HOST:PORT or tls://HOST:PORT, several with commas between")
+			return errors.New("--nats must be HOST:PORT, nats://HOST:PORT or tls://HOST:PORT, several with commas between")
 		}
 	}
 	if b.ca == "" {
