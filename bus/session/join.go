@@ -5,11 +5,17 @@ import (
 	"io"
 	"net"
 	"sync"
+	"time"
 )
+
+// lingers is how long a connection may take for what is left of a stream, which is a window
+// at the most.
+const lingers = 30 * time.Second
 
 // Join carries bytes between a connection and channel 0 of the stream, both ways and
 // with half-closes where the connection knows them, until both ways are over, one of the
-// two breaks or ctx ends. Then both are closed.
+// two breaks or ctx ends. Then both are closed. What has come through the stream before that
+// ended is written still, if the connection takes it within lingers.
 func Join(ctx context.Context, s *Stream, c net.Conn) {
 	far := s.Conn()
 	defer far.Close()
@@ -47,6 +53,7 @@ func Join(ctx context.Context, s *Stream, c net.Conn) {
 	case <-broken:
 	case <-ctx.Done():
 	case <-s.Done(): // nobody is there to hear what the connection may still say
+		_ = c.SetWriteDeadline(time.Now().Add(lingers))
 		select {
 		case <-arrived:
 		case <-broken:

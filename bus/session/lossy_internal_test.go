@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"strings"
 	"sync"
 	"testing"
@@ -206,5 +207,92 @@ func TestASenderThatHeedsNoWindowIsCutOff(t *testing.T) {
 				return
 			}
 		}
+	})
+}
+
+// A side that takes nothing of what was sent before the stream was closed is given up, however
+// politely it answers; one that is slow is not.
+func TestASideThatTakesNothingAfterTheCloseIsGivenUp(t *testing.T) {
+	for name, takes := range map[string]bool{"nothing": false, "slowly": true} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				a, b, stop := pair(Options{}, func() bool { return false })
+				defer stop()
+				x, y := open(t, a, b)
+				for range 20 {
+					if err := x.Send(t.Context(), 0, make([]byte, MaxFrame)); err != nil {
+						t.Fatal(err)
+					}
+				}
+				_ = x.Close()
+				began, got := time.Now(), 0
+				for takes && got < 20 {
+					time.Sleep(45 * time.Second)
+					if _, err := y.Receive(t.Context()); err != nil {
+						t.Fatalf("after %v: %v", time.Since(began), err)
+					}
+					got++
+				}
+				if takes {
+					_ = y.Close()
+				}
+				<-x.Done()
+				if took := time.Since(began); !takes && (took < time.Minute || took > 70*time.Second) {
+					t.Errorf("given up after %v", took)
+				}
+				<-y.Done()
+			})
+		})
+	}
+}
+
+// What is missing is sent again, but not as often as a hostile side asks for it.
+func TestNobodyMakesUsSendAgainAndAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b, stop := pair(Options{}, func() bool { return false })
+		defer stop()
+		x, y := open(t, a, b)
+		if err := x.Send(t.Context(), 0, make([]byte, MaxFrame)); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		sent := 0
+		send := x.mux.send
+		x.mux.send = func(subject string, data []byte) error { sent++; return send(subject, data) }
+		for range 1000 {
+			y.mu.Lock()
+			y.expected = 1
+			y.status(flagAgain)
+			y.mu.Unlock()
+			synctest.Wait()
+		}
+		if sent > 1 {
+			t.Errorf("sent %d times", sent)
+		}
+	})
+}
+
+// A connection that takes nothing holds up its session no longer than the other side waits.
+func TestJoinLetsGoOfAConnectionThatTakesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b, stop := pair(Options{}, func() bool { return false })
+		defer stop()
+		x, y := open(t, a, b)
+		ours, theirs := net.Pipe()
+		defer theirs.Close()
+		joined := make(chan struct{})
+		go func() {
+			defer close(joined)
+			Join(t.Context(), y, ours)
+		}()
+		if err := x.Send(t.Context(), 0, []byte("nobody reads this")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := x.Conn().Write(make([]byte, 4*MaxFrame)); err != nil {
+			t.Fatal(err)
+		}
+		_ = x.Close()
+		<-x.Done()
+		<-joined
 	})
 }

@@ -86,6 +86,8 @@ type Stream struct {
 	credit  uint64    // under mu: of which the other side has taken so many
 	kept    []message // under mu: what the other side has not taken
 	closing time.Time // under mu: since when we are closed
+	moved   time.Time // under mu: when the other side last took anything
+	again   time.Time // under mu: when it was last sent again what it lacks
 	spoke   time.Time // under mu
 
 	expected uint64    // under mu: number of the next frame
@@ -305,8 +307,9 @@ func (s *Stream) ask() {
 	}
 }
 
-// check asks a side that has been silent, and gives up one that stays so. One that goes
-// on sending long after we closed is told that nobody listens.
+// check asks a side that has been silent, and gives up one that stays so, or that takes
+// nothing of what was sent before we closed. One that goes on sending long after we closed is
+// told that nobody listens.
 func (s *Stream) check(now time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -314,6 +317,9 @@ func (s *Stream) check(now time.Time) {
 	case s.ended:
 	case now.Sub(s.heard) >= s.mux.o.Silence:
 		s.say(resetMessage(CodeGone, "nothing was heard of you"))
+		s.fail(ErrGone)
+	case !s.closing.IsZero() && now.Sub(s.closing) >= 2*s.mux.o.Silence && now.Sub(s.moved) >= 2*s.mux.o.Silence:
+		s.say(resetMessage(CodeGone, "you take nothing of what was sent"))
 		s.fail(ErrGone)
 	case !s.closing.IsZero() && len(s.kept) == 0 && now.Sub(s.closing) >= s.mux.o.Ping:
 		s.say(resetMessage(CodeUnknown, "the session was closed here"))
@@ -396,7 +402,7 @@ func (s *Stream) heed(msg []byte) {
 	flags, body := msg[1], msg[2:]
 	taken, sent, expected := binary.BigEndian.Uint64(body), binary.BigEndian.Uint64(body[8:]), binary.BigEndian.Uint64(body[16:])
 	if taken > s.credit && taken <= s.cost {
-		s.credit = taken
+		s.credit, s.moved = taken, s.heard
 		n := 0
 		for n < len(s.kept) && s.kept[n].cost <= taken {
 			n++
@@ -404,7 +410,8 @@ func (s *Stream) heed(msg []byte) {
 		s.kept = slices.Delete(s.kept, 0, n)
 		s.wake()
 	}
-	if flags&flagAgain != 0 {
+	if flags&flagAgain != 0 && s.heard.Sub(s.again) >= s.mux.o.Ping/40 { // twice as often as askAgain asks
+		s.again = s.heard
 		for _, m := range s.kept {
 			if m.number >= expected {
 				s.say(m.data)
