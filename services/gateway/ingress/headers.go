@@ -79,17 +79,22 @@ func (s *Server) private(name string) bool {
 		slices.ContainsFunc(s.cfg.PrivateCookies, func(p string) bool { return strings.EqualFold(p, name) })
 }
 
-// modifyResponse takes from a task's answer what would reach beyond its own hostname.
+// modifyResponse makes a task's answer one that may leave.
 func modifyResponse(r *http.Response) error {
-	r.Header.Del("Clear-Site-Data") // browsers clear cookies of the whole domain
-	r.Header.Del(codeHeader)
+	withinHost(r.Header)
 	if len(r.Trailer) > 0 { // HTTP/1.1 has no room for them behind a body of a known length
 		r.Header.Del("Content-Length")
 	}
-	for i, cookie := range r.Header["Set-Cookie"] {
-		r.Header["Set-Cookie"][i] = withoutDomain(cookie)
-	}
 	return nil
+}
+
+// withinHost takes from a task's answer what would reach beyond its own hostname.
+func withinHost(h http.Header) {
+	h.Del("Clear-Site-Data") // browsers clear cookies of the whole domain
+	h.Del(codeHeader)
+	for i, cookie := range h["Set-Cookie"] {
+		h["Set-Cookie"][i] = withoutDomain(cookie)
+	}
 }
 
 // withoutDomain makes a cookie one of the host that sets it.

@@ -228,6 +228,83 @@ func TestSlowClientsAreCutOff(t *testing.T) {
 	}
 }
 
+// A stream of HTTP/2 that nobody reads is cut off alone: the others of its connection go on,
+// also one that has been quiet for longer.
+func TestSlowStreamsAreCutOff(t *testing.T) {
+	cut, more := make(chan struct{}), make(chan struct{})
+	addr := serve(t, Config{Stall: 50 * time.Millisecond}, &one{}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/much":
+			defer close(cut)
+			b := make([]byte, 1<<20)
+			for {
+				if _, err := w.Write(b); err != nil {
+					return
+				}
+			}
+		case "/quiet":
+			fmt.Fprintln(w, "one")
+			_ = http.NewResponseController(w).Flush()
+			<-more
+			fmt.Fprintln(w, "two")
+		}
+	}), nil, NewMetrics(nil))
+	over := &http.Transport{Protocols: new(http.Protocols)}
+	over.Protocols.SetUnencryptedHTTP2(true)
+	defer over.CloseIdleConnections()
+	get := func(path string) *http.Response {
+		t.Helper()
+		r, err := http.NewRequestWithContext(t.Context(), "GET", "http://"+addr+path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Host = label + ".localhost"
+		answer, err := over.RoundTrip(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { answer.Body.Close() })
+		return answer
+	}
+	quiet := get("/quiet")
+	lines := bufio.NewReader(quiet.Body)
+	if line, err := lines.ReadString('\n'); line != "one\n" {
+		t.Fatalf("%q, %v", line, err)
+	}
+	much := get("/much")
+	<-cut // nobody reads
+	if _, err := io.Copy(io.Discard, much.Body); err == nil {
+		t.Error("it came to an end")
+	}
+	close(more)
+	if line, err := lines.ReadString('\n'); line != "two\n" || quiet.ProtoMajor != 2 {
+		t.Errorf("%q, %v over %s", line, err, quiet.Proto)
+	}
+	if _, err := lines.ReadByte(); err != io.EOF {
+		t.Errorf("after the end: %v", err)
+	}
+}
+
+// What a task says before its answer reaches no further than the answer itself.
+func TestEarlyHintsStayWithinTheirHost(t *testing.T) {
+	addr := serve(t, Config{}, &one{}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Link", "</a.css>; rel=preload")
+		w.Header().Set("Set-Cookie", "a=b; Domain=localhost; Path=/")
+		w.Header().Set("Clear-Site-Data", "*")
+		w.Header().Set(codeHeader, "gone")
+		w.WriteHeader(http.StatusEarlyHints)
+	}), nil, NewMetrics(nil))
+	answer := say(t, addr, "GET / HTTP/1.1\r\nHost: "+label+".localhost\r\nConnection: close\r\n\r\n")
+	if !strings.HasPrefix(answer, "HTTP/1.1 103 ") || strings.Count(answer, "Link: ") != 2 || strings.Count(answer, "a=b; Path=/") != 2 {
+		t.Errorf("%s", answer)
+	}
+	for _, not := range []string{"Domain=", "Clear-Site-Data", codeHeader} {
+		if strings.Contains(answer, not) {
+			t.Errorf("%s is in it: %s", not, answer)
+		}
+	}
+}
+
 func TestATaskHasOnlySoManyVisitors(t *testing.T) {
 	inside, leave := make(chan struct{}), make(chan struct{})
 	m := NewMetrics(nil)

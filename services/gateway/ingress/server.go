@@ -129,6 +129,9 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener, cert *Certificate) 
 func (s *Server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	w := &response{ResponseWriter: rw}
+	if r.ProtoMajor == 2 {
+		w.stall = s.cfg.Stall
+	}
 	defer func() {
 		p := recover()
 		class := codeClass(w.status)
@@ -146,6 +149,9 @@ func (s *Server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	}()
 	if err := s.serve(w, r); err != nil {
 		s.refuse(w, r, err)
+	}
+	if w.stall > 0 { // what is left would wait for the client without end
+		_ = w.FlushError()
 	}
 }
 
@@ -225,6 +231,9 @@ type response struct {
 	wrote  bool
 	began  time.Time
 	body   *pacedBody // of the request; nil if it has none
+	// stall is how long a stream of HTTP/2 may take nothing. Over HTTP/1 it is 0: there
+	// guardedConn looks after it, whose connection has many streams here.
+	stall time.Duration
 }
 
 // bodyError is why the request's body could not be read, nil if it could.
@@ -244,6 +253,9 @@ func (w *response) WriteHeader(status int) {
 	if !w.wrote && (status >= 200 || status == http.StatusSwitchingProtocols) {
 		w.wrote, w.status, w.began = true, status, time.Now()
 	}
+	if status < 200 && status != http.StatusSwitchingProtocols {
+		withinHost(w.Header()) // modifyResponse sees the last answer only
+	}
 	w.ResponseWriter.WriteHeader(status)
 }
 
@@ -251,7 +263,24 @@ func (w *response) Write(b []byte) (int, error) {
 	if !w.wrote {
 		w.wrote, w.status, w.began = true, http.StatusOK, time.Now()
 	}
+	defer w.watch()()
 	return w.ResponseWriter.Write(b)
+}
+
+// FlushError is for http.ResponseController.
+func (w *response) FlushError() error {
+	defer w.watch()()
+	return http.NewResponseController(w.ResponseWriter).Flush()
+}
+
+// watch resets the stream if what follows stalls, until the function that it gives is called.
+func (w *response) watch() (done func()) {
+	if w.stall == 0 {
+		return func() {}
+	}
+	c := http.NewResponseController(w.ResponseWriter)
+	_ = c.SetWriteDeadline(time.Now().Add(w.stall))
+	return func() { _ = c.SetWriteDeadline(time.Time{}) }
 }
 
 func codeClass(status int) string {
