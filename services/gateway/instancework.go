@@ -205,6 +205,9 @@ func (n *instances) make(ctx context.Context, want wanted) (e bus.Entry[record],
 		return e, "", err // the entry stays: another gateway may be making the record that it names
 	}
 	n.alive(key, id, true)
+	if it, _, ok := n.g.tasks.Get(string(id)); ok && it.state.Final() { // and the view had said so before
+		n.alive(key, id, false)
+	}
 	return e, how, nil
 }
 

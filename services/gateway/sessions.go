@@ -207,7 +207,10 @@ func (s *sessions) ask(ctx context.Context, o *schemas.Open) (schemas.ExecID, er
 		o.Instance = answer.Instance
 		return "", errOtherInstance
 	}
-	return answer.Exec, refusal(o.Task, answer)
+	if err := refusal(o.Task, answer); err != nil || answer.Exec == "" {
+		return "", err
+	}
+	return schemas.ParseExecID(string(answer.Exec)) // a worker's word
 }
 
 // refusal is what a client hears of an agent's no.

@@ -325,6 +325,9 @@ func (c *buildCopy) one(path string, d fs.DirEntry, err error) error {
 	if err != nil || path == "." {
 		return err
 	}
+	if !fs.ValidPath(path) {
+		return &agent.BuildError{Message: fmt.Sprintf("it leaves %q, whose name is no UTF-8", path)}
+	}
 	if c.files--; c.files < 0 {
 		return &agent.BuildError{Message: fmt.Sprintf("it leaves more than %d files", buildFiles)}
 	}
@@ -351,5 +354,9 @@ func (c *buildCopy) one(path string, d fs.DirEntry, err error) error {
 		return err
 	}
 	_, err = out.ReadFrom(f)
-	return errors.Join(err, out.Chmod(0o444|st.Mode()&0o111), out.Close())
+	mode := fs.FileMode(0o444)
+	if st.Mode()&0o111 != 0 { // for its owner at least, whose the copy is not
+		mode = 0o555
+	}
+	return errors.Join(err, out.Chmod(mode), out.Close())
 }

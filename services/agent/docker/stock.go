@@ -31,6 +31,7 @@ type stock struct {
 
 	nudge chan struct{} // something changed: list again
 
+	saving   sync.Mutex // the file
 	mu       sync.Mutex
 	listed   map[string]listed        // under mu: by id
 	own      map[string]ownImage      // under mu: by id
@@ -92,6 +93,8 @@ func (s *stock) load() error {
 
 // save writes the file if it would say anything new.
 func (s *stock) save() error {
+	s.saving.Lock()
+	defer s.saving.Unlock()
 	s.mu.Lock()
 	if !s.unsaved {
 		s.mu.Unlock()

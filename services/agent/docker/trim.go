@@ -203,7 +203,7 @@ func (s *stock) remove(ctx context.Context, id string) error {
 	return nil
 }
 
-// untag removes each name of an image; the layers go with the last.
+// untag removes each name that is still the image's; the layers go with the last.
 func (s *stock) untag(ctx context.Context, id string, l listed) error {
 	names := l.tags
 	if len(names) == 0 {
@@ -213,6 +213,11 @@ func (s *stock) untag(ctx context.Context, id string, l listed) error {
 		names = []string{id}
 	}
 	for _, n := range names {
+		if got, err := s.r.docker.ImageInspect(ctx, n); err != nil {
+			return err
+		} else if got.ID != id { // it was pulled, or tagged, anew since the list was made
+			continue
+		}
 		if _, err := s.r.docker.ImageRemove(ctx, n, client.ImageRemoveOptions{PruneChildren: true}); err != nil {
 			return err
 		}

@@ -21,6 +21,7 @@ import (
 	"io"
 	"path"
 	"strings"
+	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 )
@@ -57,8 +58,10 @@ type Request struct {
 const (
 	MaxEntries = 100_000
 	MaxDepth   = 64 // folders below Path
-	// maxSkipped is how many of what was skipped a Result names.
+	// maxSkipped is how many of what was skipped a Result names, and maxPath how much of each
+	// path: a Result is one frame of a session, also if each byte takes six in JSON.
 	maxSkipped = 20
+	maxPath    = 200
 )
 
 // Framed says whether the operation reads frames.
@@ -98,7 +101,25 @@ type Result struct {
 }
 
 // Write writes the result as the program does on stderr.
-func (r Result) Write(w io.Writer) error { return json.NewEncoder(w).Encode(r) }
+func (r Result) Write(w io.Writer) error {
+	r.Message = clip(r.Message, 4*maxPath)
+	for i := range r.Skipped {
+		r.Skipped[i].Path = clip(r.Skipped[i].Path, maxPath)
+	}
+	return json.NewEncoder(w).Encode(r)
+}
+
+// clip gives the end of a text that is too long.
+func clip(s string, most int) string {
+	if len(s) <= most {
+		return s
+	}
+	s = s[len(s)-most:]
+	for len(s) > 0 && !utf8.RuneStart(s[0]) {
+		s = s[1:]
+	}
+	return "…" + s
+}
 
 // ExitCode is that of the program.
 func (r Result) ExitCode() int {

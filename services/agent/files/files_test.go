@@ -3,6 +3,7 @@ package files_test
 import (
 	"archive/tar"
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -220,5 +221,25 @@ func TestWhatIsRefusedIsRefusedAtOnce(t *testing.T) {
 	res := files.Serve(open(t, dir), "/", files.Request{Op: files.Write, Path: "/set/a"}, strings.NewReader(""), io.Discard)
 	if res.Code != files.IsADirectory || !strings.Contains(res.Message, "name the file in it") {
 		t.Errorf("%+v", res)
+	}
+}
+
+// A result is one frame of a session, whatever the paths are that it names.
+func TestAResultIsShort(t *testing.T) {
+	long := strings.Repeat("\x01/ü", 4096)
+	r := files.Result{Code: files.Failed, Message: long + "!"}
+	for range 20 {
+		r.Skipped = append(r.Skipped, files.Skipped{Path: long + "end", Why: "it cannot be read"})
+	}
+	var out bytes.Buffer
+	if err := r.Write(&out); err != nil {
+		t.Fatal(err)
+	}
+	var got files.Result
+	if err := json.Unmarshal(out.Bytes(), &got); err != nil {
+		t.Fatal(err)
+	}
+	if out.Len() > 32<<10 || !strings.HasSuffix(got.Skipped[0].Path, "üend") || !strings.HasPrefix(got.Skipped[0].Path, "…") || !strings.HasSuffix(got.Message, "!") {
+		t.Errorf("%d bytes, %q", out.Len(), got.Skipped[0].Path)
 	}
 }

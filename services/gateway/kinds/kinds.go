@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -231,11 +232,43 @@ func fault(field string, code schemas.Code, message string) error {
 	return schemas.InvalidSpec([]schemas.FieldError{{Field: field, Code: code, Message: message}})
 }
 
+// The most that a number of a payload may have: a schema's bounds are compared exactly, so that
+// 1e999999 would become a million digits.
+const (
+	maxNumber   = 400
+	maxExponent = 400
+)
+
+// calculable says whether no number in a document is too long to be compared.
+func calculable(doc any) bool {
+	switch v := doc.(type) {
+	case json.Number:
+		_, exponent, _ := strings.Cut(strings.ToLower(v.String()), "e")
+		if exponent == "" {
+			exponent = "0"
+		}
+		e, err := strconv.Atoi(exponent)
+		return err == nil && len(v) <= maxNumber && e >= -maxExponent && e <= maxExponent
+	case []any:
+		return !slices.ContainsFunc(v, func(one any) bool { return !calculable(one) })
+	case map[string]any:
+		for _, one := range v {
+			if !calculable(one) {
+				return false
+			}
+		}
+	}
+	return true
+}
+
 // validate holds a payload against the schema of its kind.
 func validate(s *jsonschema.Schema, payload schemas.RawJSON) error {
 	doc, err := jsonschema.UnmarshalJSON(bytes.NewReader(payload))
 	if err != nil {
 		return fault("payload", schemas.CodeInvalidJSON, "is not valid JSON")
+	}
+	if !calculable(doc) {
+		return fault("payload", schemas.CodeInvalidValue, fmt.Sprintf("has a number of more than %d characters, or with an exponent beyond %d", maxNumber, maxExponent))
 	}
 	var faults *jsonschema.ValidationError
 	switch err := s.Validate(doc); {

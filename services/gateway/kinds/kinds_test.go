@@ -119,6 +119,24 @@ func TestPayloadsAreRefusedByFieldAndWithoutTheirValues(t *testing.T) {
 	}
 }
 
+// A schema's bounds are compared exactly, so a number that nobody can compare is refused first.
+func TestNumbersThatCannotBeCompared(t *testing.T) {
+	p := policy(t, "kind: n\nspec: {image: a}\npayload: {type: array, items: {type: integer, minimum: 0, maximum: 1e300}}\n")
+	for payload, right := range map[string]bool{
+		`[1, 2e3, 1E+2, 100000000000000000000, 1e300]`: true,
+		`[1e1000001]`: false, `[1e-1000001]`: false, `[1e999999]`: false, `[1E401]`: false,
+		`[1` + strings.Repeat("0", 400) + `]`: false,
+		`[1e99999999999999999999]`:            false,
+		`[{"deep": [1e999999]}]`:              false,
+	} {
+		_, err := schemas.ParseSpec([]byte(`{"kind":"n","payload":`+payload+`}`), p)
+		var e *schemas.Error
+		if right && err != nil || !right && (!errors.As(err, &e) || e.Field != "payload" || e.Status != 422) {
+			t.Errorf("%.40s: %v", payload, err)
+		}
+	}
+}
+
 func TestABatchOfAKind(t *testing.T) {
 	p := policy(t, echo)
 	b := schemas.BatchRequest{Template: []byte(`{"kind":"echo"}`), Labels: map[string]string{"batch": "1"}}
