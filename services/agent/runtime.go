@@ -36,7 +36,8 @@ type Runtime interface {
 	// wait. What it gives never changes.
 	Images() *Images
 
-	// Keep names the images that shall stay, used or not. The last call counts.
+	// Keep names the images that shall stay, used or not. The last call counts, and before
+	// the first none goes.
 	Keep(images []string)
 
 	// Credentials names the registry credentials that tasks may ask for, in order.

@@ -36,7 +36,7 @@ type stock struct {
 	listed   map[string]listed        // under mu: by id
 	own      map[string]ownImage      // under mu: by id
 	used     map[string]time.Time     // under mu: by id, by tasks and programs of this worker
-	kept     map[string]bool          // under mu: names that are never removed
+	kept     map[string]bool          // under mu: names that are never removed; nil until they are known
 	removing map[string]chan struct{} // under mu: closed when it is done
 	images   *agent.Images            // under mu: nil where it must be made anew
 	unsaved  bool                     // under mu: own, or used of one, is not in the file yet
@@ -289,6 +289,9 @@ func (r *Runtime) Keep(images []string) {
 	}
 	r.stock.mu.Lock()
 	defer r.stock.mu.Unlock()
+	if r.stock.kept == nil { // nothing was removed so far
+		r.stock.look()
+	}
 	r.stock.kept = kept
 }
 

@@ -234,6 +234,11 @@ func TestTrimByDisk(t *testing.T) {
 	if _, _, err := obtain(t, rt, image, schemas.PullMissing); err != nil {
 		t.Fatal(err)
 	}
+	waitFor(t, "it has counted", func() bool { return rt.Images().Cache.Own == 1 })
+	if !present(t, image) {
+		t.Error("it has gone before anybody said what shall stay")
+	}
+	rt.Keep(nil)
 	waitFor(t, "the image has gone", func() bool { return !present(t, image) })
 }
 

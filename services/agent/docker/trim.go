@@ -71,6 +71,12 @@ func ParseMarks(high, low string) (h, l Mark, err error) {
 // not used for longest first, until there is no more than the low one. What is used, kept,
 // or was used a moment ago stays, and so does what somebody else gave a name.
 func (s *stock) trim(ctx context.Context) error {
+	s.mu.Lock()
+	known := s.kept != nil
+	s.mu.Unlock()
+	if !known {
+		return nil
+	}
 	high, low := s.r.cfg.CacheHigh, s.r.cfg.CacheLow
 	if over, err := s.above(high); err != nil || !over {
 		return err
