@@ -141,6 +141,9 @@ func TestArtifacts(t *testing.T) {
 	t.Run("whatever ends a task, its artifacts are kept", func(t *testing.T) {
 		for how, end := range map[string]func(schemas.Task) schemas.State{
 			"canceled": func(task schemas.Task) schemas.State {
+				if err := s.Call(s.ctx, "GET", "/v1/tasks/"+string(task.ID)+"/artifacts", nil, nil); err == nil || !strings.Contains(err.Error(), "state_conflict") {
+					t.Errorf("while it runs: %v", err)
+				}
 				s.until(task.ID, func(task schemas.Task) bool { return task.State == schemas.Running })
 				if err := s.Call(s.ctx, "DELETE", "/v1/tasks/"+string(task.ID)+"?grace=0s", nil, nil); err != nil {
 					t.Fatal(err)
@@ -149,11 +152,12 @@ func TestArtifacts(t *testing.T) {
 			},
 			"expired": func(schemas.Task) schemas.State { return schemas.Expired },
 		} {
-			task := s.post(map[string]any{"ttl": "2s", "timeouts": map[string]any{"stop": "0s"}}, "leave", "2", "5", "1h")
-			s.wrote(task.ID, "ready")
-			if err := s.Call(s.ctx, "GET", "/v1/tasks/"+string(task.ID)+"/artifacts", nil, nil); err == nil || !strings.Contains(err.Error(), "state_conflict") {
-				t.Errorf("while it runs: %v", err)
+			ttl := "5m"
+			if how == "expired" {
+				ttl = "5s"
 			}
+			task := s.post(map[string]any{"ttl": ttl, "timeouts": map[string]any{"stop": "0s"}}, "leave", "2", "5", "1h")
+			s.wrote(task.ID, "ready")
 			want := end(task)
 			task = s.until(task.ID, func(task schemas.Task) bool { return task.State.Final() })
 			if task.State != want || len(task.Artifacts) != 2 || task.ArtifactSum.Truncated {

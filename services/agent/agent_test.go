@@ -205,6 +205,7 @@ func running(r schemas.Report) bool { return r.Phase == schemas.PhaseRunning }
 
 func TestAShortTaskSendsItsEndUntilItIsClosed(t *testing.T) {
 	b := newBench(t)
+	b.cfg.HoldBack = time.Minute // however long it takes here
 	b.start()
 	a := assignment(b.registered("").Epoch, 1)
 	b.run(a, "exit", "7")

@@ -33,9 +33,10 @@ func TestWantedImages(t *testing.T) {
 	for _, name := range []schemas.WorkerID{"w1", "w2", "w3", "w4"} {
 		w.beat(beat(name, 4, 8<<30))
 	}
-	if l := w.images("/v1/images"); len(l.Items) != 0 || len(l.Workers) != 4 {
-		t.Errorf("at first: %+v", l)
-	}
+	until(t, "the workers are seen", func() bool {
+		l := w.images("/v1/images")
+		return len(l.Items) == 0 && len(l.Workers) == 4
+	})
 	const image = "registry.lan/web:1"
 	r := w.do("POST", "/v1/images", `{"image":"registry.lan/web:1","workers":["w1","w2","w3","away"]}`)
 	var i schemas.Image

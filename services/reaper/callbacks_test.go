@@ -216,7 +216,7 @@ func TestAnotherForm(t *testing.T) {
 
 func TestWhatReceiversAnswer(t *testing.T) {
 	b, marks := newCallbackBench(t)
-	b.cfg.Retention, b.cfg.Callbacks.Timeout = 2*time.Second, 300*time.Millisecond
+	b.cfg.Retention, b.cfg.Callbacks.Timeout = 5*time.Second, time.Second
 	over := make(chan struct{})
 	t.Cleanup(func() { close(over) })
 	r := newReceiver(t, func(w http.ResponseWriter, r *http.Request, nth int) {

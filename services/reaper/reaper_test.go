@@ -209,6 +209,7 @@ func ended(a schemas.Assignment, by schemas.EndedBy, code int) schemas.Report {
 
 func TestReportsMoveATaskToItsEndAndCloseIt(t *testing.T) {
 	b := newBench(t)
+	b.cfg.Fence = time.Hour // no worker beats here
 	b.start()
 	id := b.accept(nil)
 	a := b.assign(id, "e1")
@@ -227,6 +228,7 @@ func TestReportsMoveATaskToItsEndAndCloseIt(t *testing.T) {
 
 func TestAStaleReportIsClosedAndChangesNothing(t *testing.T) {
 	b := newBench(t)
+	b.cfg.Fence = time.Hour // no worker beats here
 	b.start()
 	id := b.accept(nil)
 	old := b.assign(id, "e1")
@@ -346,6 +348,7 @@ func TestAWorkerThatMakesTasksUpDoesNotStopTheOthers(t *testing.T) {
 
 func TestTwoReapersSettleEachReportOnce(t *testing.T) {
 	b := newBench(t)
+	b.cfg.Fence = time.Hour // no worker beats here
 	b.start()
 	b.start()
 	var ids []schemas.TaskID
@@ -447,6 +450,7 @@ func TestACanceledOrOverdueTaskIsStoppedFromHere(t *testing.T) {
 
 func TestASilentWorkerIsLostAfterAFenceAndItsTaskGoesOn(t *testing.T) {
 	b := newBench(t)
+	b.cfg.Fence = 2 * time.Second
 	b.beat(func(v *schemas.Beat) {})
 	b.start()
 	id, fail, wait := b.accept(nil), b.accept(func(s *schemas.Spec) { s.OnLost = schemas.OnLostFail }), b.accept(func(s *schemas.Spec) { s.OnLost = schemas.OnLostWait })
@@ -454,6 +458,7 @@ func TestASilentWorkerIsLostAfterAFenceAndItsTaskGoesOn(t *testing.T) {
 		a := b.assign(id, "e1")
 		b.report(schemas.Report{Assignment: a, Phase: schemas.PhaseRunning, Ran: true})
 		b.state(id, schemas.Running)
+		b.beat(func(v *schemas.Beat) {})
 	}
 	if r := b.state(id, schemas.Queued); r.Reason != schemas.ReasonWorkerLost || r.Attempt != 1 {
 		t.Errorf("record %+v", r)
@@ -472,7 +477,7 @@ func TestASilentWorkerIsLostAfterAFenceAndItsTaskGoesOn(t *testing.T) {
 
 func TestAWorkerThatBeatsIsNotLost(t *testing.T) {
 	b := newBench(t)
-	b.cfg.Fence = 300 * time.Millisecond
+	b.cfg.Fence = time.Second
 	b.beat(func(v *schemas.Beat) {})
 	b.start()
 	id := b.accept(nil)

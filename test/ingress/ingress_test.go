@@ -116,6 +116,11 @@ func deadline(t testing.TB) context.Context {
 	return ctx
 }
 
+// health looks often, and lets a server begin slowly.
+func health(port int) map[string]any {
+	return map[string]any{"tcp": map[string]any{"port": port}, "interval": "100ms", "start_period": "30s"}
+}
+
 // run starts a web server on the ports and waits until it answers.
 func (s *site) run(ports ...schemas.Port) schemas.Task {
 	s.Helper()
@@ -127,7 +132,7 @@ func (s *site) run(ports ...schemas.Port) schemas.Task {
 			command = append(command, fmt.Sprint(p.Port))
 		}
 	}
-	t := s.create(map[string]any{"command": command, "ports": ports, "health": map[string]any{"tcp": map[string]any{"port": ports[0].Port}, "interval": "100ms"}}, "?wait=running")
+	t := s.create(map[string]any{"command": command, "ports": ports, "health": health(ports[0].Port)}, "?wait=running")
 	err := harness.Poll(deadline(s), func() error {
 		var now schemas.Task
 		if err := s.up.Call(deadline(s), "GET", "/v1/tasks/"+string(t.ID), nil, &now); err != nil {
@@ -207,7 +212,7 @@ func web(port int) schemas.Port { return schemas.Port{Name: "web", Port: port} }
 // Who names no port gets the one that the image exposes; who names one gets that alone.
 func TestTheImagesPort(t *testing.T) {
 	s := start(t)
-	task := s.create(map[string]any{"command": []string{"8080"}, "health": map[string]any{"tcp": map[string]any{"port": 8080}, "interval": "100ms"}}, "?wait=ready")
+	task := s.create(map[string]any{"command": []string{"8080"}, "health": health(8080)}, "?wait=ready")
 	if len(task.Endpoints) != 1 || task.Endpoints[0].Name != schemas.DefaultPort || task.Endpoints[0].Protocol != schemas.ProtocolHTTP {
 		t.Fatalf("%s, %+v", task.State, task.Endpoints)
 	}

@@ -1,6 +1,7 @@
 package reach
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -154,11 +155,28 @@ func TestRunWithStdin(t *testing.T) {
 	// One that has no stdin is followed.
 	out, _, _ = s.dayfly("", "run", "-d", "--wait", "running", s.shell, "sh", "-c", "echo hello; until test -e /tmp/go; do sleep 0.1; done; exit 5")
 	id = strings.TrimSpace(out)
-	go func() { _ = exec.Command(s.bin, "--url", s.up.URL, "exec", id, "touch", "/tmp/go").Run() }()
-	if out, errs, code := s.dayfly("", "attach", id); out != "hello\n" || code != 5 || !strings.Contains(errs, "neither -i nor -t") {
-		t.Errorf("%q, %d, %s", out, code, errs)
+	follow := exec.CommandContext(deadline(t), s.bin, "--url", s.up.URL, "attach", id)
+	var said strings.Builder
+	follow.Stderr = &said
+	shown, err := follow.StdoutPipe()
+	if err == nil {
+		err = follow.Start()
 	}
-	_, err := s.AttachMain(deadline(t), s.run(s.shell, nil), nil, client.ConsoleOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewReader(shown)
+	if line, err := lines.ReadString('\n'); line != "hello\n" {
+		t.Errorf("%q, %v", line, err)
+	}
+	s.sh(schemas.TaskID(id), "touch /tmp/go")
+	if rest, err := io.ReadAll(lines); len(rest) > 0 || err != nil {
+		t.Errorf("%q, %v", rest, err)
+	}
+	if err := follow.Wait(); follow.ProcessState.ExitCode() != 5 || !strings.Contains(said.String(), "neither -i nor -t") {
+		t.Errorf("%v, %s", err, said.String())
+	}
+	_, err = s.AttachMain(deadline(t), s.run(s.shell, nil), nil, client.ConsoleOptions{})
 	refusedAs(t, "a task without", err, 422, schemas.CodeInvalidValue)
 	_, err = s.AttachMain(deadline(t), schemas.TaskID(id), nil, client.ConsoleOptions{})
 	refusedAs(t, "a task that is over", err, 409, schemas.CodeStateConflict)
