@@ -40,7 +40,7 @@ func agentSetup(t testing.TB, ackWait time.Duration) (s *natsd.Server, core, age
 }
 
 func TestAgentTakesItsOrders(t *testing.T) {
-	_, core, agent := agentSetup(t, time.Second)
+	_, core, agent := agentSetup(t, 3*time.Second)
 	var got inbox
 	var held atomic.Bool
 	consume(t, agent, orders, func(ctx context.Context, m bus.Msg) {
@@ -51,7 +51,7 @@ func TestAgentTakesItsOrders(t *testing.T) {
 		case "nak/1":
 			err = m.Nak(20 * time.Millisecond)
 		case "hold/1": // longer than AckWait
-			for range 15 {
+			for range 40 {
 				select {
 				case <-ctx.Done():
 					return

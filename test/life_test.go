@@ -196,7 +196,7 @@ func TestRestartsAndHealth(t *testing.T) {
 	s := newSite(t, testImage(t), newUp(t))
 	restart := map[string]any{"policy": "on_failure", "backoff": "1s"}
 	check := func(path string) map[string]any {
-		return map[string]any{"http": map[string]any{"port": 8080, "path": path}, "interval": "500ms", "timeout": "5s", "retries": 2}
+		return map[string]any{"http": map[string]any{"port": 8080, "path": path}, "interval": "500ms", "timeout": "5s", "retries": 4}
 	}
 	flaky := s.post(map[string]any{"restart": restart}, "flaky", "2", "9", "1h")
 	web := s.post(map[string]any{"health": check("/")}, "http", "8080", "500ms")

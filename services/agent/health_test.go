@@ -77,7 +77,7 @@ func TestChecks(t *testing.T) {
 		"nobody listens":            {check(schemas.Health{TCP: &schemas.TCPCheck{Port: 81}}), never, []string{"tcp", "80"}, false, "refused"},
 		"exec fails":                {check(schemas.Health{Exec: []string{"exit", "7"}}), never, []string{"sleep", "1h"}, false, "exit code 7"},
 		"an exec that is not there": {check(schemas.Health{Exec: []string{"/nowhere"}}), never, []string{"sleep", "1h"}, false, "exit code 127"},
-		"first healthy, then not":   {httpCheck("/until/300ms"), never, []string{"http", "80"}, true, "500"},
+		"first healthy, then not":   {httpCheck("/until/2s"), never, []string{"http", "80"}, true, "500"},
 		"restarts are used up":      {httpCheck("/status/500"), schemas.RestartAlways, []string{"http", "80"}, false, "500"},
 	} {
 		t.Run(name, func(t *testing.T) {

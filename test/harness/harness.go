@@ -148,7 +148,7 @@ func (u *Up) Remove(ctx context.Context) error {
 	if log, e := os.ReadFile(u.Log.Name()); e == nil {
 		err = errors.Join(err, raced("dayfly up", string(log)))
 	}
-	err = errors.Join(err, RemoveContainers(ctx, u.Cluster))
+	err = errors.Join(err, RemoveContainers(ctx, u.Cluster, filepath.Join(u.Dir, "data", "agent")))
 	u.Log.Close()
 	return errors.Join(err, os.RemoveAll(u.Dir))
 }

@@ -187,7 +187,8 @@ func (s *Site) Remove(ctx context.Context, more ...*Process) error {
 		err = errors.Join(err, raced(p.Name, p.Log()))
 	}
 	if !s.o.Fake {
-		err = errors.Join(err, RemoveContainers(ctx, s.Cluster))
+		agents, _ := filepath.Glob(s.AgentData("*"))
+		err = errors.Join(err, RemoveContainers(ctx, s.Cluster, agents...))
 	}
 	if s.Image != "" {
 		err = errors.Join(err, RemoveImage(ctx, s.Image))
@@ -200,9 +201,11 @@ func (s *Site) Call(ctx context.Context, gateway int, method, path string, in, o
 	return Call(ctx, method, s.Gateway[gateway].Addrs.HTTP+path, "", in, out)
 }
 
-// RemoveContainers takes away what a cluster has on this machine's Engine, until none is left: dockerd may still be at work for a dayfly
-// that was killed, and then refuses, or has just removed one itself.
-func RemoveContainers(ctx context.Context, cluster string) error {
+// RemoveContainers takes away what a cluster has on this machine's Engine, until none is
+// left: dockerd may still be at work for a dayfly that was killed, and then refuses, or has
+// just removed one itself. What it may still create for one is waited for, if the folders of
+// its agents are given.
+func RemoveContainers(ctx context.Context, cluster string, agents ...string) error {
 	engine, err := client.New(client.FromEnv)
 	if err != nil {
 		return err
@@ -210,6 +213,9 @@ func RemoveContainers(ctx context.Context, cluster string) error {
 	defer engine.Close()
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
+	for _, folder := range agents {
+		awaitCreated(ctx, engine, folder)
+	}
 	return Poll(ctx, func() error {
 		list, err := Containers(ctx, cluster)
 		if err != nil || len(list) == 0 {
@@ -221,6 +227,23 @@ func RemoveContainers(ctx context.Context, cluster string) error {
 		}
 		return errors.Join(fmt.Errorf("%d containers are left of %s", len(list), cluster), err)
 	})
+}
+
+// awaitCreated waits a moment for the containers that an agent may have asked for when it was
+// killed: those whose folder is there and which have not begun.
+func awaitCreated(ctx context.Context, engine *client.Client, agent string) {
+	folders, _ := filepath.Glob(filepath.Join(agent, "run", "dayfly-*"))
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	for _, folder := range folders {
+		if _, err := os.Stat(filepath.Join(folder, "started")); err == nil {
+			continue
+		}
+		_ = Poll(ctx, func() error {
+			_, err := engine.ContainerInspect(ctx, filepath.Base(folder), client.ContainerInspectOptions{})
+			return err
+		})
+	}
 }
 
 // Containers lists what a cluster has on the Engine, running or not.

@@ -82,7 +82,8 @@ func TestRunOnATerminal(t *testing.T) {
 	}
 
 	// All of dayfly is killed: the terminal comes back, and the shell is the same one.
-	fmt.Fprint(tty.File, "A=same\r")
+	fmt.Fprint(tty.File, "A=same; echo no''ted\r")
+	tty.shows(t, "noted")
 	if err := s.up.Kill(); err != nil {
 		t.Fatal(err)
 	}

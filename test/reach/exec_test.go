@@ -48,7 +48,7 @@ func TestExec(t *testing.T) {
 		"bytes that are no text": {schemas.ExecRequest{Command: []string{"printf", `\377\376\000\001`}},
 			schemas.ExecResult{StdoutBase64: base64.StdEncoding.EncodeToString([]byte(binary))}},
 		"killed by a signal": {schemas.ExecRequest{Command: []string{"sh", "-c", "kill -TERM $$"}}, schemas.ExecResult{ExitCode: 143, Signal: 15}},
-		"its timeout": {schemas.ExecRequest{Command: []string{"sh", "-c", "echo begun; sleep 1h"}, Timeout: schemas.Duration(200 * time.Millisecond)},
+		"its timeout": {schemas.ExecRequest{Command: []string{"sh", "-c", "echo begun; sleep 1h"}, Timeout: schemas.Duration(3 * time.Second)},
 			schemas.ExecResult{ExitCode: 137, Signal: 9, TimedOut: true, Stdout: "begun\n"}},
 	} {
 		if got := exec(c.req); got != c.want {

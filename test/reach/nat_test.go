@@ -32,9 +32,9 @@ func TestAWorkerWithoutInboundConnections(t *testing.T) {
 			t.Fatalf("%v: %v: %s", args, err, out)
 		}
 	}
-	inside("iptables", "-A", "INPUT", "-i", "lo", "-j", "ACCEPT")
-	inside("iptables", "-A", "INPUT", "-m", "conntrack", "--ctstate", "ESTABLISHED,RELATED", "-j", "ACCEPT")
-	inside("iptables", "-A", "INPUT", "-j", "REJECT")
+	inside("iptables", "-w", "-A", "INPUT", "-i", "lo", "-j", "ACCEPT")
+	inside("iptables", "-w", "-A", "INPUT", "-m", "conntrack", "--ctstate", "ESTABLISHED,RELATED", "-j", "ACCEPT")
+	inside("iptables", "-w", "-A", "INPUT", "-j", "REJECT")
 	s, err := harness.NewSite(deadline(t), harness.SiteOptions{Bin: b.bin, Agents: -1, Host: network.Host})
 	if err != nil {
 		t.Fatal(err)

@@ -234,7 +234,15 @@ func (s *script) match(at string, want, have any, kept map[string]string) error 
 			kept[w[1:]] = said
 			return nil
 		case len(w) > 2 && strings.HasPrefix(w, "/") && strings.HasSuffix(w, "/"):
-			if said, ok := have.(string); !ok || !regexp.MustCompile(w[1:len(w)-1]).MatchString(said) {
+			said, ok := have.(string)
+			if !ok {
+				b, err := json.Marshal(have)
+				if err != nil {
+					return err
+				}
+				said = string(b)
+			}
+			if !regexp.MustCompile(w[1 : len(w)-1]).MatchString(said) {
 				return differs()
 			}
 			return nil

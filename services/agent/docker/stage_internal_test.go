@@ -16,11 +16,11 @@ func TestWhatACompilerLeaves(t *testing.T) {
 	for name, c := range map[string]struct {
 		path, want string
 	}{
-		"a program":             {"a/b/main", ""},
-		"a name that is none":   {"a/\xff\xfe/main", "no UTF-8"},
-		"a file that is none":   {"\xff", "no UTF-8"},
-		"many levels":           {strings.Repeat("d/", 300) + "main", ""},
-		"more than it may":      {"large", "more than its output folder"},
+		"a program":              {"a/b/main", ""},
+		"a name that is none":    {"a/\xff\xfe/main", "no UTF-8"},
+		"a file that is none":    {"\xff", "no UTF-8"},
+		"many levels":            {strings.Repeat("d/", 300) + "main", ""},
+		"more than it may":       {"large", "more than its output folder"},
 		"more files than it may": {"many", "more than 4096 files"},
 	} {
 		t.Run(name, func(t *testing.T) {

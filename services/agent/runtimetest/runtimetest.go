@@ -303,19 +303,29 @@ func deadline(t *testing.T, b *bench) {
 
 func deadlineDeaf(t *testing.T, b *bench) {
 	req := b.request(t, "ignore-term")
-	req.TimeLeft, req.Grace = time.Second, 500*time.Millisecond
+	req.Grace = 500 * time.Millisecond
+	a := b.start(t, req)
+	ready(t, a)
 	begin := time.Now()
-	by(t, done(t, b.start(t, req)), schemas.EndedDeadline, 137)
+	if err := a.SetDeadline(time.Second); err != nil {
+		t.Fatal(err)
+	}
+	by(t, done(t, a), schemas.EndedDeadline, 137)
 	within(t, time.Since(begin), 1500*time.Millisecond, 9*time.Second)
 }
 
 func deadlineOver(t *testing.T, b *bench) {
 	req := b.request(t, "ignore-term")
-	req.TimeLeft, req.Grace = 500*time.Millisecond, 2*time.Second
+	req.Grace = 2 * time.Second
 	a := b.start(t, req)
+	ready(t, a)
+	if err := a.SetDeadline(500 * time.Millisecond); err != nil {
+		t.Fatal(err)
+	}
+	set, _ := a.StartedFor()
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
-	for ran, _ := a.StartedFor(); ran <= req.TimeLeft; ran, _ = a.StartedFor() {
+	for ran, _ := a.StartedFor(); ran <= set+500*time.Millisecond; ran, _ = a.StartedFor() {
 		<-tick.C
 	}
 	if err := a.SetDeadline(time.Minute); !errors.Is(err, agent.ErrOver) {

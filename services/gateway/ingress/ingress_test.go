@@ -197,7 +197,7 @@ func TestNoRequestIsSmuggled(t *testing.T) {
 
 func TestSlowClientsAreCutOff(t *testing.T) {
 	asked := make(chan string, 1)
-	addr := serve(t, Config{HeaderWithin: 50 * time.Millisecond, Stall: 50 * time.Millisecond}, &one{}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	task := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/much" {
 			b := make([]byte, 1<<20)
 			for {
@@ -209,11 +209,12 @@ func TestSlowClientsAreCutOff(t *testing.T) {
 		}
 		_, err := io.ReadAll(r.Body)
 		asked <- fmt.Sprint(err != nil)
-	}), nil, NewMetrics(nil))
-	host := "Host: " + label + ".localhost\r\n"
-	if answer := say(t, addr, "GET / HTTP/1.1\r\nX: "); strings.Contains(answer, "200") {
+	})
+	if answer := say(t, serve(t, Config{HeaderWithin: 50 * time.Millisecond}, &one{}, task, nil, NewMetrics(nil)), "GET / HTTP/1.1\r\nX: "); strings.Contains(answer, "200") {
 		t.Errorf("half a head: %q", answer)
 	}
+	addr := serve(t, Config{Stall: 200 * time.Millisecond}, &one{}, task, nil, NewMetrics(nil))
+	host := "Host: " + label + ".localhost\r\n"
 	if answer := say(t, addr, "POST / HTTP/1.1\r\n"+host+"Content-Length: 10\r\n\r\nhalf"); !strings.Contains(answer, " 408 ") || <-asked != "true" {
 		t.Errorf("half a body: %q", answer)
 	}
@@ -232,7 +233,7 @@ func TestSlowClientsAreCutOff(t *testing.T) {
 // also one that has been quiet for longer.
 func TestSlowStreamsAreCutOff(t *testing.T) {
 	cut, more := make(chan struct{}), make(chan struct{})
-	addr := serve(t, Config{Stall: 50 * time.Millisecond}, &one{}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	addr := serve(t, Config{Stall: 500 * time.Millisecond}, &one{}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case "/much":
 			defer close(cut)

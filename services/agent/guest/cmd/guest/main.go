@@ -56,9 +56,11 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -308,6 +310,7 @@ func childOOM(a []string) int {
 }
 
 func forkBomb([]string) int {
+	spareThreads(8)
 	n := 0
 	for ; n < 100000; n++ {
 		if err := self("sleep", "1h").Start(); err != nil {
@@ -317,6 +320,24 @@ func forkBomb([]string) int {
 	}
 	fmt.Printf("forked %d without end\n", n)
 	return 1
+}
+
+// spareThreads makes threads that the Go runtime can take when the task may have no more.
+func spareThreads(n int) {
+	var have, gone sync.WaitGroup
+	enough := make(chan struct{})
+	for range n {
+		have.Add(1)
+		gone.Go(func() {
+			runtime.LockOSThread()
+			defer runtime.UnlockOSThread() // it stays, for others
+			have.Done()
+			<-enough
+		})
+	}
+	have.Wait()
+	close(enough)
+	gone.Wait()
 }
 
 func fill(a []string) int {
