@@ -2,7 +2,7 @@
 # Proves compose.yml on this machine's Docker: starts it on ports of its own with new
 # secrets, runs a task, asks Prometheus, restarts the agent under another task, kills one
 # of each service, and takes everything away. It needs the image (make image),
-# docker-compose, curl and an image that Docker has for the tasks: try.sh busybox
+# docker-compose, curl and a busybox that Docker has for the tasks: try.sh busybox
 #
 # Prometheus is that of PROMETHEUS_IMAGE. If that is not set, an image is made of the
 # prometheus that is installed here, so that nothing has to be pulled.
@@ -10,7 +10,7 @@ set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 task_image=${1:?"usage: try.sh IMAGE, such as busybox"}
 dir=$(mktemp -d)
-export DAYFLY_AGENT_DATA="$dir/agent" DAYFLY_PORT=${DAYFLY_PORT:-18480} DAYFLY_PORT2=${DAYFLY_PORT2:-18490} PROMETHEUS_PORT=${PROMETHEUS_PORT:-18500}
+export DAYFLY_AGENT_DATA="$dir/agent" DAYFLY_PORT=${DAYFLY_PORT:-18480} DAYFLY_PORT2=${DAYFLY_PORT2:-18490} DAYFLY_INGRESS_PORT=${DAYFLY_INGRESS_PORT:-18481} PROMETHEUS_PORT=${PROMETHEUS_PORT:-18500}
 mkdir "$DAYFLY_AGENT_DATA" "$dir/compose" "$dir/prometheus"
 cp "$here/compose.yml" "$here/secrets.sh" "$here/prometheus.yml" "$dir/compose"
 cp "$here/../prometheus/rules.yml" "$dir/prometheus"
@@ -61,6 +61,13 @@ await "a worker, seen from the other gateway" worker_ready "$two"
 create() { api "$1/tasks$2" -d "{\"image\":\"$task_image\",\"command\":$3,\"ttl\":\"5m\"}"; }
 [ "$(create "$one" '?wait=done&timeout=30s' '["echo","hi"]' | sed 's/{"image.*"pull"//' | field state)" = completed ]
 echo "a task ran"
+
+url=$(api "$one/tasks?wait=running&timeout=30s" -d "{\"image\":\"$task_image\",\"command\":[\"httpd\",\"-f\",\"-p\",\"8000\",\"-h\",\"/task/input\"],
+	\"files\":[{\"path\":\"page\",\"content\":\"a page\"}],\"ports\":[{\"name\":\"web\",\"port\":8000}],\"ttl\":\"1m\"}" | field url)
+page() { curl -sSf -m 5 --resolve "$host:$DAYFLY_INGRESS_PORT:127.0.0.1" "$url/page" | grep -q "a page"; }
+host=${url#http://}; host=${host%:*}
+await "a page by the task's hostname" page
+echo "$url answered"
 
 prometheus() { curl -sSf -m 10 -G "http://127.0.0.1:$PROMETHEUS_PORT/api/v1/$1" ${2:+--data-urlencode "$2"}; }
 number() { prometheus query "query=$1" | sed -n 's/.*"value":\[[^,]*,"\([^"]*\)"\].*/\1/p'; }

@@ -44,7 +44,7 @@ func TestCompose(t *testing.T) {
 	}
 	cmd := exec.Command("sh", "../../deploy/compose/try.sh", task)
 	cmd.Env = append(os.Environ(), "DAYFLY_IMAGE="+image)
-	for _, name := range []string{"DAYFLY_PORT", "DAYFLY_PORT2", "PROMETHEUS_PORT"} {
+	for _, name := range []string{"DAYFLY_PORT", "DAYFLY_PORT2", "DAYFLY_INGRESS_PORT", "PROMETHEUS_PORT"} {
 		_, port, _ := net.SplitHostPort(freeAddress(t))
 		cmd.Env = append(cmd.Env, name+"="+port)
 	}
