@@ -155,7 +155,7 @@ are those of one moment. FILE holds what tasks were given, secrets too.
 
 Blobs, artifacts and logs are not in it, save the first 16 KiB of a finished task's output.`,
 		Example: `  dayfly backup /srv/backup/dayfly.jsonl --nats nats://10.0.0.1:4222 --credentials core.json
-  dayfly backup dayfly.jsonl --data /var/lib/dayfly     # of a dayfly up that is stopped`,
+  dayfly backup dayfly.jsonl --data /var/lib/dayfly/up     # of a dayfly up that is stopped`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx, stop := c.interruptible(cmd.Context())
@@ -283,7 +283,7 @@ lost. An owner keeps the instance that is brought back. Blobs and artifacts are 
 task whose blobs no worker's cache has fails with blob_missing. Start the services afterwards: tasks that were accepted after the backup and
 that a worker still has are closed, and named in the reapers' logs.`,
 		Example: `  dayfly restore /srv/backup/dayfly.jsonl --nats nats://10.0.0.1:4222 --credentials core.json
-  dayfly restore dayfly.jsonl --data /var/lib/dayfly    # for dayfly up, which is stopped`,
+  dayfly restore dayfly.jsonl --data /var/lib/dayfly/up    # for dayfly up, which is stopped`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := errors.Join(checkRetention(retention), checkScale(scale)); err != nil {

@@ -13,9 +13,9 @@ import (
 
 // Exit codes, besides a container's own.
 const (
-	exitAmiss   = 1 // doctor found something amiss, or an item of a batch did not complete
+	exitAmiss   = 1 // doctor or templates check found something amiss, or an item of a batch did not complete
 	exitUsage   = 2
-	exitTimeout = 124 // wait's --timeout, or the task's time, was over
+	exitTimeout = 124 // a --timeout, or the task's time, was over
 	exitDayfly  = 125 // dayfly could not do it, or the task ended without an exit code
 	exitSignal  = 128 // plus the signal: 130 for Ctrl-C
 )

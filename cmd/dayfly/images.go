@@ -114,7 +114,7 @@ for workers that come later. What was asked for the image before is replaced.`,
 	f.StringArrayVar(&workers, "worker", nil, "only this worker (again for more)")
 	f.StringArrayVar(&constraints, "constraint", nil, "only workers with the label K=V, or arch=… or os=…")
 	f.StringVar(&credentials, "registry-credentials", "", "name of the login to pull with, as the workers know it")
-	f.BoolVar(&wait, "wait", false, "wait until all these workers have it; exit with 1 if one cannot")
+	f.BoolVar(&wait, "wait", false, "wait until all these workers have it; exit with 125 if one cannot")
 	f.DurationVar(&timeout, "timeout", 15*time.Minute, "how long to wait at most")
 	_ = cmd.RegisterFlagCompletionFunc("worker", c.completeWorkers)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {

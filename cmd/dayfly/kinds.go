@@ -19,7 +19,7 @@ func (c *cli) kindsCommand() *cobra.Command {
 as {"kind": NAME, "payload": …}; -o json shows the JSON Schema of each payload.`,
 		Example: `  dayfly kinds
   dayfly kinds python -o json
-  dayfly run -f task.json      # {"kind": "python", "payload": {"script": "print(1)"}}`,
+  echo '{"script": "print(1)"}' | dayfly run --kind python --payload -`,
 		RunE: c.command(func(ctx context.Context, cl *client.Client, args []string) error {
 			l, err := cl.Kinds(ctx)
 			if err != nil {

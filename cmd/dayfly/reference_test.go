@@ -57,16 +57,16 @@ Made from the commands themselves. stdout is data, stderr is progress and advice
 
 | code | means |
 |---|---|
-| the container's | of `+"`run` and `wait`"+`: what the task's process ended with |
+| the container's | of `+"`run`, `wait`, `exec` and `attach`"+`: what the process ended with |
 | 0 | it was done; `+"`run` and `wait`"+`: the task completed |
-| 1 | `+"`doctor`"+` found something amiss; an item of a batch did not complete |
+| 1 | `+"`doctor` or `templates check`"+` found something amiss; an item of a batch did not complete |
 `)
 	for _, row := range []struct {
 		code  string
 		means string
 	}{
 		{fmt.Sprint(exitUsage), "a wrong command line; nothing was done"},
-		{fmt.Sprint(exitTimeout), "the task's time, or `wait --timeout`, was over"},
+		{fmt.Sprint(exitTimeout), "the task's time, or a `--timeout`, was over"},
 		{fmt.Sprint(exitDayfly), "dayfly could not do it, or the task ended without an exit code"},
 		{fmt.Sprintf("%d, %d", exitSignal+2, exitSignal+15), "Ctrl-C, SIGTERM"},
 	} {
