@@ -157,7 +157,8 @@ func TestPortsOfOthersAreNotGiven(t *testing.T) {
 
 func TestTraefik(t *testing.T) {
 	w := newWorld(t, gateway.Config{Endpoints: gateway.EndpointAddress{Scheme: "https", Domain: "tasks.example", Port: 443}, IngressBackends: []string{"http://10.0.0.1:8081", "http://10.0.0.2:8081"}})
-	if got := string(w.get("/v1/ingress/traefik").body); got != `{"http":{}}` {
+	const services = `"services":{"dayfly":{"loadBalancer":{"servers":[{"url":"http://10.0.0.1:8081"},{"url":"http://10.0.0.2:8081"}],"passHostHeader":true}}}`
+	if got := string(w.get("/v1/ingress/traefik").body); got != `{"http":{`+services+`}}` {
 		t.Errorf("without tasks: %s", got)
 	}
 	w.create(spec)
@@ -168,7 +169,7 @@ func TestTraefik(t *testing.T) {
 		t.Errorf("%s", url)
 	}
 	want := fmt.Sprintf("{\"http\":{\"routers\":{\"%s-web\":{\"rule\":\"Host(`%s`)\",\"service\":\"dayfly\"}},"+
-		`"services":{"dayfly":{"loadBalancer":{"servers":[{"url":"http://10.0.0.1:8081"},{"url":"http://10.0.0.2:8081"}],"passHostHeader":true}}}}}`, task.ID, task.Endpoints[0].Host)
+		services+"}}", task.ID, task.Endpoints[0].Host)
 	if got := string(w.get("/v1/ingress/traefik").body); got != want {
 		t.Errorf("%s\nwant %s", got, want)
 	}

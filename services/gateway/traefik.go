@@ -9,10 +9,11 @@ import (
 
 // TraefikConfig is what Traefik's HTTP provider reads: its dynamic configuration.
 type TraefikConfig struct {
-	HTTP TraefikHTTP `json:"http"`
+	HTTP TraefikHTTP `json:"http,omitzero"`
 }
 
-// TraefikHTTP is the part of it for HTTP. Traefik refuses a map that is there and empty.
+// TraefikHTTP is the part of it for HTTP. Traefik refuses a map that is there and empty, and
+// keeps what it knew before.
 type TraefikHTTP struct {
 	Routers  map[string]TraefikRouter  `json:"routers,omitzero"`
 	Services map[string]TraefikService `json:"services,omitzero"`
@@ -44,7 +45,7 @@ type TraefikServer struct {
 const traefikService = "dayfly"
 
 // traefik is GET /v1/ingress/traefik: a router for each hostname of a task that runs or
-// will.
+// will. The service is there without any too, or Traefik would not let the last one go.
 func (g *Gateway) traefik(w *response, r *http.Request) error {
 	if _, err := parseQuery(w, r); err != nil {
 		return err
@@ -69,11 +70,13 @@ func (g *Gateway) traefik(w *response, r *http.Request) error {
 	})
 	if len(c.HTTP.Routers) == 0 {
 		c.HTTP.Routers = nil
-		return answer(w, http.StatusOK, c)
 	}
 	var servers []TraefikServer
 	for _, url := range g.cfg.IngressBackends {
 		servers = append(servers, TraefikServer{URL: url})
+	}
+	if len(servers) == 0 { // no ingress
+		return answer(w, http.StatusOK, TraefikConfig{})
 	}
 	c.HTTP.Services = map[string]TraefikService{traefikService: {TraefikLoadBalancer{Servers: servers, PassHostHeader: true}}}
 	return answer(w, http.StatusOK, c)

@@ -11,10 +11,11 @@ import (
 
 // What the published schema of Traefik v3's dynamic configuration
 // (https://json.schemastore.org/traefik-v3-file-provider.json) says of routers and load
-// balancers: these fields and no others, and at least one server.
+// balancers: these fields and no others, and at least one server. Nothing is there and empty:
+// Traefik refuses that as "cannot be a standalone element".
 const traefikSchema = `{
 	"type": "object", "additionalProperties": false, "properties": {"http": {
-		"type": "object", "additionalProperties": false, "properties": {
+		"type": "object", "additionalProperties": false, "minProperties": 1, "properties": {
 			"routers": {"type": "object", "minProperties": 1, "additionalProperties": {
 				"type": "object", "additionalProperties": false, "required": ["rule", "service"], "properties": {
 					"entryPoints": {"type": "array"}, "middlewares": {"type": "array"}, "tls": {"type": "object"},
