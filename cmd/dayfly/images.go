@@ -138,7 +138,8 @@ for workers that come later. What was asked for the image before is replaced.`,
 				return err
 			}
 			if wait {
-				ctx, cancel := context.WithTimeoutCause(ctx, timeout, &hintError{errors.New("not all workers have the image yet"), "dayfly images shows how far they are"})
+				ctx, cancel := context.WithTimeoutCause(ctx, timeout,
+					&exitError{exitTimeout, &hintError{errors.New("not all workers have the image yet"), "dayfly images shows how far they are"}})
 				defer cancel()
 				if i, err = c.awaitImage(ctx, cl, i); err != nil {
 					return err

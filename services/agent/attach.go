@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"math"
 	"slices"
 	"strings"
 	"syscall"
@@ -141,6 +142,7 @@ func (h *holder) send(ctx context.Context) error {
 			}
 			if h.next[i] < o.end {
 				n = copy(b, o.buf[h.next[i]-o.begin():])
+				h.next[i] += int64(n) // before the client may acknowledge it
 				break
 			}
 		}
@@ -149,8 +151,8 @@ func (h *holder) send(ctx context.Context) error {
 		var err error
 		switch {
 		case n > 0:
-			if err = h.stream.Send(ctx, byte(i), b[:n]); err == nil {
-				h.sent(i, n)
+			if err = h.stream.Send(ctx, byte(i), b[:n]); err == nil && !h.acks {
+				h.acked(schemas.ExecOffsets{Stdout: math.MaxInt64, Stderr: math.MaxInt64})
 			}
 		case last.Exit != nil || last.Lost != "":
 			return h.control(ctx, last)
@@ -170,25 +172,18 @@ func (h *holder) send(ctx context.Context) error {
 	}
 }
 
-func (h *holder) sent(i, n int) {
-	h.e.mu.Lock()
-	defer h.e.mu.Unlock()
-	h.next[i] += int64(n)
-	if !h.acks {
-		h.ackedLocked(h.next)
-	}
-}
-
-// ackedLocked makes room for what the client has, which is no more than was sent to it.
-// Somebody else's word counts no more.
-func (h *holder) ackedLocked(at [2]int64) {
+// acked makes room for what the client has, which is no more than was sent to it. Somebody
+// else's word counts no more.
+func (h *holder) acked(at schemas.ExecOffsets) {
 	e := h.e
+	e.mu.Lock()
+	defer e.mu.Unlock()
 	if e.holder != h {
 		return
 	}
-	for i := range e.out {
+	for i, has := range []int64{at.Stdout, at.Stderr} {
 		o := &e.out[i]
-		o.acked = max(o.acked, min(at[i], h.next[i]))
+		o.acked = max(o.acked, min(has, h.next[i]))
 	}
 	e.wakeLocked()
 }
@@ -247,9 +242,7 @@ func (h *holder) input(ctx context.Context, f session.Frame) error {
 // obey does what a client asks of the program. One that has ended is past asking.
 func (h *holder) obey(c schemas.ExecControl) {
 	if c.Ack != nil && h.acks {
-		h.e.mu.Lock()
-		h.ackedLocked([2]int64{c.Ack.Stdout, c.Ack.Stderr})
-		h.e.mu.Unlock()
+		h.acked(*c.Ack)
 	}
 	var p interface {
 		Resize(Window) error

@@ -41,7 +41,7 @@ type execution struct {
 	holder   *holder           // under mu: the session that has the streams
 	since    time.Time         // under mu: when nobody had them any more
 	left     bool              // under mu: the client will not come back
-	dropping bool              // under mu: nobody wants the output
+	dropping bool              // under mu: nobody wants the output, or can have it any more
 	timedOut bool              // under mu
 	exit     *schemas.ExecExit // under mu: the last word, once the output is complete
 	lost     string            // under mu: the last word where there is no exit
@@ -286,18 +286,11 @@ func (e *execution) hangUp(ctx context.Context) {
 	_ = e.program.Close()
 }
 
-// useless says that the program is of no use to anybody any more.
-func (e *execution) useless() bool {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return e.dropping
-}
-
 // find gives a program in the foreground of the task.
 func (s *sessions) find(t Attempt, id schemas.ExecID) (*execution, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if e := s.execs[id]; e != nil && e.task == t && !e.useless() {
+	if e := s.execs[id]; e != nil && e.task == t {
 		return e, nil
 	}
 	return nil, refuse(schemas.CodeNotFound, "there is no such program in this task: it has ended, or its client was away for too long, or its agent was started anew")

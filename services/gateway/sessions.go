@@ -113,7 +113,7 @@ func (g *Gateway) openExec(ctx context.Context, id schemas.TaskID, o schemas.Ope
 		return nil, "", err
 	}
 	asked := o
-	stream, exec, err := g.sessions.open(ctx, &o)
+	stream, exec, err := g.openAt(ctx, &o)
 	if e, ok := err.(*schemas.Error); ok && e.Code == schemas.CodeStateConflict {
 		within, cancel := context.WithTimeout(ctx, g.cfg.OpTimeout)
 		_, failed := g.fetch(within, id)
@@ -125,12 +125,18 @@ func (g *Gateway) openExec(ctx context.Context, id schemas.TaskID, o schemas.Ope
 			return nil, "", failed
 		}
 		if o.Worker != asked.Worker || o.Epoch != asked.Epoch {
-			stream, exec, err = g.sessions.open(ctx, &o)
+			stream, exec, err = g.openAt(ctx, &o)
 		}
 	}
+	return stream, exec, err
+}
+
+// openAt asks the agent that o names, which may have been started anew since.
+func (g *Gateway) openAt(ctx context.Context, o *schemas.Open) (*session.Stream, schemas.ExecID, error) {
+	stream, exec, err := g.sessions.open(ctx, o)
 	if errors.Is(err, errOtherInstance) {
-		if stream, exec, err = g.sessions.open(ctx, &o); errors.Is(err, errOtherInstance) {
-			err = workerAway(id)
+		if stream, exec, err = g.sessions.open(ctx, o); errors.Is(err, errOtherInstance) {
+			err = workerAway(o.Task)
 		}
 	}
 	return stream, exec, err

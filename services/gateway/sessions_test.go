@@ -56,6 +56,7 @@ func TestAnAgentKnowsBetterThanTheView(t *testing.T) {
 	over, moved, gone, holds := create(), create(), create(), create()
 	var mu sync.Mutex
 	asked := map[schemas.TaskID][]schemas.WorkerID{} // under mu
+	again := false                                   // under mu: w1 has said that it was started anew
 	ask := func(o schemas.Open) {
 		mu.Lock()
 		defer mu.Unlock()
@@ -67,6 +68,13 @@ func TestAnAgentKnowsBetterThanTheView(t *testing.T) {
 	})
 	w.opens("w1", func(o schemas.Open) schemas.Opened {
 		ask(o)
+		mu.Lock()
+		if o.Task == moved && !again {
+			again = true
+			mu.Unlock()
+			return schemas.Opened{Instance: "another"}
+		}
+		mu.Unlock()
 		switch o.Task {
 		case over: // as the gateway asks
 			w.report(over, schemas.PhaseEnded, ended(0, 0, 0))
@@ -103,7 +111,7 @@ func TestAnAgentKnowsBetterThanTheView(t *testing.T) {
 	}
 	mu.Lock()
 	defer mu.Unlock()
-	for id, want := range map[schemas.TaskID]int{over: 1, moved: 2, gone: 1, holds: 1} {
+	for id, want := range map[schemas.TaskID]int{over: 1, moved: 3, gone: 1, holds: 1} {
 		if len(asked[id]) != want {
 			t.Errorf("%s: asked %v", id, asked[id])
 		}

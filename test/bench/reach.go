@@ -156,7 +156,7 @@ func reachOne(ctx context.Context, c *client.Client, id schemas.TaskID, n, live 
 		{name: "ls / over HTTP", do: over("ls", "/")}, {name: "docker exec ls /", do: docker("ls", "/")},
 		{name: "console, first byte", do: console},
 	}
-	for round := range n/inTurns + 1 {
+	for round := range max(1, n/inTurns) + 1 {
 		for k := range kinds {
 			for range inTurns {
 				took, err := kinds[k].do()

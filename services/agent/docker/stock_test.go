@@ -227,6 +227,7 @@ func TestMarks(t *testing.T) {
 func TestTrimByDisk(t *testing.T) {
 	s := openStore(t, false)
 	s.push(t, "web", "1", runtime.GOARCH, 100)
+	s.push(t, "other", "1", runtime.GOARCH, 100)
 	image := s.host + "/web:1"
 	rt := puller(t, func(c *docker.Config) {
 		c.CacheHigh, c.CacheLow, c.CacheRest = docker.Mark{Percent: 0.0001}, docker.Mark{Percent: 0.00009}, time.Nanosecond
@@ -235,6 +236,8 @@ func TestTrimByDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	waitFor(t, "it has counted", func() bool { return rt.Images().Cache.Own == 1 })
+	pullOutside(t, s.host+"/other:1") // so that it looks again, which it does when it is done with the first look
+	waitFor(t, "it has looked again", func() bool { return slices.Contains(rt.Images().Names, s.host+"/other:1") })
 	if !present(t, image) {
 		t.Error("it has gone before anybody said what shall stay")
 	}

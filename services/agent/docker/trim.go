@@ -209,21 +209,27 @@ func (s *stock) remove(ctx context.Context, id string) error {
 	return nil
 }
 
-// untag removes each name that is still the image's; the layers go with the last.
+// untag removes each name that is still the image's; the layers go with the last. One that
+// has lost its names meanwhile goes by its id.
 func (s *stock) untag(ctx context.Context, id string, l listed) error {
 	names := l.tags
 	if len(names) == 0 {
 		names = l.digests
 	}
-	if len(names) == 0 {
-		names = []string{id}
-	}
-	for _, n := range names {
-		if got, err := s.r.docker.ImageInspect(ctx, n); err != nil {
+	var own []string
+	for _, n := range names { // one may have been pulled, or tagged, anew since the list was made
+		got, err := s.r.docker.ImageInspect(ctx, n)
+		if err != nil && !cerrdefs.IsNotFound(err) {
 			return err
-		} else if got.ID != id { // it was pulled, or tagged, anew since the list was made
-			continue
 		}
+		if err == nil && got.ID == id {
+			own = append(own, n)
+		}
+	}
+	if len(own) == 0 {
+		own = []string{id}
+	}
+	for _, n := range own {
 		if _, err := s.r.docker.ImageRemove(ctx, n, client.ImageRemoveOptions{PruneChildren: true}); err != nil {
 			return err
 		}

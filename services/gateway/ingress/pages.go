@@ -82,6 +82,9 @@ func (s *Server) refuse(w *response, r *http.Request, err error) {
 	h.Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(e.Status)
 	_, _ = w.Write(body)
+	if w.stall > 0 { // what is left would wait for the client without end
+		_ = w.FlushError()
+	}
 }
 
 func (p pages) draw(h http.Header, r *http.Request, e *schemas.Error, again int) []byte {

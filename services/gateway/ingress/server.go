@@ -150,9 +150,6 @@ func (s *Server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	if err := s.serve(w, r); err != nil {
 		s.refuse(w, r, err)
 	}
-	if w.stall > 0 { // what is left would wait for the client without end
-		_ = w.FlushError()
-	}
 }
 
 func (s *Server) serve(w *response, r *http.Request) error {
