@@ -56,11 +56,11 @@ func total(blobs []blob) (bytes int64) {
 const fetchWorst = 256 << 20
 
 // fetching is what it is worth not to go to this worker: from 0, where it holds all that
-// the shape names or one of its tasks has it come, to 1.
+// the shape names or one of its tasks has it come, or had it since the last beat, to 1.
 func (w *worker) fetching(s *shape) float64 {
 	missing := int64(0)
 	for _, b := range s.names {
-		if w.coming[b.sum] == 0 && !w.blobs.Has(b.sum) {
+		if _, came := w.came[b.sum]; !came && w.coming[b.sum] == 0 && !w.blobs.Has(b.sum) {
 			missing += b.size
 		}
 	}
@@ -77,6 +77,17 @@ func (w *worker) expect(blobs []blob, n int) {
 		if w.coming[b.sum] += n; w.coming[b.sum] == 0 {
 			delete(w.coming, b.sum)
 		}
+	}
+}
+
+// fetched remembers what a task had when it ran, until a beat says what is held: a short one
+// comes and goes between two beats.
+func (w *worker) fetched(blobs []blob) {
+	if w.came == nil && len(blobs) > 0 {
+		w.came = map[blobSum]struct{}{}
+	}
+	for _, b := range blobs {
+		w.came[b.sum] = struct{}{}
 	}
 }
 

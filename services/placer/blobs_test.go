@@ -102,3 +102,45 @@ func TestWhatComesIsCounted(t *testing.T) {
 		t.Error(states)
 	}
 }
+
+// A task that comes and goes between two beats leaves its blobs behind, if it ran.
+func TestWhatCameStaysUntilTheNextBeat(t *testing.T) {
+	for name, c := range map[string]struct {
+		states []schemas.State
+		want   schemas.WorkerID
+	}{
+		"it ran":                      {[]schemas.State{schemas.Running, schemas.Failed}, "b"},
+		"it was seen at its end only": {[]schemas.State{schemas.Completed}, "b"},
+		"it never ran":                {[]schemas.State{schemas.Starting, schemas.Failed}, "a"},
+		"it was given back":           {[]schemas.State{schemas.Starting, schemas.Queued, schemas.Canceled}, "a"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := testBook(Weighted)
+			for _, w := range []schemas.WorkerID{"a", "b"} {
+				b.fleet.beat(cacheOf(w, 16), t0)
+			}
+			id, s := ask(1, nameBlob("data", 500<<20))
+			held := seen{state: schemas.Assigned, worker: "b", need: s.need}
+			b.changed(id, held, 1, t0)
+			for i, state := range c.states {
+				now := seen{state: state}
+				switch {
+				case state.Held():
+					now.worker, now.need = "b", s.need
+				case state == schemas.Queued:
+					now = s
+				}
+				b.changed(id, now, uint64(2+i), t0)
+			}
+			next, s := ask(2, nameBlob("data", 500<<20))
+			b.changed(next, s, 1, t0)
+			if list := place(b, t0); len(list) != 1 || list[0].worker != c.want {
+				t.Errorf("%+v, want %s", list, c.want)
+			}
+			b.fleet.beat(cacheOf("b", 16), t0) // which says that it holds nothing
+			if w := b.fleet.get("b"); len(w.came) != 0 {
+				t.Errorf("%v", w.came)
+			}
+		})
+	}
+}

@@ -39,7 +39,7 @@ func newBook(cfg Config) *book {
 func (b *book) changed(id schemas.TaskID, s seen, revision uint64, now time.Time) {
 	t := b.tasks[id]
 	if s.state.Final() {
-		b.forget(id)
+		b.forget(id, s.state)
 		return
 	}
 	if t == nil {
@@ -85,11 +85,15 @@ func (b *book) count(state schemas.State, n int) {
 	}
 }
 
-// forget drops a task that is final or gone.
-func (b *book) forget(id schemas.TaskID) {
+// forget drops a task that is final or gone. end is the state that it ended in, if that is
+// known.
+func (b *book) forget(id schemas.TaskID, end schemas.State) {
 	t := b.tasks[id]
 	if t == nil {
 		return
+	}
+	if t.worker != "" && (t.state == schemas.Running || end == schemas.Completed) {
+		b.fleet.get(t.worker).fetched(t.need.blobs)
 	}
 	b.unqueue(t)
 	b.untake(t)

@@ -41,9 +41,10 @@ type worker struct {
 	used   resources
 	tasks  int
 	blobs  schemas.BlobFilter
-	coming map[blobSum]int // blobs that its tasks name, and of how many: it has them, or fetches them
-	better bool            // it is in fleet.better
-	hold   *hold           // it is kept free for a task that has waited long
+	coming map[blobSum]int      // blobs that its tasks name, and of how many: it has them, or fetches them
+	came   map[blobSum]struct{} // those of tasks that ran and are over since its last beat
+	better bool                 // it is in fleet.better
+	hold   *hold                // it is kept free for a task that has waited long
 }
 
 // free is what is left, possibly less than nothing.
@@ -90,7 +91,7 @@ func (f *fleet) beat(b schemas.Beat, now time.Time) (registered bool) {
 		f.reindex()
 	}
 	w.epoch, w.lost, w.seen, w.host = b.Epoch, b.Lost(), now, b.Host
-	w.blobs = b.Blobs
+	w.blobs, w.came = b.Blobs, nil
 	w.total = resources{cpus: b.Host.CPUs.Nano(), memory: int64(b.Host.Memory), gpus: b.Host.GPUs}
 	if images := b.Images[:min(len(b.Images), schemas.MaxBeatImages)]; !slices.Equal(w.images, images) {
 		w.images, w.imageSet = images, make(map[string]struct{}, len(images))

@@ -170,7 +170,7 @@ func (p *Placer) taskChanged(c bus.Change[seen]) {
 		p.book.count(c.Old.state, -1)
 	}
 	if c.Deleted {
-		p.book.forget(schemas.TaskID(c.Key))
+		p.book.forget(schemas.TaskID(c.Key), stateOf(c.Header))
 	} else {
 		p.book.count(c.New.state, +1)
 		p.book.changed(schemas.TaskID(c.Key), c.New, c.Revision, now)

@@ -212,7 +212,11 @@ func TestABlobComesOnceToEachWorker(t *testing.T) {
 			t.Errorf("%s took %d bytes of memory", p.Name, peak)
 		}
 	}
-	// The next task starts at once where the blob is.
+	// The next task starts at once where the blob is, once that has room again.
+	until(t, "the placer knows that all is over", func() error {
+		n := metric(t, s.Placer[0].Addrs.Admin, "dayfly_worker_allocated_slots", "")
+		return want(n == 0, "%v slots are taken", n)
+	})
 	began = time.Now()
 	task, err := cl.Create(ctx, spec, client.CreateOptions{Wait: client.UntilRunning})
 	if err != nil {
