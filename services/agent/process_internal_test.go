@@ -4,6 +4,8 @@ import (
 	"context"
 	"math"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"dayfly.dev/schemas"
 )
@@ -75,4 +77,42 @@ func TestAProgramThatIsBeingEndedIsTakenByNobody(t *testing.T) {
 	if err := h.send(ctx); err != errOver {
 		t.Errorf("it goes on: %v", err)
 	}
+}
+
+// What is left of a program that is over waits for its client, as long as that takes some of it.
+func TestWhoTakesNothingHoldsNoProgramThatIsOver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const keep = time.Minute
+		e := &execution{task: over{}, changed: make(chan struct{}), of: &sessions{agent: &Agent{cfg: Config{ExecKeep: keep}}}}
+		ctx, cancel := context.WithCancelCause(t.Context())
+		defer cancel(nil)
+		h := &holder{e: e, acks: true, end: cancel}
+		h.take(schemas.ExecAttach{})
+		e.out[0].add(make([]byte, 100))
+		h.next[0] = 100
+		hurrying, calm := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			e.hurry(hurrying)
+		}()
+		time.Sleep(time.Hour) // it runs: its client may wait
+		e.mu.Lock()
+		e.ended, e.moved = true, time.Now()
+		e.wakeLocked()
+		e.mu.Unlock()
+		for n := range int64(10) { // slow, but it takes
+			time.Sleep(keep - time.Second)
+			h.acked(schemas.ExecOffsets{Stdout: n + 1})
+		}
+		if ctx.Err() != nil {
+			t.Fatal("a slow client is sent away")
+		}
+		time.Sleep(keep + time.Second)
+		if err := context.Cause(ctx); err != errIdle {
+			t.Errorf("one that takes nothing stays: %v", err)
+		}
+		calm()
+		<-done
+	})
 }

@@ -55,6 +55,30 @@ func TestExec(t *testing.T) {
 			t.Errorf("%s: %+v", name, got)
 		}
 	}
+	// What it leaves behind may write on: the answer does not wait for that.
+	if got := exec(schemas.ExecRequest{Command: []string{"sh", "-c", "yes & exit 3"}}); got.ExitCode != 3 || strings.Trim(got.Stdout, "y\n") != "" {
+		t.Errorf("a program that leaves one behind: %d %.100q", got.ExitCode, got.Stdout)
+	}
+	s.sh(id, "kill $(pidof yes)")
+	// Nor is a program kept for a client that has left, though it does not read its stdin.
+	left, leave := context.WithCancel(deadline(t))
+	answered := make(chan error, 1)
+	go func() {
+		_, err := s.Exec(left, id, schemas.ExecRequest{Command: []string{"sleep", "1h"}, Stdin: big})
+		answered <- err
+	}()
+	execs := func(n float64) func() error {
+		return func() error {
+			now := metric(t, s.up.Admin, "dayfly_agent_execs", "")
+			return want(now == n, "%v", now)
+		}
+	}
+	until(t, "it runs", execs(1))
+	leave()
+	if err := <-answered; err == nil {
+		t.Error("it has ended")
+	}
+	until(t, "it is gone", execs(0))
 	if got := exec(schemas.ExecRequest{Command: []string{"nothing"}}); got.ExitCode != 127 || !strings.Contains(got.Message, "nothing") {
 		t.Errorf("command not found: %+v", got)
 	}
