@@ -264,6 +264,41 @@ func TestABatchIsCanceled(t *testing.T) {
 	w.do("DELETE", "/v1/batches/b-01arz3ndektsv4rrffq69g5000", "").want(t, 404, schemas.CodeNotFound)
 }
 
+// All ports are taken by the batch's own first item, so the others cannot be made.
+func TestABatchIsCanceledWhoseItemsCannotBeMade(t *testing.T) {
+	w := newWorld(t, gateway.Config{TCP: portRange(t, 1), BatchAhead: 5, PortSweep: 20 * time.Millisecond})
+	b := w.createBatch(`{"template":` + withPort + `,"items":[{},{},{}]}`)
+	var made schemas.TaskID
+	until(t, "one has the port", func() bool {
+		for i := range 3 {
+			if id := b.ID.Task(i); w.get("/v1/tasks/"+string(id)).status == 200 {
+				made = id
+			}
+		}
+		return made != ""
+	})
+	until(t, "the others cannot be made", func() bool { return strings.Contains(w.logs.String(), "work on a batch, trying again") })
+	w.run(made)
+	if r := w.do("DELETE", "/v1/batches/"+string(b.ID), ""); r.status != 200 {
+		t.Fatalf("%d %s", r.status, r.body)
+	}
+	until(t, "the worker is told", func() bool { return w.task(made).Cancel != nil })
+	w.report(made, schemas.PhaseEnded, &schemas.End{By: schemas.EndedStop})
+	if v := w.batchDone(b.ID); v.Counts[schemas.Canceled] != 3 {
+		t.Errorf("%+v", v)
+	}
+	for i := range 3 {
+		id := b.ID.Task(i)
+		task := w.task(id)
+		if task.State != schemas.Canceled || task.Batch != b.ID {
+			t.Errorf("%d: %+v", i, task)
+		}
+		if id != made && len(task.Endpoints) > 0 && task.Endpoints[0].Port != 0 {
+			t.Errorf("%d was given a port after the cancel: %+v", i, task.Endpoints)
+		}
+	}
+}
+
 func TestBatchesAreListed(t *testing.T) {
 	cfg := gateway.Config{BatchAhead: 5}
 	w := newWorld(t, cfg)

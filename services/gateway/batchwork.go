@@ -261,9 +261,9 @@ func (b *batches) step(ctx context.Context, id schemas.BatchID) error {
 	err := b.findMissing(ctx, w)
 	if err == nil {
 		err = b.makeTasks(ctx, w)
-	}
-	if err == nil && w.entry.Value.Cancel != nil {
-		err = b.cancelTasks(ctx, w)
+		if w.entry.Value.Cancel != nil { // what runs shall end whatever cannot be made
+			err = errors.Join(err, b.cancelTasks(ctx, w))
+		}
 	}
 	return errors.Join(err, b.save(ctx, w, 0))
 }
@@ -338,8 +338,8 @@ func (b *batches) findMissing(ctx context.Context, w *work) error {
 }
 
 // makeTasks makes the next tasks, so many that no more than BatchAhead wait for a
-// worker. Those of a canceled batch that may have been begun are made too: only then
-// is it sure that nobody makes them later.
+// worker. Those of a canceled batch that may have been begun are made too, as canceled
+// ones: only then is it sure that nobody makes them later.
 func (b *batches) makeTasks(ctx context.Context, w *work) error {
 	b.mu.Lock()
 	room := b.g.cfg.BatchAhead - w.queued
@@ -414,12 +414,20 @@ func (b *batches) makeTasks(ctx context.Context, w *work) error {
 }
 
 func (b *batches) makeTask(ctx context.Context, w *work, index int, spec schemas.Spec) error {
-	id := w.entry.Value.ID.Task(index)
+	v := w.entry.Value
+	id := v.ID.Task(index)
 	began := time.Now()
-	e, err := b.g.accept(ctx, id, spec, w.entry.Value.ID, "")
-	state := schemas.Queued
+	var e bus.Entry[record]
+	var err error
+	if v.Cancel == nil {
+		e, err = b.g.accept(ctx, id, spec, v.ID, "")
+	} else {
+		e, err = b.g.acceptCanceled(ctx, id, spec, v.ID, v.Cancel.By)
+	}
+	var state schemas.State
 	switch {
 	case err == nil:
+		state = e.Value.State
 		b.g.metrics.itemMade.Observe(time.Since(began).Seconds())
 	case errors.Is(err, bus.ErrConflict): // it was made before
 		if e, err = b.g.records.Get(ctx, string(id)); errors.Is(err, bus.ErrNotFound) {
