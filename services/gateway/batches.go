@@ -1,7 +1,6 @@
 package gateway
 
 import (
-	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -214,8 +213,12 @@ func (u *upload) check(ctx context.Context, req schemas.BatchRequest) error {
 		}
 		for i, raw := range part {
 			spec, err := req.ParseItem(raw, u.g.cfg.Policy)
-			if err == nil && (spec.Resources.CPUs != last.Resources.CPUs || spec.Resources.Memory != last.Resources.Memory || !maps.Equal(spec.Constraints, last.Constraints)) {
-				if misfit := cmp.Or(u.g.fleet.misfit(spec), u.g.ports.off(spec)); misfit != nil {
+			if err == nil {
+				misfit := u.g.ports.off(spec)
+				if misfit == nil && !fitsLike(spec, last) {
+					misfit = u.g.fleet.misfit(spec)
+				}
+				if misfit != nil {
 					err = misfit
 				}
 			}
@@ -244,6 +247,12 @@ func (u *upload) check(ctx context.Context, req schemas.BatchRequest) error {
 		return schemas.InvalidSpec(faults)
 	}
 	return nil
+}
+
+// fitsLike says that what fleet.misfit says of two specs is the same: it looks at all workers.
+func fitsLike(a, b schemas.Spec) bool {
+	return a.Resources.CPUs == b.Resources.CPUs && a.Resources.Memory == b.Resources.Memory && a.Resources.GPUs == b.Resources.GPUs &&
+		maps.Equal(a.Constraints, b.Constraints)
 }
 
 // checkBlobs notes which blobs an item names. They are not collected from here on: the

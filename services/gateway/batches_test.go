@@ -299,6 +299,43 @@ func TestABatchIsCanceledWhoseItemsCannotBeMade(t *testing.T) {
 	}
 }
 
+// An item that differs from the one before only in its ports, or its GPUs, is looked at too.
+func TestABatchIsRefusedForPortsAndGPUs(t *testing.T) {
+	const tcp = `{"ports":[{"name":"p","port":7000,"protocol":"tcp"}]}`
+	w := newWorld(t, gateway.Config{})
+	w.beat(beat("w1", 4, 8<<30))
+	until(t, "the worker is seen", func() bool { return len(w.images("/v1/images").Workers) == 1 })
+	e := w.do("POST", "/v1/batches", `{"template":{"image":"a"},"items":[{},`+tcp+`,{},{"resources":{"gpus":1}}]}`).want(t, 422, schemas.CodeNotAllowed)
+	var fields []string
+	for _, f := range e.Errors {
+		fields = append(fields, f.Field+" "+string(f.Code))
+	}
+	if got := strings.Join(fields, ", "); got != "items.1.ports.0.protocol not_allowed, items.3.resources.gpus no_capacity" {
+		t.Error(got)
+	}
+	one := newAPI(t, natstest.Connect(t, w.nats), gateway.Config{TCP: portRange(t, 1)})
+	const two = `{"image":"a","ports":[{"name":"p","port":7000,"protocol":"tcp"},{"name":"q","port":7001,"protocol":"tcp"}]}`
+	if e := one.do("POST", "/v1/batches", `{"template":`+two+`,"items":[{}]}`).want(t, 422, schemas.CodeNotAllowed); e.Field != "items.0.ports" {
+		t.Errorf("%+v", e)
+	}
+}
+
+// The operator takes the ports away while items wait for theirs: they fail, and the others go on.
+func TestItemsThatAreNoLongerAllowedFail(t *testing.T) {
+	cfg := gateway.Config{TCP: portRange(t, 1), BatchAhead: 5, BatchLease: 500 * time.Millisecond}
+	w := newStore(t)
+	a, stop := w.another(cfg)
+	b := a.createBatch(`{"template":` + withPort + `,"items":[{},{},{"ports":[]}]}`)
+	until(t, "one cannot be made", func() bool { return strings.Contains(a.logs.String(), "work on a batch, trying again") })
+	stop()
+	cfg.TCP = gateway.PortRange{}
+	a, _ = w.another(cfg)
+	w.play()
+	if v := a.batchDone(b.ID); v.Counts[schemas.Failed] != 1 || v.Counts[schemas.Completed] != 2 {
+		t.Errorf("%+v", v)
+	}
+}
+
 func TestBatchesAreListed(t *testing.T) {
 	cfg := gateway.Config{BatchAhead: 5}
 	w := newWorld(t, cfg)

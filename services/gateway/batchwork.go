@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/http"
 	"slices"
 	"strings"
 	"sync"
@@ -377,15 +378,17 @@ func (b *batches) makeTasks(ctx context.Context, w *work) error {
 		switch {
 		case err == nil:
 			g.Go(func() error {
-				failed[i] = b.makeTask(ctx, w, index, spec)
+				err := b.makeTask(ctx, w, index, spec)
+				if e, ok := errors.AsType[*schemas.Error](err); ok && e.Status/100 == 4 && e.Status != http.StatusTooManyRequests {
+					b.refuse(w, index, err)
+					err = nil
+				}
+				failed[i] = err
 				return nil
 			})
 			continue
-		case errors.As(err, &refused): // the operator's policy is another than when it was accepted
-			b.g.log.Warn().Err(err).Str("batch", string(v.ID)).Int("item", index).Msg("the item is no longer allowed")
-			b.mu.Lock()
-			w.set(index, schemas.Failed)
-			b.mu.Unlock()
+		case errors.As(err, &refused):
+			b.refuse(w, index, err)
 			continue
 		case errors.Is(err, bus.ErrNotFound) && v.Cancel != nil: // nobody can make it any more
 			b.mu.Lock()
@@ -411,6 +414,15 @@ func (b *batches) makeTasks(ctx context.Context, w *work) error {
 	}
 	b.poke()
 	return nil
+}
+
+// refuse lets an item fail that can never be made: the operator's policy is another than
+// when it was accepted.
+func (b *batches) refuse(w *work, index int, err error) {
+	b.g.log.Warn().Err(err).Str("batch", string(w.entry.Value.ID)).Int("item", index).Msg("the item is no longer allowed")
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	w.set(index, schemas.Failed)
 }
 
 func (b *batches) makeTask(ctx context.Context, w *work, index int, spec schemas.Spec) error {
