@@ -58,12 +58,14 @@ func (g *Gateway) createBatch(w *response, r *http.Request) error {
 	}
 
 	up := upload{g: g, id: strings.ToLower(rand.Text())}
-	// The client's leaving ends the reading, and nothing after that.
+	// The client's leaving ends the reading and the check, and nothing after that.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), 2*uploadMost)
 	defer cancel()
 	req, err := up.read(ctx, w, r)
 	if err == nil {
-		err = up.check(ctx, req)
+		checking, stop := context.WithTimeout(r.Context(), uploadMost)
+		err = up.check(checking, req)
+		stop()
 	}
 	var e bus.Entry[schemas.Batch]
 	if err == nil {
@@ -212,6 +214,9 @@ func (u *upload) check(ctx context.Context, req schemas.BatchRequest) error {
 			return readError(err)
 		}
 		for i, raw := range part {
+			if err := ctx.Err(); err != nil {
+				return readError(err)
+			}
 			spec, err := req.ParseItem(raw, u.g.cfg.Policy)
 			if err == nil {
 				misfit := u.g.ports.off(spec)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"net/http/httptest"
 	"runtime"
 	"slices"
 	"strings"
@@ -333,6 +334,39 @@ func TestItemsThatAreNoLongerAllowedFail(t *testing.T) {
 	w.play()
 	if v := a.batchDone(b.ID); v.Counts[schemas.Failed] != 1 || v.Counts[schemas.Completed] != 2 {
 		t.Errorf("%+v", v)
+	}
+}
+
+// countedKind is a kind of a site that is told of each item.
+type countedKind func()
+
+func (countedKind) Names() []string { return []string{"counted"} }
+
+func (k countedKind) Make(asked schemas.Spec, _ []string) (schemas.Spec, error) {
+	k()
+	asked.Kind, asked.Payload, asked.Image = "", nil, "a"
+	return asked, nil
+}
+
+// Nobody waits for the answer of a check whose client has left.
+func TestAClientThatLeavesEndsTheCheckOfItsItems(t *testing.T) {
+	ctx, leave := context.WithCancel(t.Context())
+	defer leave()
+	checked := 0
+	policy := schemas.DefaultPolicy()
+	policy.Kinds = countedKind(func() { checked++; leave() })
+	w := newWorld(t, gateway.Config{Policy: policy})
+	until(t, "it is ready", func() bool { return w.get("/v1/batches").status == 200 })
+	body := `{"template":{"kind":"counted"},"items":[{}` + strings.Repeat(",{}", 999) + `]}`
+	req := httptest.NewRequestWithContext(ctx, "POST", "http://localhost/v1/batches", strings.NewReader(body))
+	req.Header.Set("Content-Type", "application/json")
+	rec := httptest.NewRecorder()
+	w.g.Handler().ServeHTTP(rec, req)
+	if checked != 1 || rec.Code != 503 {
+		t.Errorf("%d items were checked; %d %s", checked, rec.Code, rec.Body)
+	}
+	if n := w.stored(); n != 0 {
+		t.Errorf("%d messages of its items stay", n)
 	}
 }
 
