@@ -7,6 +7,7 @@ import (
 	"math"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -20,10 +21,12 @@ import (
 const stdinTold = 32 << 10
 
 // errTaken ends a session whose program another has taken, errOver one whose program is
-// being ended since its client was away for too long.
+// being ended since its client was away for too long, errIdle one whose client takes nothing
+// of what is left of a program that is over.
 var (
 	errTaken = errors.New("another client has taken the program over")
 	errOver  = errors.New("the program is being ended")
+	errIdle  = errors.New("the client takes nothing")
 )
 
 // holder is a session that has a program's streams.
@@ -39,7 +42,18 @@ type holder struct {
 // serve gives the program's streams to a session, until one of the two is over.
 func (e *execution) serve(ctx context.Context, stream *session.Stream, a schemas.ExecAttach) {
 	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
+	var watch sync.WaitGroup
+	watch.Go(func() {
+		select {
+		case <-stream.Done(): // also while nobody receives, since the program does not read
+			cancel(session.ErrGone)
+		case <-ctx.Done():
+		}
+	})
+	defer func() {
+		cancel(nil)
+		watch.Wait()
+	}()
 	h := &holder{e: e, stream: stream, acks: a.Acks, end: cancel}
 	begin := h.take(a)
 	received := make(chan error, 1)
@@ -80,7 +94,7 @@ func (h *holder) take(a schemas.ExecAttach) schemas.ExecBegin {
 		h.end(errOver)
 	}
 	e.holder = h
-	h.told = e.fed
+	h.told, e.moved = e.fed, time.Now()
 	if e.main != nil {
 		if e.read { // it would hear of the end, and not what was written before that
 			h.end(errGap)
@@ -182,8 +196,9 @@ func (h *holder) acked(at schemas.ExecOffsets) {
 		return
 	}
 	for i, has := range []int64{at.Stdout, at.Stderr} {
-		o := &e.out[i]
-		o.acked = max(o.acked, min(has, h.next[i]))
+		if o := &e.out[i]; min(has, h.next[i]) > o.acked {
+			o.acked, e.moved = min(has, h.next[i]), time.Now()
+		}
 	}
 	e.wakeLocked()
 }

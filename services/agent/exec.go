@@ -40,6 +40,8 @@ type execution struct {
 	deaf     bool              // under mu: the program reads no more
 	holder   *holder           // under mu: the session that has the streams
 	since    time.Time         // under mu: when nobody had them any more
+	ended    bool              // under mu: the program runs no more; what is left is for the client to take
+	moved    time.Time         // under mu: when it ended, or the client last took anything
 	left     bool              // under mu: the client will not come back
 	dropping bool              // under mu: nobody wants the output, or can have it any more
 	timedOut bool              // under mu
@@ -90,6 +92,7 @@ func (s *sessions) exec(ctx, within context.Context, t Attempt, o schemas.ExecOp
 	switch {
 	case errors.As(err, &fault) && fault.Exit != nil:
 		e.exit = &schemas.ExecExit{Code: fault.Exit.Code, Message: fault.Message}
+		e.ended, e.moved = true, time.Now()
 	case err != nil:
 		return nil, unable(err)
 	default:
@@ -142,7 +145,7 @@ func (e *execution) run(ctx context.Context) {
 	input.Go(func() { e.feed(p) })
 	<-p.Done()
 	e.mu.Lock()
-	e.deaf = true
+	e.deaf, e.ended, e.moved = true, true, time.Now()
 	e.wakeLocked()
 	e.mu.Unlock()
 	outputs.Wait()
@@ -237,7 +240,10 @@ func (e *execution) keep(ctx context.Context) {
 		e.mu.Lock()
 		changed, held, left := e.changed, e.holder != nil, e.left
 		over := e.exit != nil || e.lost != ""
-		wait := e.of.agent.cfg.ExecKeep - time.Since(e.since)
+		wait, bounded := e.of.agent.cfg.ExecKeep-time.Since(e.since), true
+		if held {
+			wait, bounded = e.patienceLocked()
+		}
 		useless := left || !held && (wait <= 0 || ctx.Err() != nil)
 		if useless { // it may wait to write
 			e.dropping = true
@@ -250,24 +256,41 @@ func (e *execution) keep(ctx context.Context) {
 			}
 			return
 		}
-		var late <-chan time.Time
-		var timer *time.Timer
-		if !held {
-			timer = time.NewTimer(wait)
-			late = timer.C
-		}
 		done := ctx.Done()
 		if held { // its session ends with ctx
 			done = nil
 		}
-		select {
-		case <-changed:
-		case <-late:
-		case <-done:
-		}
-		if timer != nil {
-			timer.Stop()
-		}
+		await(changed, done, wait, bounded)
+	}
+}
+
+// patienceLocked says how long the client that has the streams may still take nothing of what
+// is left of a program that is over, and whether there is such a bound. When it is reached the
+// session ends, so that its place is free.
+func (e *execution) patienceLocked() (wait time.Duration, bounded bool) {
+	if !e.ended || e.holder == nil {
+		return 0, false
+	}
+	if wait = e.of.agent.cfg.ExecKeep - time.Since(e.moved); wait <= 0 {
+		e.holder.end(errIdle)
+		e.moved = time.Now() // it is on its way out
+		wait = e.of.agent.cfg.ExecKeep
+	}
+	return wait, true
+}
+
+// await waits for a change or the end, or so long.
+func await(changed, done <-chan struct{}, wait time.Duration, bounded bool) {
+	var late <-chan time.Time
+	if bounded {
+		timer := time.NewTimer(wait)
+		defer timer.Stop()
+		late = timer.C
+	}
+	select {
+	case <-changed:
+	case <-late:
+	case <-done:
 	}
 }
 

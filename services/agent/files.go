@@ -69,6 +69,10 @@ func serveFiles(ctx context.Context, stream *session.Stream, p Foreground) {
 		abandonFiles(p)
 		cancel()
 		err = <-sent
+	case <-stream.Done(): // also while nobody receives, since the program does not read
+		abandonFiles(p)
+		cancel()
+		err = <-sent
 	}
 	if err != nil { // what it still writes is nobody's
 		abandonFiles(p)

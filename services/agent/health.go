@@ -75,7 +75,7 @@ func (t *attempt) checkRun(ctx context.Context, found Attempt, restarts int, cha
 		}
 		pause := h.Interval.Std()
 		if !ready {
-			pause, quick = min(pause, quick), 2*quick
+			pause, quick = min(pause, quick), min(2*quick, pause)
 		}
 		timer := time.NewTimer(pause)
 		select {

@@ -59,6 +59,12 @@ func (e *execution) runMain(ctx context.Context) {
 	case <-ctx.Done():
 	}
 	stop()
+	e.mu.Lock()
+	e.ended, e.moved = true, time.Now()
+	e.mu.Unlock()
+	hurrying, calm := context.WithCancel(ctx)
+	defer calm()
+	input.Go(func() { e.hurry(hurrying) })
 	outputs.Wait()
 	if ctx.Err() != nil {
 		return // its sessions break, and their clients come back to the next agent
@@ -81,6 +87,17 @@ func (e *execution) runMain(ctx context.Context) {
 		e.mu.Lock()
 	}
 	e.mu.Unlock()
+}
+
+// hurry ends the sessions of clients that take nothing of what is left, until ctx ends.
+func (e *execution) hurry(ctx context.Context) {
+	for ctx.Err() == nil {
+		e.mu.Lock()
+		changed := e.changed
+		wait, bounded := e.patienceLocked()
+		e.mu.Unlock()
+		await(changed, ctx.Done(), wait, bounded)
+	}
 }
 
 // follow reads a stream for the client that has it, as far ahead as it acknowledges.

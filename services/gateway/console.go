@@ -183,6 +183,11 @@ func (c *console) run(ctx context.Context) string {
 			fail(err)
 		}
 	})
+	pings.Go(func() {
+		if err := outlive(ctx, c.visit.stream.Done()); err != nil {
+			fail(err)
+		}
+	})
 	// A read that ctx ends breaks the WebSocket, so that one ends by a close from here.
 	reading, unread := context.WithCancel(context.WithoutCancel(ctx))
 	defer unread()

@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"sync/atomic"
@@ -18,7 +19,7 @@ type pulse struct {
 }
 
 // ping asks until ctx ends. While a side takes nothing, no answer can come through: then
-// TCP alone tells who is gone.
+// TCP alone tells who is gone, to whoever writes.
 func (p *pulse) ping(ctx context.Context) error {
 	tick := time.NewTicker(p.every)
 	defer tick.Stop()
@@ -28,15 +29,37 @@ func (p *pulse) ping(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
-		if p.full.Load() > 0 {
-			continue
-		}
+		full := p.full.Load() > 0
 		within, cancel := context.WithTimeout(ctx, p.every)
 		err := p.ws.Ping(within)
 		cancel()
-		if err != nil && p.full.Load() == 0 && ctx.Err() == nil {
+		late := errors.Is(err, context.DeadlineExceeded) && (full || p.full.Load() > 0)
+		if err != nil && !late && ctx.Err() == nil {
 			return fmt.Errorf("no sign of life: %w", err)
 		}
+	}
+}
+
+// leftWithin is how long a client may take for what has come of a session that is over.
+const leftWithin = 30 * time.Second
+
+var errNotRead = errors.New("the client does not read the rest")
+
+// outlive waits until the session is over, and then for what is left, until ctx ends: a client
+// that does not read would hold the connection for as long as it is there.
+func outlive(ctx context.Context, over <-chan struct{}) error {
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-over:
+	}
+	timer := time.NewTimer(leftWithin)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-timer.C:
+		return errNotRead
 	}
 }
 

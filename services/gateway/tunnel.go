@@ -113,6 +113,11 @@ func (t *tunnel) run(ctx context.Context) {
 			fail(err)
 		}
 	})
+	pings.Go(func() {
+		if err := outlive(live, t.stream.Done()); err != nil {
+			fail(err)
+		}
+	})
 	ways.Wait()
 	over()
 	pings.Wait()

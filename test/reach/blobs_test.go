@@ -267,29 +267,52 @@ func randomFile(t testing.TB, seed byte, size int) (*os.File, []byte) {
 	return file, sum.Sum(nil)
 }
 
-// killMidway kills the first agent that has fetched a tenth of the blob, and starts it again.
+// killMidway kills the first agent that is caught with a tenth of the blob and not all of it,
+// and starts it again.
 func killMidway(ctx context.Context, s *harness.Site, agents []*harness.Process, names map[schemas.WorkerID]int, id schemas.BlobID, size int64) (schemas.WorkerID, error) {
 	for ctx.Err() == nil {
 		for name, i := range names {
-			info, err := os.Stat(filepath.Join(s.AgentData(string(name)), "agent", "blobs", id.Hex()+".part"))
-			if errors.Is(err, fs.ErrNotExist) || err == nil && info.Size() < size/10 {
-				continue
-			}
+			part := filepath.Join(s.AgentData(string(name)), "agent", "blobs", id.Hex()+".part")
+			caught, err := catch(agents[i], part, size/10)
 			if err != nil {
 				return "", err
 			}
-			agents[i].Kill()
-			if _, err := os.Stat(filepath.Join(s.AgentData(string(name)), "agent", "blobs", id.Hex()+".part")); err != nil {
-				return "", fmt.Errorf("it was not killed in the middle: %w", err)
+			if !agents[i].Running() {
+				err = agents[i].Start(ctx)
 			}
-			return name, agents[i].Start(ctx)
+			if caught || err != nil {
+				return name, err
+			}
 		}
 		select {
 		case <-time.After(time.Millisecond):
 		case <-ctx.Done():
 		}
 	}
-	return "", ctx.Err()
+	return "", fmt.Errorf("no agent was caught in the middle: %w", ctx.Err())
+}
+
+// catch kills an agent when so much of a file has come, and says whether that is still a part
+// then. It stops it for each look: a fetch is faster than a busy machine looks.
+func catch(p *harness.Process, part string, least int64) (bool, error) {
+	for {
+		if _, err := os.Stat(part); errors.Is(err, fs.ErrNotExist) {
+			return false, nil
+		}
+		if err := p.Pause(); err != nil {
+			return false, err
+		}
+		info, err := os.Stat(part)
+		if err == nil && info.Size() >= least {
+			p.Kill()
+			_, err := os.Stat(part)
+			return err == nil, nil
+		}
+		if err := p.Resume(); err != nil {
+			return false, err
+		}
+		time.Sleep(time.Millisecond) // a piece more
+	}
 }
 
 // received is how many bytes came into each namespace.

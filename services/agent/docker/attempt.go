@@ -23,6 +23,7 @@ import (
 const (
 	drainWithin = 5 * time.Second  // for the pipes' end once no process is left
 	stopSlack   = 15 * time.Second // beyond the grace, before Docker is asked to kill
+	killAgain   = 10 * time.Second // and then asked again
 )
 
 // attempt implements agent.Attempt.
@@ -170,14 +171,33 @@ func (a *attempt) Stop(grace time.Duration) {
 		a.log().Warn().Err(err).Msg("cannot note a stop")
 	}
 	a.sendLocked(initproto.Request{Op: initproto.OpStop, Grace: grace})
+	a.killAfterLocked(grace + stopSlack)
+}
+
+// killAfterLocked kills the container when so much time is over and the attempt is not: again
+// and again, since dockerd may be away.
+func (a *attempt) killAfterLocked(d time.Duration) {
 	if a.backstop != nil {
 		a.backstop.Stop()
 	}
 	id := a.container
-	a.backstop = time.AfterFunc(grace+stopSlack, func() {
+	a.backstop = time.AfterFunc(d, func() {
 		a.rt.goDo(func() {
 			a.log().Warn().Msg("init does not end the task, killing its container")
-			_, _ = a.rt.docker.ContainerKill(a.rt.ctx, id, client.ContainerKillOptions{Signal: "KILL"})
+			again := time.NewTicker(killAgain)
+			defer again.Stop()
+			for {
+				if _, err := a.rt.docker.ContainerKill(a.rt.ctx, id, client.ContainerKillOptions{Signal: "KILL"}); err != nil {
+					a.log().Warn().Err(err).Msg("kill a container")
+				}
+				select {
+				case <-a.done:
+					return
+				case <-a.rt.ctx.Done():
+					return
+				case <-again.C:
+				}
+			}
 		})
 	})
 }

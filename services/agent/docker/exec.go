@@ -1,6 +1,7 @@
 package docker
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -253,14 +254,18 @@ func (p *foreground) output(i int) io.Reader {
 	if p.reads[i] == nil {
 		return nil
 	}
-	return output{p.reads[i]}
+	return &output{f: p.reads[i], rest: pipeBytes}
 }
 
 // output reads what a program writes. Once its read deadline is over it gives what is
-// there, and ends.
-type output struct{ f *os.File }
+// there, and ends: no more than a pipe holds, since what the program has left behind may write
+// on.
+type output struct {
+	f    *os.File
+	rest int
+}
 
-func (o output) Read(b []byte) (n int, err error) {
+func (o *output) Read(b []byte) (n int, err error) {
 	n, err = o.f.Read(b)
 	if errors.Is(err, unix.EIO) { // a terminal whose other side is gone
 		return n, io.EOF
@@ -268,9 +273,10 @@ func (o output) Read(b []byte) (n int, err error) {
 	if !errors.Is(err, os.ErrDeadlineExceeded) {
 		return n, err
 	}
+	b = b[:min(len(b), o.rest)]
 	raw, err := o.f.SyscallConn()
-	if err != nil {
-		return 0, err
+	if err != nil || len(b) == 0 {
+		return 0, cmp.Or(err, io.EOF)
 	}
 	if e := raw.Control(func(fd uintptr) { n, err = unix.Read(int(fd), b) }); e != nil {
 		return 0, e
@@ -278,6 +284,7 @@ func (o output) Read(b []byte) (n int, err error) {
 	if n <= 0 || err != nil {
 		return 0, io.EOF
 	}
+	o.rest -= n
 	return n, nil
 }
 

@@ -2,6 +2,7 @@ package docker
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -68,7 +69,7 @@ func (r *Runtime) Recover(ctx context.Context) ([]agent.Attempt, error) {
 		c, there := containers[f.Name()]
 		a, err := r.recoverOne(ctx, f.Name(), c, there)
 		if err != nil {
-			if ctx.Err() != nil {
+			if ctx.Err() != nil || errors.Is(err, errDocker) { // what Docker does not say now is not lost
 				return nil, fmt.Errorf("recover %s: %w", f.Name(), err)
 			}
 			r.metrics.leaks.WithLabelValues("folder").Inc()
@@ -112,6 +113,9 @@ func (r *Runtime) Recover(ctx context.Context) ([]agent.Attempt, error) {
 	return out, nil
 }
 
+// errDocker says that Docker could not say how a container is.
+var errDocker = errors.New("docker does not answer for a container")
+
 // recoverOne makes an attempt of a folder and its container.
 func (r *Runtime) recoverOne(ctx context.Context, name string, c container.Summary, there bool) (*attempt, error) {
 	var m meta
@@ -152,7 +156,7 @@ func (r *Runtime) recoverOne(ctx context.Context, name string, c container.Summa
 	if there && !running && !known {
 		if state, err = r.state(ctx, c.ID); err != nil {
 			a.discard()
-			return nil, err
+			return nil, fmt.Errorf("%w: %w", errDocker, err)
 		}
 		running = state != nil && state.Running
 	}
@@ -170,6 +174,11 @@ func (r *Runtime) recoverOne(ctx context.Context, name string, c container.Summa
 		running = true
 	default:
 		a.settle(state)
+	}
+	if running && !known && a.stopBy != 0 {
+		a.mu.Lock()
+		a.killAfterLocked(max(0, a.stopBy-initproto.Now()) + stopSlack)
+		a.mu.Unlock()
 	}
 	if running { // also an ended one: its init lingers, and brings the output folder
 		if r.goDo(func() { a.serve(nil, watchAfter) }) {

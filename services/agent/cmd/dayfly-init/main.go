@@ -23,6 +23,7 @@ import (
 	"os/signal"
 	"runtime"
 	"runtime/debug"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -51,6 +52,9 @@ func main() {
 	// from there would crash it. Not Ignore: an ignored signal stays ignored through exec,
 	// and `yes | head` would hang. The two that matter have a channel of their own, which
 	// a flood of others cannot fill.
+	if err := dropFaults(); err != nil {
+		fail(err)
+	}
 	signals := make(chan os.Signal, 8)
 	signal.Notify(make(chan os.Signal, 1))
 	signal.Notify(signals, unix.SIGCHLD, unix.SIGTERM)
@@ -64,6 +68,23 @@ func main() {
 		output: openFolder(outputPath(os.Args)), stdout: -1, stderr: -1, input: -1, master: -1,
 	}
 	os.Exit(s.loop(signals))
+}
+
+// faults are the signals that the Go runtime takes for a fault of its own where they do not
+// say that a user has sent them by kill: by rt_sigqueueinfo, or F_SETSIG of a pipe, the task
+// could crash PID 1 with them, whatever is notified.
+var faults = []unix.Signal{unix.SIGILL, unix.SIGTRAP, unix.SIGBUS, unix.SIGFPE, unix.SIGSEGV, unix.SIGSTKFLT, unix.SIGSYS}
+
+// dropFaults gives those their default action: the kernel drops them then, if they are sent to
+// PID 1, and ends it for a fault that is one.
+func dropFaults() error {
+	var action [8]uintptr // the kernel's struct sigaction, and more: SIG_DFL, no flags
+	for _, sig := range faults {
+		if _, _, e := unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(sig), uintptr(unsafe.Pointer(&action)), 0, 8, 0, 0); e != 0 {
+			return fmt.Errorf("the action of %s: %w", unix.SignalName(sig), e)
+		}
+	}
+	return nil
 }
 
 func fail(err error) {
