@@ -62,6 +62,13 @@ type Console struct {
 // ErrLostOutput says that a part of a console's output is gone for good.
 var ErrLostOutput = errors.New("a part of the output was lost with the connection")
 
+// errForeign says that what the other side sends is none of a console: a worker may be
+// anybody's.
+var errForeign = errors.New("the other side does not answer like dayfly")
+
+// maxOffset leaves room to count on from any offset that the other side says.
+const maxOffset = 1 << 62
+
 // Console starts a program and gives its streams. ctx is of the whole console.
 func (c *Client) Console(ctx context.Context, id schemas.TaskID, o ConsoleOptions) (*Console, error) {
 	q := url.Values{"command": o.Command, "acks": {"1"}}
@@ -197,6 +204,10 @@ func (s *Console) run(ctx context.Context, ws *websocket.Conn) {
 			return
 		}
 		_ = ws.CloseNow()
+		if errors.Is(err, errForeign) { // and would again
+			s.fail(err)
+			return
+		}
 		if code := websocket.CloseStatus(err); code == 4001 {
 			s.fail(errors.New("another client has taken the console over"))
 			return
@@ -298,6 +309,7 @@ func (s *Console) takenLocked() schemas.ExecOffsets {
 }
 
 func (s *Console) receive(ctx context.Context, ws *websocket.Conn, began chan struct{}) error {
+	started, told := false, int64(0) // of this connection
 	for {
 		kind, b, err := ws.Read(ctx)
 		if err != nil {
@@ -311,25 +323,19 @@ func (s *Console) receive(ctx context.Context, ws *websocket.Conn, began chan st
 		}
 		var m schemas.ExecControl
 		if err := schemas.Decode(b, &m); err != nil {
-			return fmt.Errorf("%s does not answer like dayfly: %w", s.client.base, err)
+			return fmt.Errorf("%w: %w", errForeign, err)
 		}
 		s.mu.Lock()
 		switch {
 		case m.Started != nil:
-			if s.newest {
-				s.newest = false
-				s.came = schemas.ExecOffsets{Stdout: m.Started.Stdout, Stderr: m.Started.Stderr}
-			} else if m.Started.Stdout > s.came.Stdout || m.Started.Stderr > s.came.Stderr {
-				s.err = ErrLostOutput
-				s.came = schemas.ExecOffsets{Stdout: m.Started.Stdout, Stderr: m.Started.Stderr}
+			if err = s.beginLocked(*m.Started, started); err == nil {
+				started, told = true, m.Started.Has
+				close(began)
 			}
-			if !s.begun { // an earlier client may have written before
-				s.begun, s.base = true, m.Started.Stdin
-			}
-			s.tookLocked(m.Started.Has) // and no more: the rest is lost if the agent is
-			s.from, s.has = m.Started.Stdin, max(s.has, m.Started.Has)
-			close(began)
+		case m.Stdin < told && m.Stdin != 0, m.Stdin > maxOffset:
+			err = fmt.Errorf("%w: it has %d bytes of stdin after %d", errForeign, m.Stdin, told)
 		case m.Stdin > 0:
+			told = m.Stdin
 			s.tookLocked(m.Stdin)
 			s.has = max(s.has, m.Stdin)
 		case m.Exit != nil:
@@ -339,10 +345,37 @@ func (s *Console) receive(ctx context.Context, ws *websocket.Conn, began chan st
 		}
 		s.wakeLocked()
 		s.mu.Unlock()
+		if err != nil {
+			return err
+		}
 		if m.Exit != nil || m.Lost != "" {
 			return nil
 		}
 	}
+}
+
+// beginLocked takes where the streams go on. started says that it came before.
+func (s *Console) beginLocked(at schemas.ExecBegin, started bool) error {
+	if started {
+		return fmt.Errorf("%w: it begins twice", errForeign)
+	}
+	if lowest := min(at.Stdin, at.Has, at.Stdout, at.Stderr); lowest < 0 || max(at.Stdin, at.Stdout, at.Stderr) > maxOffset || at.Has > at.Stdin {
+		return fmt.Errorf("%w: it begins at %+v", errForeign, at)
+	}
+	from := schemas.ExecOffsets{Stdout: at.Stdout, Stderr: at.Stderr}
+	if s.newest {
+		s.newest = false
+		s.came = from
+	} else if at.Stdout > s.came.Stdout || at.Stderr > s.came.Stderr {
+		s.err = ErrLostOutput
+		s.came = from
+	}
+	if !s.begun { // an earlier client may have written before
+		s.begun, s.base = true, at.Stdin
+	}
+	s.tookLocked(at.Has) // and no more: the rest is lost if the agent is
+	s.from, s.has = at.Stdin, max(s.has, at.Has)
+	return nil
 }
 
 // tookLocked drops what the other side has taken over.
@@ -479,7 +512,7 @@ func (s *Console) Read(p []byte) (int, error) {
 func (s *Console) Write(p []byte) (n int, err error) {
 	for len(p) > 0 {
 		s.mu.Lock()
-		room := maxInputs - int(s.base+int64(len(s.in))-s.has)
+		room := maxInputs - int(max(0, s.base+int64(len(s.in))-s.has)) // who says it has more gets no more
 		switch {
 		case s.exit != nil || s.err != nil && s.err != ErrLostOutput || s.shut:
 			s.mu.Unlock()

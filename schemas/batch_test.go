@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -90,6 +91,71 @@ func TestReadBatch(t *testing.T) {
 		var e *schemas.Error
 		if !errors.As(err, &e) || e.Field != field {
 			t.Errorf("%s: %v", item, err)
+		}
+	}
+}
+
+// Each item is decoded over the template, which is decoded once: none changes it for the next.
+func TestItemsShareNothingOfTheirTemplate(t *testing.T) {
+	const template = `{"image":"i","entrypoint":["e"],"command":["a","b"],"env":{"X":"0","Y":"1"},"files":[{"path":"f","content":"c"},{"path":"g","content":"d"}],
+		"secrets":[{"env":"S","value":"v"}],"resources":{"cpus":1},"tmpfs":{"/x":"1MiB"},"read_only":false,"ports":[{"name":"p","port":80}],"timeouts":{"stop":"1s"},
+		"restart":{"policy":"always"},"health":{"http":{"port":80},"retries":5},"constraints":{"zone":"a"},"callback":{"url":"http://a"},"labels":{"k":"v"},"mounts":{"input":"/in"}}`
+	p := schemas.DefaultPolicy().ForTemplates()
+	items := []string{`{}`, `{"entrypoint":["E","F"],"command":["z"],"env":{"X":"9","Z":"9"},"files":[{"path":"h"}],"secrets":[{"env":"T","value":"w"}],"resources":{"cpus":2},
+		"tmpfs":{"/x":"2MiB","/y":"1MiB"},"read_only":true,"ports":[{"name":"q","port":81}],"timeouts":{"stop":"9s"},"restart":{"policy":"on_failure","max":3},
+		"health":{"http":{"port":81,"path":"/h"},"retries":9},"constraints":{"zone":"b","disk":"ssd"},"callback":{"url":"http://b"},"labels":{"k":"w","l":"w"},
+		"mounts":{"input":"/other"},"name":"n"}`, `{"callback":null,"env":null,"files":[]}`, `{}`}
+	batch := schemas.BatchRequest{Template: []byte(template), Labels: map[string]string{"all": "1"}}
+	for n, item := range items {
+		alone := schemas.BatchRequest{Template: []byte(template), Labels: map[string]string{"all": "1"}}
+		want, err := alone.ParseItem([]byte(item), p)
+		if err != nil {
+			t.Fatal(item, err)
+		}
+		if got, err := batch.ParseItem([]byte(item), p); err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("item %d: %v\n%+v\nalone it is\n%+v", n, err, got, want)
+		}
+	}
+	// What a field refers to that is not exported could not be copied.
+	seen := map[reflect.Type]bool{}
+	var walk func(reflect.Type)
+	walk = func(of reflect.Type) {
+		if seen[of] {
+			return
+		}
+		seen[of] = true
+		switch of.Kind() {
+		case reflect.Pointer, reflect.Slice, reflect.Map:
+			walk(of.Elem())
+		case reflect.Struct:
+			for f := range of.Fields() {
+				if !f.IsExported() {
+					t.Errorf("%s.%s", of, f.Name)
+				}
+				walk(f.Type)
+			}
+		case reflect.Interface, reflect.Array, reflect.Func, reflect.Chan:
+			t.Errorf("%s is not copied", of)
+		}
+	}
+	walk(reflect.TypeFor[schemas.Spec]())
+}
+
+// BenchmarkItemsOfALongTemplate is what a gateway does for each of up to 10,000 items.
+func BenchmarkItemsOfALongTemplate(b *testing.B) {
+	env := map[string]string{}
+	for i := range 600 {
+		env[fmt.Sprintf("NAME_%d", i)] = strings.Repeat("x", 45)
+	}
+	template, err := schemas.Encode(schemas.Spec{Image: "i", Env: env, Timeouts: schemas.DefaultSpec().Timeouts})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.SetBytes(int64(len(template)))
+	batch := schemas.BatchRequest{Template: template}
+	for b.Loop() {
+		if _, err := batch.ParseItem([]byte(`{}`), schemas.DefaultPolicy()); err != nil {
+			b.Fatal(err)
 		}
 	}
 }

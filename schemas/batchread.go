@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"reflect"
 	"slices"
 	"strings"
 
@@ -43,6 +44,15 @@ type BatchRequest struct {
 	// Fingerprint tells equal requests: white space and the order of fields make no
 	// difference. It follows from nothing else, so who has it can test guesses at a secret.
 	Fingerprint string
+
+	read *itemTemplate // what Template says; nil until an item is parsed
+}
+
+// itemTemplate is a template that was decoded: items are many, and it may be long.
+type itemTemplate struct {
+	spec  Spec
+	given []string // its fields
+	err   error
 }
 
 // ReadBatch reads the body of POST /v1/batches as it comes: {template, items, labels,
@@ -239,11 +249,18 @@ func within(field string, err error) error {
 // ParseItem gives the spec of an item: the item's fields over those of the template, as
 // JSON decodes over a value that is there: entries of maps are added, all else that is
 // given replaces. Labels are those of the batch. Errors name fields from the item on.
-func (b BatchRequest) ParseItem(item []byte, p Policy) (Spec, error) {
-	s := DefaultSpec()
-	if err := DecodeStrict(b.Template, &s); err != nil {
-		return s, within("template", err)
+// It is not for several goroutines at once: the first call decodes the template.
+func (b *BatchRequest) ParseItem(item []byte, p Policy) (Spec, error) {
+	if b.read == nil {
+		t := itemTemplate{spec: DefaultSpec(), given: given(b.Template)}
+		t.err = within("template", DecodeStrict(b.Template, &t.spec))
+		b.read = &t
 	}
+	if b.read.err != nil {
+		return Spec{}, b.read.err
+	}
+	s := b.read.spec
+	unshare(reflect.ValueOf(&s).Elem()) // decoding over a value writes into its maps and lists
 	over := struct {
 		Name string `json:"name,omitzero"`
 		Spec
@@ -262,16 +279,62 @@ func (b BatchRequest) ParseItem(item []byte, p Policy) (Spec, error) {
 	if len(labels) > 0 {
 		over.Labels = labels
 	}
-	spec, err := over.Spec.ofKind(p, itemFields(b.Template, item, len(labels) > 0))
+	spec, err := over.Spec.ofKind(p, itemFields(b.read.given, item, len(labels) > 0))
 	if err != nil {
 		return s, err
 	}
 	return spec.complete(p)
 }
 
+// unshare gives a value its own copies of all that it refers to.
+func unshare(v reflect.Value) {
+	switch v.Kind() {
+	case reflect.Struct:
+		for _, field := range v.Fields() {
+			unshare(field)
+		}
+	case reflect.Pointer:
+		if !v.IsNil() {
+			own := reflect.New(v.Type().Elem())
+			own.Elem().Set(v.Elem())
+			unshare(own.Elem())
+			v.Set(own)
+		}
+	case reflect.Slice:
+		if !v.IsNil() {
+			own := reflect.MakeSlice(v.Type(), v.Len(), v.Len())
+			reflect.Copy(own, v)
+			for i := 0; i < own.Len() && refers(v.Type().Elem()); i++ {
+				unshare(own.Index(i))
+			}
+			v.Set(own)
+		}
+	case reflect.Map:
+		if !v.IsNil() {
+			own := reflect.MakeMapWithSize(v.Type(), v.Len())
+			value := reflect.New(v.Type().Elem()).Elem()
+			for key, of := range v.Seq2() {
+				value.Set(of)
+				unshare(value)
+				own.SetMapIndex(key, value)
+			}
+			v.Set(own)
+		}
+	}
+}
+
+// refers says whether a value of the type may refer to others.
+func refers(t reflect.Type) bool {
+	switch t.Kind() {
+	case reflect.Struct, reflect.Pointer, reflect.Slice, reflect.Map:
+		return true
+	}
+	return false
+}
+
 // itemFields names what of a spec the template and the item give.
-func itemFields(template, item []byte, labels bool) []string {
-	names := slices.DeleteFunc(append(given(template), given(item)...), func(n string) bool { return n == "name" })
+func itemFields(template []string, item []byte, labels bool) []string {
+	names := slices.DeleteFunc(slices.Concat(template, given(item)), func(n string) bool { return n == "name" })
 	if labels {
 		names = append(names, "labels")
 	}

@@ -13,6 +13,7 @@ import (
 	"unicode"
 
 	"github.com/distribution/reference"
+	"github.com/go-json-experiment/json"
 )
 
 // Policy is what an operator lets tasks ask for.
@@ -139,6 +140,9 @@ func (s *Spec) checkAvailable(c *checker) {
 // checkSize keeps room in the record for the status, once contents that are too large have
 // become blobs. It names the field that takes the most, since that one has to shrink.
 func (s *Spec) checkSize(c *checker) {
+	if b, err := json.Marshal(s); err == nil && len(b) <= MaxSpecBytes {
+		return // as most are, in whichever order maps are written
+	}
 	slim, _ := s.Slim()
 	b, err := Encode(slim)
 	if err != nil {

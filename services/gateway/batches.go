@@ -1,7 +1,6 @@
 package gateway
 
 import (
-	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -59,12 +58,14 @@ func (g *Gateway) createBatch(w *response, r *http.Request) error {
 	}
 
 	up := upload{g: g, id: strings.ToLower(rand.Text())}
-	// The client's leaving ends the reading, and nothing after that.
+	// The client's leaving ends the reading and the check, and nothing after that.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), 2*uploadMost)
 	defer cancel()
 	req, err := up.read(ctx, w, r)
 	if err == nil {
-		err = up.check(ctx, req)
+		checking, stop := context.WithTimeout(r.Context(), uploadMost)
+		err = up.check(checking, req)
+		stop()
 	}
 	var e bus.Entry[schemas.Batch]
 	if err == nil {
@@ -213,9 +214,16 @@ func (u *upload) check(ctx context.Context, req schemas.BatchRequest) error {
 			return readError(err)
 		}
 		for i, raw := range part {
+			if err := ctx.Err(); err != nil {
+				return readError(err)
+			}
 			spec, err := req.ParseItem(raw, u.g.cfg.Policy)
-			if err == nil && (spec.Resources.CPUs != last.Resources.CPUs || spec.Resources.Memory != last.Resources.Memory || !maps.Equal(spec.Constraints, last.Constraints)) {
-				if misfit := cmp.Or(u.g.fleet.misfit(spec), u.g.ports.off(spec)); misfit != nil {
+			if err == nil {
+				misfit := u.g.ports.off(spec)
+				if misfit == nil && !fitsLike(spec, last) {
+					misfit = u.g.fleet.misfit(spec)
+				}
+				if misfit != nil {
 					err = misfit
 				}
 			}
@@ -244,6 +252,12 @@ func (u *upload) check(ctx context.Context, req schemas.BatchRequest) error {
 		return schemas.InvalidSpec(faults)
 	}
 	return nil
+}
+
+// fitsLike says that what fleet.misfit says of two specs is the same: it looks at all workers.
+func fitsLike(a, b schemas.Spec) bool {
+	return a.Resources.CPUs == b.Resources.CPUs && a.Resources.Memory == b.Resources.Memory && a.Resources.GPUs == b.Resources.GPUs &&
+		maps.Equal(a.Constraints, b.Constraints)
 }
 
 // checkBlobs notes which blobs an item names. They are not collected from here on: the

@@ -7,6 +7,7 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"net/http/httptest"
 	"runtime"
 	"slices"
 	"strings"
@@ -262,6 +263,111 @@ func TestABatchIsCanceled(t *testing.T) {
 	}
 	until(t, "the items are no longer stored", func() bool { return w.stored() == 0 })
 	w.do("DELETE", "/v1/batches/b-01arz3ndektsv4rrffq69g5000", "").want(t, 404, schemas.CodeNotFound)
+}
+
+// All ports are taken by the batch's own first item, so the others cannot be made.
+func TestABatchIsCanceledWhoseItemsCannotBeMade(t *testing.T) {
+	w := newWorld(t, gateway.Config{TCP: portRange(t, 1), BatchAhead: 5, PortSweep: 20 * time.Millisecond})
+	b := w.createBatch(`{"template":` + withPort + `,"items":[{},{},{}]}`)
+	var made schemas.TaskID
+	until(t, "one has the port", func() bool {
+		for i := range 3 {
+			if id := b.ID.Task(i); w.get("/v1/tasks/"+string(id)).status == 200 {
+				made = id
+			}
+		}
+		return made != ""
+	})
+	until(t, "the others cannot be made", func() bool { return strings.Contains(w.logs.String(), "work on a batch, trying again") })
+	w.run(made)
+	if r := w.do("DELETE", "/v1/batches/"+string(b.ID), ""); r.status != 200 {
+		t.Fatalf("%d %s", r.status, r.body)
+	}
+	until(t, "the worker is told", func() bool { return w.task(made).Cancel != nil })
+	w.report(made, schemas.PhaseEnded, &schemas.End{By: schemas.EndedStop})
+	if v := w.batchDone(b.ID); v.Counts[schemas.Canceled] != 3 {
+		t.Errorf("%+v", v)
+	}
+	for i := range 3 {
+		id := b.ID.Task(i)
+		task := w.task(id)
+		if task.State != schemas.Canceled || task.Batch != b.ID {
+			t.Errorf("%d: %+v", i, task)
+		}
+		if id != made && len(task.Endpoints) > 0 && task.Endpoints[0].Port != 0 {
+			t.Errorf("%d was given a port after the cancel: %+v", i, task.Endpoints)
+		}
+	}
+}
+
+// An item that differs from the one before only in its ports, or its GPUs, is looked at too.
+func TestABatchIsRefusedForPortsAndGPUs(t *testing.T) {
+	const tcp = `{"ports":[{"name":"p","port":7000,"protocol":"tcp"}]}`
+	w := newWorld(t, gateway.Config{})
+	w.beat(beat("w1", 4, 8<<30))
+	until(t, "the worker is seen", func() bool { return len(w.images("/v1/images").Workers) == 1 })
+	e := w.do("POST", "/v1/batches", `{"template":{"image":"a"},"items":[{},`+tcp+`,{},{"resources":{"gpus":1}}]}`).want(t, 422, schemas.CodeNotAllowed)
+	var fields []string
+	for _, f := range e.Errors {
+		fields = append(fields, f.Field+" "+string(f.Code))
+	}
+	if got := strings.Join(fields, ", "); got != "items.1.ports.0.protocol not_allowed, items.3.resources.gpus no_capacity" {
+		t.Error(got)
+	}
+	one := newAPI(t, natstest.Connect(t, w.nats), gateway.Config{TCP: portRange(t, 1)})
+	const two = `{"image":"a","ports":[{"name":"p","port":7000,"protocol":"tcp"},{"name":"q","port":7001,"protocol":"tcp"}]}`
+	if e := one.do("POST", "/v1/batches", `{"template":`+two+`,"items":[{}]}`).want(t, 422, schemas.CodeNotAllowed); e.Field != "items.0.ports" {
+		t.Errorf("%+v", e)
+	}
+}
+
+// The operator takes the ports away while items wait for theirs: they fail, and the others go on.
+func TestItemsThatAreNoLongerAllowedFail(t *testing.T) {
+	cfg := gateway.Config{TCP: portRange(t, 1), BatchAhead: 5, BatchLease: 500 * time.Millisecond}
+	w := newStore(t)
+	a, stop := w.another(cfg)
+	b := a.createBatch(`{"template":` + withPort + `,"items":[{},{},{"ports":[]}]}`)
+	until(t, "one cannot be made", func() bool { return strings.Contains(a.logs.String(), "work on a batch, trying again") })
+	stop()
+	cfg.TCP = gateway.PortRange{}
+	a, _ = w.another(cfg)
+	w.play()
+	if v := a.batchDone(b.ID); v.Counts[schemas.Failed] != 1 || v.Counts[schemas.Completed] != 2 {
+		t.Errorf("%+v", v)
+	}
+}
+
+// countedKind is a kind of a site that is told of each item.
+type countedKind func()
+
+func (countedKind) Names() []string { return []string{"counted"} }
+
+func (k countedKind) Make(asked schemas.Spec, _ []string) (schemas.Spec, error) {
+	k()
+	asked.Kind, asked.Payload, asked.Image = "", nil, "a"
+	return asked, nil
+}
+
+// Nobody waits for the answer of a check whose client has left.
+func TestAClientThatLeavesEndsTheCheckOfItsItems(t *testing.T) {
+	ctx, leave := context.WithCancel(t.Context())
+	defer leave()
+	checked := 0
+	policy := schemas.DefaultPolicy()
+	policy.Kinds = countedKind(func() { checked++; leave() })
+	w := newWorld(t, gateway.Config{Policy: policy})
+	until(t, "it is ready", func() bool { return w.get("/v1/batches").status == 200 })
+	body := `{"template":{"kind":"counted"},"items":[{}` + strings.Repeat(",{}", 999) + `]}`
+	req := httptest.NewRequestWithContext(ctx, "POST", "http://localhost/v1/batches", strings.NewReader(body))
+	req.Header.Set("Content-Type", "application/json")
+	rec := httptest.NewRecorder()
+	w.g.Handler().ServeHTTP(rec, req)
+	if checked != 1 || rec.Code != 503 {
+		t.Errorf("%d items were checked; %d %s", checked, rec.Code, rec.Body)
+	}
+	if n := w.stored(); n != 0 {
+		t.Errorf("%d messages of its items stay", n)
+	}
 }
 
 func TestBatchesAreListed(t *testing.T) {

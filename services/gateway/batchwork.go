@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/http"
 	"slices"
 	"strings"
 	"sync"
@@ -261,9 +262,9 @@ func (b *batches) step(ctx context.Context, id schemas.BatchID) error {
 	err := b.findMissing(ctx, w)
 	if err == nil {
 		err = b.makeTasks(ctx, w)
-	}
-	if err == nil && w.entry.Value.Cancel != nil {
-		err = b.cancelTasks(ctx, w)
+		if w.entry.Value.Cancel != nil { // what runs shall end whatever cannot be made
+			err = errors.Join(err, b.cancelTasks(ctx, w))
+		}
 	}
 	return errors.Join(err, b.save(ctx, w, 0))
 }
@@ -338,8 +339,8 @@ func (b *batches) findMissing(ctx context.Context, w *work) error {
 }
 
 // makeTasks makes the next tasks, so many that no more than BatchAhead wait for a
-// worker. Those of a canceled batch that may have been begun are made too: only then
-// is it sure that nobody makes them later.
+// worker. Those of a canceled batch that may have been begun are made too, as canceled
+// ones: only then is it sure that nobody makes them later.
 func (b *batches) makeTasks(ctx context.Context, w *work) error {
 	b.mu.Lock()
 	room := b.g.cfg.BatchAhead - w.queued
@@ -377,15 +378,17 @@ func (b *batches) makeTasks(ctx context.Context, w *work) error {
 		switch {
 		case err == nil:
 			g.Go(func() error {
-				failed[i] = b.makeTask(ctx, w, index, spec)
+				err := b.makeTask(ctx, w, index, spec)
+				if e, ok := errors.AsType[*schemas.Error](err); ok && e.Status/100 == 4 && e.Status != http.StatusTooManyRequests {
+					b.refuse(w, index, err)
+					err = nil
+				}
+				failed[i] = err
 				return nil
 			})
 			continue
-		case errors.As(err, &refused): // the operator's policy is another than when it was accepted
-			b.g.log.Warn().Err(err).Str("batch", string(v.ID)).Int("item", index).Msg("the item is no longer allowed")
-			b.mu.Lock()
-			w.set(index, schemas.Failed)
-			b.mu.Unlock()
+		case errors.As(err, &refused):
+			b.refuse(w, index, err)
 			continue
 		case errors.Is(err, bus.ErrNotFound) && v.Cancel != nil: // nobody can make it any more
 			b.mu.Lock()
@@ -413,13 +416,30 @@ func (b *batches) makeTasks(ctx context.Context, w *work) error {
 	return nil
 }
 
+// refuse lets an item fail that can never be made: the operator's policy is another than
+// when it was accepted.
+func (b *batches) refuse(w *work, index int, err error) {
+	b.g.log.Warn().Err(err).Str("batch", string(w.entry.Value.ID)).Int("item", index).Msg("the item is no longer allowed")
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	w.set(index, schemas.Failed)
+}
+
 func (b *batches) makeTask(ctx context.Context, w *work, index int, spec schemas.Spec) error {
-	id := w.entry.Value.ID.Task(index)
+	v := w.entry.Value
+	id := v.ID.Task(index)
 	began := time.Now()
-	e, err := b.g.accept(ctx, id, spec, w.entry.Value.ID, "")
-	state := schemas.Queued
+	var e bus.Entry[record]
+	var err error
+	if v.Cancel == nil {
+		e, err = b.g.accept(ctx, id, spec, v.ID, "")
+	} else {
+		e, err = b.g.acceptCanceled(ctx, id, spec, v.ID, v.Cancel.By)
+	}
+	var state schemas.State
 	switch {
 	case err == nil:
+		state = e.Value.State
 		b.g.metrics.itemMade.Observe(time.Since(began).Seconds())
 	case errors.Is(err, bus.ErrConflict): // it was made before
 		if e, err = b.g.records.Get(ctx, string(id)); errors.Is(err, bus.ErrNotFound) {

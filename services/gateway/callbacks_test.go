@@ -41,3 +41,44 @@ func TestATaskShowsWhatBecameOfItsCallback(t *testing.T) {
 		t.Error("the secret is shown")
 	}
 }
+
+// A wait may be longer than one operation on the bus may take: what became of the callback
+// is told all the same.
+func TestTheCallbackIsToldAfterALongWait(t *testing.T) {
+	const operation = time.Second
+	w := newWorld(t, gateway.Config{OpTimeout: operation})
+	id := w.create(`{"image":"a","callback":{"url":"http://a.example"}}`).ID
+	began, got := time.Now(), make(chan reply, 1)
+	go func() {
+		r, err := w.try("GET", "/v1/tasks/"+string(id)+"?wait=done&timeout=60s", "")
+		if err != nil {
+			t.Error(err)
+		}
+		got <- r
+	}()
+	until(t, "it waits", func() bool { return w.waiting() == 1 })
+	until(t, "an operation that began before the wait is over", func() bool { return time.Since(began) > 2*operation })
+	w.run(id)
+	w.report(id, schemas.PhaseEnded, ended(0, 0, 0))
+	r := <-got
+	if c := r.task(t).Callback; c == nil || c.State != schemas.DeliveryPending {
+		t.Errorf("%d: %s", r.status, r.body)
+	}
+}
+
+// waiting counts the requests that wait for a task.
+func (a api) waiting() (n float64) {
+	a.Helper()
+	families, err := a.reg.Gather()
+	if err != nil {
+		a.Fatal(err)
+	}
+	for _, f := range families {
+		for _, m := range f.GetMetric() {
+			if f.GetName() == "dayfly_streams_open" && m.GetLabel()[0].GetValue() == "wait" {
+				n += m.GetGauge().GetValue()
+			}
+		}
+	}
+	return n
+}

@@ -176,6 +176,23 @@ func (g *Gateway) accept(ctx context.Context, id schemas.TaskID, spec schemas.Sp
 	return g.acceptRecord(ctx, r, m.Op, trace, schemas.Record{})
 }
 
+// acceptCanceled stores the record of an item whose batch was canceled before its task was
+// made: final from the first, so that it needs no ports and no room for blobs. Contents
+// that the record has no room for are named, and not stored.
+func (g *Gateway) acceptCanceled(ctx context.Context, id schemas.TaskID, spec schemas.Spec, batch schemas.BatchID, by string) (bus.Entry[record], error) {
+	m := meta("gateway")
+	slim, _ := spec.Slim()
+	r := schemas.NewRecord(id, slim, g.cfg.Policy, m)
+	r.Batch = batch
+	canceled := m
+	canceled.By = by
+	r, err := schemas.Next(r, schemas.AskCancel{Meta: canceled})
+	if err != nil {
+		return bus.Entry[record]{}, err
+	}
+	return g.acceptRecord(ctx, r, m.Op, "", schemas.Record{})
+}
+
 // newRecord is the record of a task: of its spec what belongs into blobs has been put there.
 func (g *Gateway) newRecord(ctx context.Context, id schemas.TaskID, spec schemas.Spec, p schemas.Policy, batch schemas.BatchID, m schemas.Meta) (schemas.Record, error) {
 	slim, uses, faults, err := g.blobs.take(ctx, spec, batch != "")
@@ -191,14 +208,17 @@ func (g *Gateway) newRecord(ctx context.Context, id schemas.TaskID, spec schemas
 }
 
 // acceptRecord is accept of a record that the write op made. It gets the TCP ports that
-// former had, where it can: the final task whose place it takes.
+// former had, where it can: the final task whose place it takes. One that is final gets none.
 func (g *Gateway) acceptRecord(ctx context.Context, r schemas.Record, op, trace string, former schemas.Record) (bus.Entry[record], error) {
 	id := r.ID
 	span := g.tracer.Start(trace, "accept", tracing.Inner)
 	span.Task(string(id), 0)
 	r.Trace = cmp.Or(trace, span.Traceparent())
 	var err error
-	if r.Public, err = g.ports.take(ctx, id, r.Spec, former); err != nil {
+	var opts []bus.WriteOption
+	if r.State.Final() {
+		opts = append(opts, bus.TTL(g.cfg.Retention))
+	} else if r.Public, err = g.ports.take(ctx, id, r.Spec, former); err != nil {
 		span.End(err)
 		return bus.Entry[record]{}, err
 	}
@@ -207,7 +227,7 @@ func (g *Gateway) acceptRecord(ctx context.Context, r schemas.Record, op, trace 
 		span.End(err)
 		return bus.Entry[record]{}, err
 	}
-	e, err := g.records.Create(ctx, string(id), rec, op)
+	e, err := g.records.Create(ctx, string(id), rec, op, opts...)
 	span.End(err)
 	if err != nil {
 		if !errors.Is(err, bus.ErrUnknownOutcome) {
@@ -217,7 +237,10 @@ func (g *Gateway) acceptRecord(ctx context.Context, r schemas.Record, op, trace 
 	}
 	g.fold(e)
 	g.metrics.submitted.Inc()
-	tracing.Log(g.log.Info(), r.Trace).Str("task", string(id)).Str("state", string(schemas.Queued)).Msg("task")
+	if r.State.Final() {
+		g.metrics.finished.WithLabelValues(string(r.State), string(r.Reason)).Inc()
+	}
+	tracing.Log(g.log.Info(), r.Trace).Str("task", string(id)).Str("state", string(r.State)).Msg("task")
 	return e, nil
 }
 

@@ -128,7 +128,8 @@ func (g *Gateway) changeWanted(w *response, r *http.Request, image string, wish 
 			return all, &schemas.Error{Status: http.StatusNotFound, Code: schemas.CodeNotFound, Detail: "nobody has asked for that image; GET /v1/images lists what is wanted, and by whom"}
 		}
 		if at >= 0 {
-			shown, own = own[at], slices.Delete(own, at, at+1)
+			shown = own[at] // by itself: Delete moves what lies behind to this place
+			own = slices.Delete(own, at, at+1)
 		}
 		if wish != nil {
 			shown, own = *wish, append(own, *wish)

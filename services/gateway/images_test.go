@@ -79,6 +79,16 @@ func TestWantedImages(t *testing.T) {
 	if l := w.images("/v1/images"); len(l.Items) != 0 {
 		t.Errorf("after the release: %+v", l.Items)
 	}
+	for _, name := range []string{"first", "second", "third"} {
+		w.ok(w.do("POST", "/v1/images", `{"image":"`+name+`"}`), &schemas.Image{})
+	}
+	for _, name := range []string{"first", "third", "second"} { // with others behind it, and alone
+		var released schemas.Image
+		w.ok(w.do("DELETE", "/v1/images?image="+name, ""), &released)
+		if released.Image != name || released.By != schemas.ByOperator || len(released.Status) != 0 {
+			t.Errorf("the release of %s is answered with %+v", name, released)
+		}
+	}
 	for body, field := range map[string]string{
 		`{}`:                                         "image",
 		`{"image":"https://x"}`:                      "image",

@@ -119,10 +119,14 @@ func (p *ports) misfit(spec schemas.Spec) *schemas.Error {
 	return nil
 }
 
-// off says that this site gives no ports, and the task asks for one.
+// off says that this site gives no ports, or has fewer in all than the task asks for.
 func (p *ports) off(spec schemas.Spec) *schemas.Error {
-	if p.within.size() > 0 {
-		return nil
+	if size := p.within.size(); size > 0 {
+		if tcpPorts(spec) <= size {
+			return nil
+		}
+		return &schemas.Error{Status: http.StatusUnprocessableEntity, Code: schemas.CodeNotAllowed, Field: "ports",
+			Detail: fmt.Sprintf("this site has %d TCP ports for all tasks; its operator widens --tcp-ports", size)}
 	}
 	for i, port := range spec.Ports {
 		if port.Protocol == schemas.ProtocolTCP {

@@ -35,8 +35,8 @@ func (g *Gateway) get(w *response, r *http.Request) error {
 		return err
 	}
 	ctx, cancel := g.onBus(r)
-	defer cancel()
 	e, err := g.fetch(ctx, id)
+	cancel()
 	if err != nil {
 		return err
 	}
@@ -46,7 +46,9 @@ func (g *Gateway) get(w *response, r *http.Request) error {
 	t := g.present(e.Value.Record, e.Revision, time.Now())
 	tag := etag(e.Revision)
 	if t.State.Final() && t.Spec.Callback != nil {
+		ctx, cancel := g.onBus(r)           // a wait may have been longer than one operation
 		t.Callback = g.delivery(ctx, e.Key) // news that the revision does not tell
+		cancel()
 	}
 	w.Header().Set("ETag", tag)
 	if t.Callback == nil && matches(r.Header, tag) {

@@ -214,6 +214,9 @@ func (c *courier) run(ctx context.Context, records <-chan struct{}) error {
 func (c *courier) deliver(ctx context.Context, id string) (again time.Time) {
 	a, ok := c.look(id)
 	mark, revision, _ := c.marks.Get(id)
+	if mark.Done() { // the mark may have come while changed took it for due
+		c.forget(id)
+	}
 	if !ok || mark.Done() || ctx.Err() != nil {
 		return time.Time{}
 	}

@@ -76,7 +76,7 @@ func (r *Reaper) reports(ctx context.Context) error {
 func (r *Reaper) ensureConsumer(ctx context.Context) error {
 	return r.conn.EnsureConsumer(ctx, bus.ConsumerSpec{
 		Stream: schemas.StreamReports, Durable: durable, Filter: schemas.ReportSubject("*", "*"),
-		AckWait: ackWait, MaxAckPending: 4096,
+		AckWait: ackWait, MaxAckPending: reportsMost,
 	})
 }
 
@@ -91,10 +91,15 @@ type unknown struct {
 	first map[schemas.WorkerID]map[schemas.Assignment]time.Time // under mu
 }
 
-// unknownMost is how many attempts of one worker are remembered. Each report that is tried
-// again takes one of the places that all reports share (MaxAckPending): a worker that
-// makes tasks up shall not take them all, and none that is honest has as many.
-const unknownMost = 1024
+// Each report that is tried again takes one of the places that all reports share. Workers
+// that make tasks up shall not take them all, however many they are, nor shall one of them
+// take all that there are for such attempts. What is refused is no loss to an honest
+// worker: it repeats its last report of each task.
+const (
+	reportsMost   = 4096            // that are not acknowledged, of all workers
+	unknownMost   = reportsMost / 4 // attempts of all workers that are remembered
+	unknownOfEach = unknownMost / 4 // of one worker
+)
 
 func newUnknown() *unknown {
 	return &unknown{first: map[schemas.WorkerID]map[schemas.Assignment]time.Time{}}
@@ -108,7 +113,11 @@ func (u *unknown) since(a schemas.Assignment) (at time.Time, ok bool) {
 	if at, ok = of[a]; ok {
 		return at, true
 	}
-	if len(of) >= unknownMost {
+	all := 0
+	for _, attempts := range u.first {
+		all += len(attempts)
+	}
+	if len(of) >= unknownOfEach || all >= unknownMost {
 		return at, false
 	}
 	if of == nil {
