@@ -104,6 +104,9 @@ func killInit() error {
 		_ = unix.Kill(1, s)
 	}
 	for s := range 65 { // as if they came from elsewhere than a kill
+		if unix.Signal(s) == unix.SIGTERM { // ends the task, as it may
+			continue
+		}
 		info := [128 / 8]uint64{uint64(s), uint64(uint32(0xffffffff))} // si_signo, si_errno 0; si_code SI_QUEUE
 		_, _, _ = syscall.Syscall6(unix.SYS_RT_SIGQUEUEINFO, 1, uintptr(s), uintptr(unsafe.Pointer(&info)), 0, 0, 0)
 	}
