@@ -308,6 +308,14 @@ func New(deps Deps, cfg Config) *Gateway {
 			}
 			return nil
 		})
+		deps.Health.Add("gateway: sessions", func(context.Context) error {
+			select {
+			case <-g.sessions.ready:
+				return nil
+			default:
+				return errors.New("sessions with tasks cannot be opened yet")
+			}
+		})
 	}
 	return g
 }

@@ -104,10 +104,8 @@ func (g *Gateway) openSession(ctx context.Context, id schemas.TaskID, o schemas.
 // to ask. It may be behind: where the agent knows better the record is read, and what it says
 // is tried once.
 func (g *Gateway) openExec(ctx context.Context, id schemas.TaskID, o schemas.Open) (*session.Stream, schemas.ExecID, error) {
-	select {
-	case <-g.sessions.ready:
-	default:
-		return nil, "", unavailable()
+	if err := g.awaited(ctx, g.sessions.ready); err != nil {
+		return nil, "", err
 	}
 	if err := g.locate(id, &o); err != nil {
 		return nil, "", err

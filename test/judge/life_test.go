@@ -3,13 +3,13 @@ package judge
 import (
 	"context"
 	"fmt"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"dayfly.dev/client"
 	"dayfly.dev/schemas"
@@ -183,27 +183,31 @@ func TestUsageIsPlausible(t *testing.T) {
 	if out, err := exec.Command("gcc", "-O2", "-std=gnu11", "-o", filepath.Join(dir, "main"), filepath.Join(dir, "main.c")).CombinedOutput(); err != nil {
 		t.Fatalf("%v %s", err, out)
 	}
-	out, err := exec.Command("/usr/bin/time", "-f", "%U %S %M", filepath.Join(dir, "main")).CombinedOutput()
-	if err != nil {
-		t.Fatalf("%v %s", err, out)
+	// The least of five each: where others use the processors, one run may take thrice as long.
+	bare, judged := math.Inf(1), math.Inf(1)
+	for range 5 {
+		out, err := exec.Command("/usr/bin/time", "-f", "%U %S %M", filepath.Join(dir, "main")).CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v %s", err, out)
+		}
+		var one int
+		var user, system, kib float64
+		if _, err := fmt.Sscan(string(out), &one, &user, &system, &kib); err != nil {
+			t.Fatal(err)
+		}
+		task := judge(t, cl, "judge-c", submission{Source: source, Tests: []schemas.JudgeTest{{Expected: "1"}}, Limits: map[string]string{"cpu": "10s"}})
+		if verdicts(task) != "accepted" {
+			t.Fatal(verdicts(task))
+		}
+		used := task.Result.Cases[0]
+		bare, judged = min(bare, 1000*(user+system)), min(judged, float64(used.CPUMillis))
+		if got := float64(used.Memory >> 10); got < 0.9*kib || got > 1.15*kib {
+			t.Errorf("%.0f KiB, and %.0f bare", got, kib)
+		}
 	}
-	var one int
-	var user, system, kib float64
-	if _, err := fmt.Sscan(string(out), &one, &user, &system, &kib); err != nil {
-		t.Fatal(err)
-	}
-	task := judge(t, cl, "judge-c", submission{Source: source, Tests: []schemas.JudgeTest{{Expected: "1"}}, Limits: map[string]string{"cpu": "10s"}})
-	if verdicts(task) != "accepted" {
-		t.Fatal(verdicts(task))
-	}
-	used := task.Result.Cases[0]
-	bare := time.Duration((user + system) * float64(time.Second))
-	t.Logf("bare %v %.0f KiB; judged %d ms %d KiB", bare, kib, used.CPUMillis, used.Memory>>10)
-	if ms := float64(bare.Milliseconds()); float64(used.CPUMillis) < 0.4*ms || float64(used.CPUMillis) > 2.5*ms+20 {
-		t.Errorf("%d ms of processor time, and %v bare", used.CPUMillis, bare)
-	}
-	if got := float64(used.Memory >> 10); got < 0.9*kib || got > 1.15*kib {
-		t.Errorf("%.0f KiB, and %.0f bare", got, kib)
+	t.Logf("bare %.0f ms, judged %.0f ms", bare, judged)
+	if judged < 0.5*bare || judged > 2*bare+20 {
+		t.Errorf("%.0f ms of processor time, and %.0f bare", judged, bare)
 	}
 }
 
