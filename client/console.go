@@ -228,7 +228,7 @@ func (s *Console) run(ctx context.Context, ws *websocket.Conn) {
 func (s *Console) fail(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.exit == nil && s.err == nil {
+	if s.exit == nil && (s.err == nil || s.err == ErrLostOutput) {
 		s.err = err
 	}
 	s.wakeLocked()

@@ -101,7 +101,7 @@ func serveFiles(ctx context.Context, stream *session.Stream, p Foreground) {
 const tidyWithin = 5 * time.Second
 
 // abandonFiles ends a program that nobody waits for. One that gathers files first removes
-// them: it was told that its input is cut off, and a KILL would leave them in the task.
+// them: it is told, or terminated, and a KILL at once would leave them in the task.
 func abandonFiles(p Foreground) {
 	if _, gathers := p.(interface{ CutOff() error }); gathers {
 		p.Stop(tidyWithin)

@@ -380,8 +380,11 @@ func (b *batches) makeTasks(ctx context.Context, w *work) error {
 			g.Go(func() error {
 				err := b.makeTask(ctx, w, index, spec)
 				if e, ok := errors.AsType[*schemas.Error](err); ok && e.Status/100 == 4 && e.Status != http.StatusTooManyRequests {
-					b.refuse(w, index, err)
-					err = nil
+					// Unless it was made, under another policy, and the view is behind.
+					if _, missing := b.g.records.Get(ctx, string(v.ID.Task(index))); errors.Is(missing, bus.ErrNotFound) {
+						b.refuse(w, index, err)
+						err = nil
+					}
 				}
 				failed[i] = err
 				return nil

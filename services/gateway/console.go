@@ -305,9 +305,9 @@ func (c *console) down(ctx context.Context) error {
 			kind, b = websocket.MessageBinary, append([]byte{f.Channel}, f.Data...)
 			c.visit.out.Add(float64(len(f.Data)))
 		}
-		c.full.Add(1)
+		c.slow.Add(1)
 		err = c.ws.Write(ctx, kind, b)
-		c.full.Add(-1)
+		c.slow.Add(-1)
 		if err != nil {
 			return err
 		}

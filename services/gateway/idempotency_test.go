@@ -192,7 +192,7 @@ func TestAKeyKeepsNoHashOfTheRequest(t *testing.T) {
 
 func TestNatsAway(t *testing.T) {
 	w := newWorld(t, gateway.Config{Unavailable: 20 * time.Millisecond, OpTimeout: 2 * time.Second})
-	until(t, "ready", func() bool { ready, checks := w.health.Run(deadline(t)); return ready && len(checks) == 2 })
+	until(t, "ready", func() bool { ready, checks := w.health.Run(deadline(t)); return ready && len(checks) == 3 })
 	id := string(w.create(spec).ID)
 	for range 2 {
 		w.nats.Shutdown()

@@ -15,11 +15,12 @@ import (
 type pulse struct {
 	ws    *websocket.Conn
 	every time.Duration
-	full  atomic.Int32 // sides that take nothing at the moment
+	full  atomic.Int32 // the task takes nothing at the moment: the client is not read
+	slow  atomic.Int32 // the client takes nothing at the moment
 }
 
-// ping asks until ctx ends. While a side takes nothing, no answer can come through: then
-// TCP alone tells who is gone, to whoever writes.
+// ping asks until ctx ends. While the client takes nothing, no question comes through, and
+// while it is not read no answer: then TCP alone tells who is gone, to whoever writes.
 func (p *pulse) ping(ctx context.Context) error {
 	tick := time.NewTicker(p.every)
 	defer tick.Stop()
@@ -29,19 +30,23 @@ func (p *pulse) ping(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
+		if p.slow.Load() > 0 {
+			continue
+		}
 		full := p.full.Load() > 0
 		within, cancel := context.WithTimeout(ctx, p.every)
 		err := p.ws.Ping(within)
 		cancel()
-		late := errors.Is(err, context.DeadlineExceeded) && (full || p.full.Load() > 0)
+		late := errors.Is(err, context.DeadlineExceeded) && (full || p.full.Load() > 0 || p.slow.Load() > 0)
 		if err != nil && !late && ctx.Err() == nil {
 			return fmt.Errorf("no sign of life: %w", err)
 		}
 	}
 }
 
-// leftWithin is how long a client may take for what has come of a session that is over.
-const leftWithin = 30 * time.Second
+// leftWithin is how long a client may take for what has come of a session that is over, which
+// is a MiB at the most.
+const leftWithin = 5 * time.Minute
 
 var errNotRead = errors.New("the client does not read the rest")
 

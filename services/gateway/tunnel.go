@@ -160,9 +160,9 @@ func (t *tunnel) down(ctx context.Context, _ context.CancelCauseFunc) error {
 	for {
 		n, err := t.far.Read(b)
 		if n > 0 {
-			t.full.Add(1)
+			t.slow.Add(1)
 			failed := t.ws.Write(ctx, websocket.MessageBinary, b[:n])
-			t.full.Add(-1)
+			t.slow.Add(-1)
 			if failed != nil {
 				return failed
 			}

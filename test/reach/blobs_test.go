@@ -277,7 +277,7 @@ func killMidway(ctx context.Context, s *harness.Site, agents []*harness.Process,
 	for ctx.Err() == nil {
 		for name, i := range names {
 			part := filepath.Join(s.AgentData(string(name)), "agent", "blobs", id.Hex()+".part")
-			caught, err := catch(agents[i], part, size/10)
+			caught, err := catch(ctx, agents[i], part, size/10)
 			if err != nil {
 				return "", err
 			}
@@ -298,8 +298,11 @@ func killMidway(ctx context.Context, s *harness.Site, agents []*harness.Process,
 
 // catch kills an agent when so much of a file has come, and says whether that is still a part
 // then. It stops it for each look: a fetch is faster than a busy machine looks.
-func catch(p *harness.Process, part string, least int64) (bool, error) {
+func catch(ctx context.Context, p *harness.Process, part string, least int64) (bool, error) {
 	for {
+		if ctx.Err() != nil {
+			return false, ctx.Err()
+		}
 		if _, err := os.Stat(part); errors.Is(err, fs.ErrNotExist) {
 			return false, nil
 		}

@@ -61,18 +61,19 @@ func TestExec(t *testing.T) {
 	}
 	s.sh(id, "kill $(pidof yes)")
 	// Nor is a program kept for a client that has left, though it does not read its stdin.
-	left, leave := context.WithCancel(deadline(t))
-	answered := make(chan error, 1)
-	go func() {
-		_, err := s.Exec(left, id, schemas.ExecRequest{Command: []string{"sleep", "1h"}, Stdin: big})
-		answered <- err
-	}()
 	execs := func(n float64) func() error {
 		return func() error {
 			now := metric(t, s.up.Admin, "dayfly_agent_execs", "")
 			return want(now == n, "%v", now)
 		}
 	}
+	until(t, "those before are gone", execs(0))
+	left, leave := context.WithCancel(deadline(t))
+	answered := make(chan error, 1)
+	go func() {
+		_, err := s.Exec(left, id, schemas.ExecRequest{Command: []string{"sleep", "1h"}, Stdin: big})
+		answered <- err
+	}()
 	until(t, "it runs", execs(1))
 	leave()
 	if err := <-answered; err == nil {

@@ -187,9 +187,11 @@ func (a *attempt) killAfterLocked(d time.Duration) {
 			again := time.NewTicker(killAgain)
 			defer again.Stop()
 			for {
-				if _, err := a.rt.docker.ContainerKill(a.rt.ctx, id, client.ContainerKillOptions{Signal: "KILL"}); err != nil {
+				ctx, cancel := context.WithTimeout(a.rt.ctx, dockerWithin)
+				if _, err := a.rt.docker.ContainerKill(ctx, id, client.ContainerKillOptions{Signal: "KILL"}); err != nil {
 					a.log().Warn().Err(err).Msg("kill a container")
 				}
+				cancel()
 				select {
 				case <-a.done:
 					return

@@ -1,7 +1,6 @@
 package docker
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -254,15 +253,14 @@ func (p *foreground) output(i int) io.Reader {
 	if p.reads[i] == nil {
 		return nil
 	}
-	return &output{f: p.reads[i], rest: pipeBytes}
+	return &output{f: p.reads[i], rest: -1}
 }
 
 // output reads what a program writes. Once its read deadline is over it gives what is
-// there, and ends: no more than a pipe holds, since what the program has left behind may write
-// on.
+// there then, and ends: what the program has left behind may write on.
 type output struct {
 	f    *os.File
-	rest int
+	rest int // to be read; -1 before the deadline
 }
 
 func (o *output) Read(b []byte) (n int, err error) {
@@ -273,12 +271,19 @@ func (o *output) Read(b []byte) (n int, err error) {
 	if !errors.Is(err, os.ErrDeadlineExceeded) {
 		return n, err
 	}
-	b = b[:min(len(b), o.rest)]
 	raw, err := o.f.SyscallConn()
-	if err != nil || len(b) == 0 {
-		return 0, cmp.Or(err, io.EOF)
+	if err != nil {
+		return 0, err
 	}
-	if e := raw.Control(func(fd uintptr) { n, err = unix.Read(int(fd), b) }); e != nil {
+	e := raw.Control(func(fd uintptr) {
+		if o.rest < 0 {
+			o.rest, err = unix.IoctlGetInt(int(fd), unix.TIOCINQ)
+		}
+		if b = b[:min(len(b), max(0, o.rest))]; err == nil && len(b) > 0 {
+			n, err = unix.Read(int(fd), b)
+		}
+	})
+	if e != nil {
 		return 0, e
 	}
 	if n <= 0 || err != nil {

@@ -113,8 +113,8 @@ func (r *Runtime) Recover(ctx context.Context) ([]agent.Attempt, error) {
 	return out, nil
 }
 
-// errDocker says that Docker could not say how a container is.
-var errDocker = errors.New("docker does not answer for a container")
+// errDocker says that Docker could not be asked how a container is.
+var errDocker = errors.New("docker does not answer")
 
 // recoverOne makes an attempt of a folder and its container.
 func (r *Runtime) recoverOne(ctx context.Context, name string, c container.Summary, there bool) (*attempt, error) {
@@ -156,7 +156,10 @@ func (r *Runtime) recoverOne(ctx context.Context, name string, c container.Summa
 	if there && !running && !known {
 		if state, err = r.state(ctx, c.ID); err != nil {
 			a.discard()
-			return nil, fmt.Errorf("%w: %w", errDocker, err)
+			if client.IsErrConnectionFailed(err) || errors.Is(err, context.DeadlineExceeded) { // it will say so later
+				err = fmt.Errorf("%w: %w", errDocker, err)
+			}
+			return nil, err
 		}
 		running = state != nil && state.Running
 	}

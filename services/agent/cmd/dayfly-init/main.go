@@ -47,14 +47,14 @@ func main() {
 		fail(err)
 	}
 
-	// All signals, not those that are wanted. The Go runtime has handlers for most, so the
-	// kernel lets the task send them to PID 1, and without Notify a SIGSEGV or SIGABRT
-	// from there would crash it. Not Ignore: an ignored signal stays ignored through exec,
-	// and `yes | head` would hang. The two that matter have a channel of their own, which
-	// a flood of others cannot fill.
 	if err := dropFaults(); err != nil {
 		fail(err)
 	}
+	// All other signals, not those that are wanted. The Go runtime has handlers for most, so
+	// the kernel lets the task send them to PID 1, and without Notify a SIGABRT from there
+	// would crash it. Not Ignore: an ignored signal stays ignored through exec, and
+	// `yes | head` would hang. The two that matter have a channel of their own, which a flood
+	// of others cannot fill.
 	signals := make(chan os.Signal, 8)
 	signal.Notify(make(chan os.Signal, 1))
 	signal.Notify(signals, unix.SIGCHLD, unix.SIGTERM)
