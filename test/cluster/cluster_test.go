@@ -31,18 +31,10 @@ import (
 var binary string
 
 func TestMain(m *testing.M) {
-	dir, err := os.MkdirTemp("", "dayfly-bin-")
-	if err == nil {
-		binary, err = harness.Binaries(context.Background(), dir)
-	}
-	code := 1
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-	} else {
-		code = m.Run()
-	}
-	os.RemoveAll(dir)
-	os.Exit(code)
+	harness.Main(m, func(_, dayfly string) error {
+		binary = dayfly
+		return nil
+	})
 }
 
 // patience bounds each wait for a fact.

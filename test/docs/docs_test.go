@@ -38,22 +38,10 @@ import (
 var bin string // a folder with dayfly, dayfly-init and service
 
 func TestMain(m *testing.M) {
-	dir, err := os.MkdirTemp("", "dayfly-bin-")
-	if err == nil {
-		_, err = harness.Binaries(context.Background(), dir)
-	}
-	if err == nil {
-		err = guest.BuildBinary(context.Background(), "dayfly.dev/test/docs/service", filepath.Join(dir, "service"))
-	}
-	bin = dir
-	code := 1
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-	} else {
-		code = m.Run()
-	}
-	os.RemoveAll(dir)
-	os.Exit(code)
+	harness.Main(m, func(dir, _ string) error {
+		bin = dir
+		return guest.BuildBinary(context.Background(), "dayfly.dev/test/docs/service", filepath.Join(dir, "service"))
+	})
 }
 
 func TestReadme(t *testing.T) { run(t, "../../README.md", "dayfly up --data data") }

@@ -26,18 +26,10 @@ const patience = 2 * time.Minute
 var binary string
 
 func TestMain(m *testing.M) {
-	dir, err := os.MkdirTemp("", "dayfly-bin-")
-	if err == nil {
-		binary, err = harness.Binaries(context.Background(), dir)
-	}
-	code := 1
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-	} else {
-		code = m.Run()
-	}
-	os.RemoveAll(dir)
-	os.Exit(code)
+	harness.Main(m, func(_, dayfly string) error {
+		binary = dayfly
+		return nil
+	})
 }
 
 func within(t testing.TB, d time.Duration) context.Context {

@@ -12,8 +12,6 @@ import (
 	"strings"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"dayfly.dev/client"
 	"dayfly.dev/schemas"
 )
@@ -49,21 +47,7 @@ func TestRunOnATerminal(t *testing.T) {
 	fmt.Fprint(tty.File, "stty size; tty; echo term=$TERM fo''o\r")
 	tty.shows(t, "33 111\r\n/dev/pts/")
 	tty.shows(t, "foo")
-	if err := unix.IoctlSetWinsize(int(tty.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Row: 44, Col: 99}); err != nil {
-		t.Fatal(err)
-	}
-	until(t, "the new size", func() error {
-		fmt.Fprint(tty.File, "stty size\r")
-		return want(strings.Contains(tty.String(), "44 99"), "%q", tty.String())
-	})
-	fmt.Fprint(tty.File, "sleep 1000\r")
-	s.runs(id, "sleep 1000")
-	fmt.Fprint(tty.File, "\x03")
-	fmt.Fprint(tty.File, "echo code=$?\r")
-	tty.shows(t, "code=130")
-	p.cut()
-	fmt.Fprint(tty.File, "echo st''ill\r")
-	tty.shows(t, "still")
+	s.isATerminal(t, id, tty, p)
 
 	// The detach keys leave it running; a Ctrl-P that begins nothing reaches it.
 	fmt.Fprint(tty.File, "echo be''fore\r")

@@ -13,7 +13,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -341,17 +340,13 @@ func (t *terminal) code() int {
 	return t.cmd.ProcessState.ExitCode()
 }
 
-func TestTheCommandLineOnATerminal(t *testing.T) {
-	s := start(t)
-	id := s.run(s.shell, nil)
-	p := newProxy(t, strings.TrimPrefix(s.up.URL, "http://"))
-	tty := onTerminal(t, 33, 111, s.bin, "--url", "http://"+p.Addr().String(), "exec", "-it", string(id), "sh")
-	fmt.Fprint(tty.File, "stty size\r")
-	tty.shows(t, "33 111")
+// isATerminal checks that a shell in the task follows the size of the terminal it is shown on,
+// gets its Ctrl-C, and outlives the loss of its connection.
+func (s *site) isATerminal(t *testing.T, id schemas.TaskID, tty *terminal, p *proxy) {
+	t.Helper()
 	if err := unix.IoctlSetWinsize(int(tty.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Row: 44, Col: 99}); err != nil {
 		t.Fatal(err)
 	}
-	_ = tty.cmd.Process.Signal(syscall.SIGWINCH)
 	until(t, "the new size", func() error {
 		fmt.Fprint(tty.File, "stty size\r")
 		return want(strings.Contains(tty.String(), "44 99"), "%q", tty.String())
@@ -364,6 +359,16 @@ func TestTheCommandLineOnATerminal(t *testing.T) {
 	p.cut()
 	fmt.Fprint(tty.File, "echo st''ill\r")
 	tty.shows(t, "still")
+}
+
+func TestTheCommandLineOnATerminal(t *testing.T) {
+	s := start(t)
+	id := s.run(s.shell, nil)
+	p := newProxy(t, strings.TrimPrefix(s.up.URL, "http://"))
+	tty := onTerminal(t, 33, 111, s.bin, "--url", "http://"+p.Addr().String(), "exec", "-it", string(id), "sh")
+	fmt.Fprint(tty.File, "stty size\r")
+	tty.shows(t, "33 111")
+	s.isATerminal(t, id, tty, p)
 	fmt.Fprint(tty.File, "exit 9\r")
 	if code := tty.code(); code != 9 {
 		t.Errorf("exit code %d\n%s", code, tty)
